@@ -1,0 +1,1 @@
+namespace geofast::GEOFAST_ISA {}

@@ -1,0 +1,1 @@
+"""GPU kernels, one file per operation; installed as geofast.kernels."""

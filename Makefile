@@ -1,0 +1,51 @@
+# make demo   a real model probed on real data, from nothing
+# make test   all tests, from nothing
+# make check  what the gate runs beside the tests: lint, format, types
+# make bench  benchmarks against the peers; make bench-compare shows what changed since the last one
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+# Without a GPU the constraints keep the gigabytes of CUDA packages away.
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.py' -o -name '*.png') CMakeLists.txt pyproject.toml constraints-cpu.txt
+
+.PHONY: demo test check bench bench-compare sanitize clean
+
+demo: $(VENV)/.demo
+	$(BIN)/geofast demo satellite --out runs/satellite
+
+test: $(VENV)/.dev
+	$(BIN)/pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inc
+	$(BIN)/mypy
+
+sanitize: $(VENV)/.dev
+	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench
+
+bench-compare: $(VENV)/.dev
+	$(BIN)/python -m bench --compare
+
+clean:
+	rm -rf $(VENV) build
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { echo "make needs Python 3.10 or newer with the venv module; set PYTHON=..." >&2; exit 1; }
+
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	@echo "Installing geofast and what the demo needs into $(VENV) (about two minutes the first time)"
+	$(PIP) '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python $(SOURCES)
+	@echo "Installing geofast and its development tools into $(VENV) (about three minutes the first time)"
+	$(PIP) '.[dev]' -C cmake.define.GEOFAST_WERROR=ON
+	touch $@

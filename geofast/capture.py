@@ -1,0 +1,224 @@
+"""Hooks on every site of one forward pass, pooled where the tokens are."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .models import Model, Site, Tower, find_towers, match_sites
+from .pooling import Pool, parse_pools, pool, role_bit
+from .rows import Rows
+
+Pools = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
+
+
+@contextmanager
+def capture(
+    model: Model | nn.Module,
+    sites: str | Sequence[str] | None = None,
+    pool: Pools = None,
+    *,
+    rows: Rows | None = None,
+) -> Iterator[Rows]:
+    """Pool the hidden states of every site while the model runs, and keep the rows.
+
+    Inside the block, run the model as often as you like; each run adds a batch of rows. Nothing
+    with a token axis outlives a hook. Padding is left out by the `attention_mask` that the model
+    is called with. The model is as it was when the block ends, after an exception too.
+
+    Parameters
+    ----------
+    model
+        A `Model`, or any nn.Module whose blocks can be found by structure.
+    sites
+        Names or globs (`lm.layers.*`); None takes `embed` and every layer of every tower.
+    pool
+        A pool or several (`"last"`, `["cls", "mean:patch"]`), a mapping from tower to such, or
+        None for each tower's default.
+    rows
+        Where to put the rows; None makes a new `Rows`.
+
+    Yields
+    ------
+    Rows
+        `rows["lm.layers.3/last"]` is float32 [n, d] on the CPU, a row a sample in the order in
+        which they came.
+
+    Raises
+    ------
+    ValueError
+        When a pattern matches no site, a pool is unknown, or a sample has no token to pool.
+    FloatingPointError
+        When a pooled value is NaN or infinite; the message names site, sample and dtype.
+    RuntimeError
+        When a site did not run in a forward pass.
+    """
+    towers = model.towers if isinstance(model, Model) else find_towers(model)
+    body = model.body if isinstance(model, Model) else model
+    wanted = match_sites(towers, sites)
+    pools = _pools_by_tower(towers, wanted, pool)
+    recorder = _Recorder(body, {t.name: t for t in towers}, wanted, pools, rows or Rows())
+    with ExitStack() as hooks:
+        recorder.attach(hooks)
+        yield recorder.rows
+
+
+def _pools_by_tower(
+    towers: Sequence[Tower], sites: Sequence[Site], pools: Pools
+) -> dict[str, tuple[Pool, ...]]:
+    by_tower = {}
+    for tower in towers:
+        if not any(site.tower == tower.name for site in sites):
+            continue
+        chosen = pools.get(tower.name) if isinstance(pools, Mapping) else pools
+        by_tower[tower.name] = parse_pools(chosen or tower.default_pool)
+    return by_tower
+
+
+class _Recorder:
+    """The hooks of one `capture`, and the state of the forward pass under way."""
+
+    def __init__(
+        self,
+        body: nn.Module,
+        towers: Mapping[str, Tower],
+        sites: Sequence[Site],
+        pools: Mapping[str, tuple[Pool, ...]],
+        rows: Rows,
+    ) -> None:
+        self.rows = rows
+        self._body = body
+        self._towers = towers
+        self._sites = sites
+        self._pools = pools
+        self._signature = inspect.signature(body.forward)
+        self._mask: torch.Tensor | None = None
+        self._roles: dict[str, torch.Tensor] = {}
+        self._batch: int | None = None
+        self._seen: set[str] = set()
+
+    def attach(self, hooks: ExitStack) -> None:
+        """Register every hook so that leaving `hooks` removes it."""
+        start = self._body.register_forward_pre_hook(self._start, with_kwargs=True)
+        hooks.callback(start.remove)
+        for site in self._sites:
+            if site.at == "input":
+                handle = site.module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True)
+            else:
+                handle = site.module.register_forward_hook(self._output_hook(site))
+            hooks.callback(handle.remove)
+        hooks.callback(self._body.register_forward_hook(self._finish).remove)
+
+    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        mask = given.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            msg = f"attention_mask must be [batch, tokens] for pooling; got {list(mask.shape)}"
+            raise ValueError(msg)
+        self._mask = mask
+        self._roles.clear()
+        self._seen.clear()
+        self._batch = None
+
+    def _input_hook(self, site: Site) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._read(site, args[0] if args else kwargs["hidden_states"])
+
+        return hook
+
+    def _output_hook(self, site: Site) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._read(site, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    def _read(self, site: Site, hidden: torch.Tensor) -> None:
+        if hidden.ndim == 2:
+            hidden = hidden[:, None]
+        if hidden.ndim != 3:
+            msg = f"{site.name} gave hidden states of shape {list(hidden.shape)}, not [batch, tokens, dim]"
+            raise ValueError(msg)
+        if site.name in self._seen:
+            raise RuntimeError(f"{site.name} ran twice in one forward pass; its rows would be mixed")
+        batch, _, dim = hidden.shape
+        if self._batch not in (None, batch):
+            msg = f"{site.name} saw {batch} samples where the sites before it saw {self._batch}"
+            raise ValueError(msg)
+        self._batch = batch
+        pools = self._pools[site.tower]
+        keys = [f"{site.name}/{p.name}" for p in pools]
+        room = [self.rows.reserve(k, p.width(dim), batch) for k, p in zip(keys, pools, strict=True)]
+        # Pool where the tokens are; only [batch, dim] travels to the host.
+        out = room if hidden.is_cpu else [r.new_empty(r.shape, device=hidden.device) for r in room]
+        if hidden.stride(-1) != 1:
+            hidden = hidden.contiguous()
+        pool(hidden.detach(), self._roles_of(site, hidden), pools, out)
+        for r, o in zip(room, out, strict=True):
+            if r is not o:
+                r.copy_(o)
+        self._check_finite(keys, room, hidden.dtype)
+        self._seen.add(site.name)
+
+    def _roles_of(self, site: Site, hidden: torch.Tensor) -> torch.Tensor:
+        roles = self._roles.get(site.tower)
+        if roles is None or roles.shape[1] != hidden.shape[1]:
+            tower = self._towers[site.tower]
+            mask = None if tower.name == "vision" else self._mask
+            roles = self._roles[site.tower] = token_roles(tower, hidden, mask)
+            _require_tokens(self._pools[site.tower], roles, site)
+        return roles
+
+    def _check_finite(self, keys: list[str], room: list[torch.Tensor], dtype: torch.dtype) -> None:
+        for key, rows in zip(keys, room, strict=True):
+            if not torch.isfinite(rows).all():
+                bad = int((~torch.isfinite(rows).all(1)).nonzero()[0])
+                msg = (
+                    f"{key}: sample {bad} of the batch (sample {self.rows.n + bad} of the pass) has "
+                    f"NaN or infinite activations in {str(dtype).removeprefix('torch.')}"
+                    + ("; load the model with dtype=torch.float32 or bfloat16" if dtype == torch.float16 else "")
+                )
+                raise FloatingPointError(msg)
+
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        missed = [s.name for s in self._sites if s.name not in self._seen]
+        if missed:
+            msg = f"{missed[0]} did not run in this forward pass ({len(missed)} sites missed); leave it out of sites="
+            raise RuntimeError(msg)
+        self.rows.commit(self._batch or 0)
+
+
+def token_roles(tower: Tower, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the role byte of every token of `hidden` [batch, tokens, dim]: uint8 [batch, tokens].
+
+    `mask` [batch, tokens] is the model's attention mask, 0 at padding; None: no padding.
+    """
+    batch, tokens, _ = hidden.shape
+    bits = torch.full((tokens,), 1 << role_bit(tower.tokens) | 1, dtype=torch.uint8)
+    prefix = tower.prefix if len(tower.prefix) < tokens else ()
+    for i, role in enumerate(prefix):
+        bits[i] = 1 << role_bit(role) | 1
+    roles = bits.to(hidden.device).repeat(batch, 1)
+    if mask is not None:
+        if mask.shape != roles.shape:
+            msg = f"attention_mask is {list(mask.shape)} for hidden states of {batch} x {tokens} tokens"
+            raise ValueError(msg)
+        roles *= mask.to(roles.device, torch.uint8)
+    return roles
+
+
+def _require_tokens(pools: Sequence[Pool], roles: torch.Tensor, site: Site) -> None:
+    for p in pools:
+        for _, role in p.parts:
+            empty = ((roles >> role_bit(role)) & 1).sum(1) == 0
+            if empty.any():
+                msg = (
+                    f"pool {p.name!r} at {site.name}: sample {int(empty.nonzero()[0])} of the batch "
+                    f"has no {role} token"
+                )
+                raise ValueError(msg)

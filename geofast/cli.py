@@ -1,0 +1,151 @@
+"""The `geofast` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; an error prints as one line and exits with 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except _ERRORS as error:
+        if options.traceback:
+            raise
+        notes = " ".join(getattr(error, "__notes__", ()))
+        print(f"geofast: {error} {notes}".rstrip(), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("geofast: stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="geofast", description="Where does a model keep the place? Probe every layer in one pass."
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="probe a real model on real data, from the package index")
+    demo.add_argument("name", choices=["satellite", "cities"])
+    demo.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    demo.add_argument("--samples", type=int, help="fewer samples, for a quick look")
+    demo.set_defaults(run=_demo)
+
+    probe = commands.add_parser("probe", help="probe a model on geotagged samples")
+    probe.add_argument("model", help="Hugging Face Hub id or folder")
+    probe.add_argument("data", help="CSV, TSV, Parquet, HDF5, or a folder of images with EXIF GPS")
+    probe.add_argument("--out", type=Path, required=True, help="run folder to write")
+    _probe_options(probe)
+    probe.set_defaults(run=_probe)
+
+    sites = commands.add_parser("sites", help="print the sites of a model")
+    sites.add_argument("model", help="Hugging Face Hub id or folder")
+    sites.set_defaults(run=_sites)
+
+    show = commands.add_parser("show", help="print what a run found")
+    show.add_argument("folder", type=Path)
+    show.set_defaults(run=_show)
+    return parser
+
+
+def _probe_options(probe: argparse.ArgumentParser) -> None:
+    data = probe.add_argument_group("data")
+    data.add_argument("--image", help="column of image paths")
+    data.add_argument("--text", help="column of texts")
+    data.add_argument("--latitude", default="latitude", help="column (default: %(default)s)")
+    data.add_argument("--longitude", default="longitude", help="column (default: %(default)s)")
+    data.add_argument("--targets", nargs="+", metavar="COLUMN", help="regress these instead")
+    data.add_argument("--group", help="also probe each value of this column on its own")
+    data.add_argument("--strict", action="store_true", help="stop at the first bad sample")
+    what = probe.add_argument_group("what is read")
+    what.add_argument("--sites", nargs="+", help="names or globs, as 'lm.layers.*' (default: all layers)")
+    what.add_argument("--pool", nargs="+", help="cls, last, mean, max, min; mean:patch; a+b")
+    what.add_argument("--prompt", nargs="+", help="templates for text, as 'The city of {text}'")
+    how = probe.add_argument_group("how it is scored")
+    how.add_argument(
+        "--split", nargs="+", default=["kfold"],
+        help="kfold, kfold:10, blocks:15, group:COLUMN (default: %(default)s)",
+    )  # fmt: skip
+    how.add_argument("--select", choices=["loo", "gcv", "folds"], help="how alpha is chosen")
+    how.add_argument("--storage", choices=["auto", "rows", "gram"], default="auto")
+    run = probe.add_argument_group("running")
+    run.add_argument("--device")
+    run.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    run.add_argument("--batch-size", type=int, default=16)
+    run.add_argument("--workers", type=int, help="processes that decode images ahead of the model")
+    run.add_argument("--overwrite", action="store_true", help="replace the run folder")
+
+
+def _probe(o: argparse.Namespace) -> None:
+    import torch
+
+    from .data import read
+    from .geo import parse_split
+    from .models import load
+    from .probe import probe
+
+    _refuse_taken(o.out, o.overwrite)
+    samples = read(
+        o.data, image=o.image, text=o.text, latitude=o.latitude, longitude=o.longitude, strict=o.strict
+    )
+    optional: dict[str, Any] = {}
+    if o.targets:
+        optional["targets"] = o.targets
+    if o.prompt:
+        optional["prompts"] = o.prompt
+    model = load(o.model, device=o.device, dtype=getattr(torch, o.dtype) if o.dtype else None)
+    run = probe(
+        model, samples, sites=o.sites, pool=o.pool, split=[parse_split(s) for s in o.split],
+        group=o.group, select=o.select, storage=o.storage, batch_size=o.batch_size,
+        workers=o.workers, strict=o.strict, progress=True, **optional,
+    )  # fmt: skip
+    run.save(o.out, overwrite=o.overwrite)
+    _print(run, o.out)
+
+
+def _refuse_taken(out: Path, overwrite: bool) -> None:
+    # Before the forward pass, not after it.
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} is there already; choose another --out, or pass --overwrite")
+
+
+def _demo(o: argparse.Namespace) -> None:
+    from . import demo
+
+    out = o.out or Path("runs") / o.name
+    run = getattr(demo, o.name)(o.samples)
+    run.save(out, overwrite=True)
+    _print(run, out)
+
+
+def _sites(o: argparse.Namespace) -> None:
+    from .models import describe, load
+
+    print(describe(load(o.model)))
+
+
+def _show(o: argparse.Namespace) -> None:
+    from .run import Run
+
+    _print(Run.open(o.folder), o.folder)
+
+
+def _print(run: Any, folder: Path) -> None:
+    print(f"\n{run.summary()}\n")
+    skipped = run.info["counts"]["skipped"]
+    if skipped:
+        print(f"Skipped {skipped} samples, the first: {run.info['counts']['why'][0]}")
+    pictures = sorted(folder.glob("*.png"))
+    for path in [*pictures, folder / "report.html"]:
+        if path.exists():
+            print(path)

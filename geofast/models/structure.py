@@ -1,0 +1,207 @@
+"""Towers, blocks and token layouts, found by the structure of a module and not by its name.
+
+A tower is a stack of residual blocks: the largest list of modules of one class that belongs to it.
+The residual stream before block 0 is the site `<tower>.embed`, after block i
+`<tower>.layers.<i>`, and `<tower>.norm` is what the final norm makes of the last one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """A named place in a model where hidden states are read."""
+
+    name: str
+    tower: str
+    layer: int | None
+    """Block index; None for `embed` and `norm`."""
+    module: nn.Module
+    at: str
+    """`input` or `output` of `module`."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of residual blocks, and what its first tokens are."""
+
+    name: str
+    path: str
+    """Where the list of blocks is in the model, for messages."""
+    blocks: tuple[nn.Module, ...]
+    norm: nn.Module | None
+    prefix: tuple[str, ...]
+    """Roles of the tokens that come before the patches: `cls`, `register`."""
+    tokens: str
+    """Role of all the others: `patch` in a vision tower, `text` in a text tower or LM."""
+
+    @property
+    def default_pool(self) -> str:
+        """`cls` for towers that have one, else `mean:patch`; `last` for language models."""
+        if self.name == "lm":
+            return "last"
+        return "cls" if "cls" in self.prefix else f"mean:{self.tokens}"
+
+    def sites(self) -> Iterator[Site]:
+        """Yield the tower's sites in the order in which the forward pass meets them."""
+        yield Site(f"{self.name}.embed", self.name, None, self.blocks[0], "input")
+        for i, block in enumerate(self.blocks):
+            yield Site(f"{self.name}.layers.{i}", self.name, i, block, "output")
+            for branch, module in _branches(block).items():
+                yield Site(f"{self.name}.layers.{i}.{branch}", self.name, i, module, "output")
+        if self.norm is not None:
+            yield Site(f"{self.name}.norm", self.name, None, self.norm, "output")
+
+
+def find_towers(root: nn.Module) -> tuple[Tower, ...]:
+    """Find the towers of `root`.
+
+    Raises
+    ------
+    ValueError
+        When no list of blocks is found; the message says what was looked for.
+    """
+    largest: dict[str, tuple[int, str, nn.Module]] = {}
+    for path, blocks in _block_lists(root):
+        name = _tower_name(root, path, blocks)
+        size = sum(p.numel() for p in blocks.parameters())
+        if name not in largest or size > largest[name][0]:
+            largest[name] = size, path, blocks
+    if not largest:
+        msg = (
+            f"no residual blocks found in {type(root).__name__}: looked for a ModuleList or "
+            "Sequential of two or more modules of one class, each with submodules that hold "
+            "parameters. Name the sites by hand: sites={'lm.layers.0': module, ...}"
+        )
+        raise ValueError(msg)
+    return tuple(_tower(root, name, path, blocks) for name, (_, path, blocks) in largest.items())
+
+
+def match_sites(
+    towers: Sequence[Tower], patterns: str | Sequence[str] | None = None
+) -> tuple[Site, ...]:
+    """Return the sites that `patterns` name, in the order of the forward pass.
+
+    Parameters
+    ----------
+    towers
+        From `find_towers`.
+    patterns
+        A name, a glob (`lm.layers.*`), or several. A glob takes branch outputs (`.attn`, `.mlp`)
+        and norms only when it spells them. None: `embed` and every layer of every tower.
+
+    Raises
+    ------
+    ValueError
+        When a pattern matches nothing; the message lists the model's sites.
+    """
+    sites = [site for tower in towers for site in tower.sites()]
+    if patterns is None:
+        patterns = [p for t in towers for p in (f"{t.name}.embed", f"{t.name}.layers.*")]
+    chosen: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        names = [s.name for s in sites if _matches(s.name, pattern)]
+        if not names:
+            msg = f"no site matches {pattern!r}; this model has {_ranges(towers)}"
+            raise ValueError(msg)
+        chosen.update(names)
+    return tuple(site for site in sites if site.name in chosen)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    # A star stays inside one part of the name: lm.layers.* must not take lm.layers.3.attn too.
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def _ranges(towers: Sequence[Tower]) -> str:
+    def of(t: Tower) -> str:
+        layers = f"{t.name}.layers.0 to .{len(t.blocks) - 1}"
+        return ", ".join([f"{t.name}.embed", layers] + ([f"{t.name}.norm"] if t.norm else []))
+
+    return "; ".join(of(t) for t in towers)
+
+
+def _block_lists(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside: tuple[str, ...] = ()
+    for path, module in root.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or path.startswith(inside or "\0"):
+            continue
+        kinds = {type(child) for child in module}
+        if len(module) >= 2 and len(kinds) == 1 and all(map(_is_block, module)):
+            inside += (path + ".",)
+            yield path, module
+
+
+def _is_block(module: nn.Module) -> bool:
+    holders = sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules())
+    return holders >= 2
+
+
+def _tower_name(root: nn.Module, path: str, blocks: nn.Module) -> str:
+    for part, name in (("vision", "vision"), ("visual", "vision"), ("image", "vision")):
+        if part in path.lower():
+            return name
+    if "text" in path.lower() and "language" not in path.lower():
+        return "text"
+    if "language" not in path.lower() and _reads_pixels(root):
+        return "vision"
+    # transformers marks its attention modules; a decoder of any other make has to be a text tower.
+    causal = any(getattr(m, "is_causal", False) for m in blocks.modules())
+    return "lm" if causal else "text"
+
+
+def _reads_pixels(root: nn.Module) -> bool:
+    main = getattr(root, "main_input_name", None)
+    if main is not None:
+        return bool(main == "pixel_values")
+    return not any(isinstance(m, nn.Embedding) for m in root.modules())
+
+
+def _tower(root: nn.Module, name: str, path: str, blocks: nn.Module) -> Tower:
+    # The tower is the innermost module around the blocks that holds parameters of its own kind:
+    # embeddings and the final norm live beside the list or one level above it.
+    around = [root.get_submodule(".".join(path.split(".")[:i])) for i in range(path.count(".") + 1)]
+    prefix = _prefix(around[-2] if len(around) > 1 else around[0]) if name == "vision" else ()
+    norm = next((n for m in reversed(around[-2:]) if (n := _final_norm(m)) is not None), None)
+    tokens = "patch" if name == "vision" else "text"
+    return Tower(name, path, tuple(blocks.children()), norm, prefix, tokens)
+
+
+def _prefix(tower: nn.Module) -> tuple[str, ...]:
+    cls: list[str] = []
+    registers: list[str] = []
+    for path, parameter in tower.named_parameters():
+        leaf = path.rsplit(".", 1)[-1]
+        count = parameter.shape[-2] if parameter.ndim == 3 else 1
+        if leaf in ("cls_token", "class_embedding", "class_token"):
+            cls += ["cls"] * count
+        elif leaf in ("register_tokens", "reg_token", "distillation_token"):
+            registers += ["register"] * count
+    return tuple(cls + registers)
+
+
+def _final_norm(around: nn.Module) -> nn.Module | None:
+    norms = {
+        name: m for name, m in around.named_children() if type(m).__name__.lower().endswith("norm")
+    }
+    late = [m for name, m in norms.items() if "pre" not in name.lower()]
+    return late[-1] if late else None
+
+
+def _branches(block: nn.Module) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, module in block.named_children():
+        if isinstance(module, nn.LayerNorm) or "norm" in name.lower():
+            continue
+        if "attn" in name.lower() or "attention" in name.lower():
+            found.setdefault("attn", module)
+        elif "mlp" in name.lower() or "feed_forward" in name.lower() or name == "output":
+            found.setdefault("mlp", module)
+    return found

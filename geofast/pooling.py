@@ -1,0 +1,104 @@
+"""The pooling vocabulary: from the tokens of one sample to one vector.
+
+A pool is written `cls`, `last`, `mean`, `max` or `min`, with a role where one is needed
+(`mean:patch`, `max:image`), and `a+b` concatenates. A role says what a token is; a token may have
+several. Roles travel as one byte a token, a bit a role, so that a single read of the hidden states
+serves every pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import _ops
+
+ROLES = ("all", "cls", "register", "patch", "image", "text")
+"""What a token can be, in the order of its bits. `all` is every token that is not padding."""
+
+_SHORT = {"cls": ("first", "cls"), "last": ("last", "all")}
+_REDUCTIONS = ("mean", "max", "min")
+
+
+def role_bit(role: str) -> int:
+    """Return the bit of `role` in a role byte."""
+    return ROLES.index(role)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One pooling: parts that are concatenated, each an operation over the tokens of a role."""
+
+    name: str
+    parts: tuple[tuple[str, str], ...]
+    """(operation, role) pairs; the operation is `first`, `last`, `mean`, `max` or `min`."""
+
+    @classmethod
+    def parse(cls, text: str) -> Pool:
+        """Read `mean:patch`, `cls`, `max+min` and the like.
+
+        Raises
+        ------
+        ValueError
+            For a word outside the vocabulary; the message gives the vocabulary.
+        """
+        return cls(text, tuple(_parse_part(part, text) for part in text.split("+")))
+
+    def width(self, dim: int) -> int:
+        """Return the length of the pooled vector for hidden states of width `dim`."""
+        return dim * len(self.parts)
+
+
+def _parse_part(part: str, text: str) -> tuple[str, str]:
+    operation, colon, role = part.strip().partition(":")
+    if operation in _SHORT and not colon:
+        return _SHORT[operation]
+    if operation in _REDUCTIONS and (role in ROLES or not colon):
+        return operation, role or "all"
+    msg = (
+        f"unknown pool {text!r}: write cls, last, mean, max or min; the last three take a role "
+        f"after a colon ({', '.join(ROLES)}), and a+b concatenates"
+    )
+    raise ValueError(msg)
+
+
+def parse_pools(pools: str | Sequence[str]) -> tuple[Pool, ...]:
+    """Read one pool or several, each once.
+
+    Raises
+    ------
+    ValueError
+        When a pool is unknown or none is given.
+    """
+    names = [pools] if isinstance(pools, str) else list(dict.fromkeys(pools))
+    if not names:
+        raise ValueError("no pool was given; write for example pool='mean:patch'")
+    return tuple(Pool.parse(name) for name in names)
+
+
+def pool(
+    hidden: torch.Tensor, roles: torch.Tensor, pools: Sequence[Pool], out: Sequence[torch.Tensor]
+) -> None:
+    """Pool hidden states into rows; every pool comes out of one read of the tokens.
+
+    Parameters
+    ----------
+    hidden
+        [batch, tokens, dim], float32, float16 or bfloat16; the last dimension contiguous.
+    roles
+        [batch, tokens] uint8, a bit a role (see `ROLES`), on the device of `hidden`.
+    pools
+        What to compute.
+    out
+        For each pool a float32 tensor [batch, pool.width(dim)] on the device of `hidden`, written
+        in place. Sums are float32 or better. A sample with no token of the role gives NaN.
+    """
+    dim = hidden.shape[-1]
+    jobs = [
+        (operation, role_bit(role), rows[:, i * dim : (i + 1) * dim])
+        for pool_, rows in zip(pools, out, strict=True)
+        for i, (operation, role) in enumerate(pool_.parts)
+    ]
+    _ops.backend(hidden.device).pool(hidden, roles, jobs)

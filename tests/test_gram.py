@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import KINDS, rows
+
+import geofast as gf
+from geofast import gram as statistics
+
+
+def about_the_mean(gram):
+    """Counts, means and the covariance-like matrix of every cell, free of the shift."""
+    d = gram.dim
+    n = gram.count[:, None]
+    sums = torch.cat([gram.matrix[:, d, :d], gram.matrix[:, d + 1 :, d]], 1)
+    keep = [i for i in range(gram.matrix.shape[1]) if i != d]
+    centred = (gram.matrix + gram.matrix.tril(-1).mT)[:, keep][:, :, keep]
+    centred = centred - sums[:, :, None] * sums[:, None] / n[..., None]
+    return gram.count, sums / n + gram.shift, centred
+
+
+def assert_same(a, b, tolerance):
+    for mine, theirs in zip(about_the_mean(a), about_the_mean(b), strict=True):
+        scale = theirs.abs().amax()
+        if theirs.ndim == 3:
+            spread = theirs.diagonal(dim1=1, dim2=2).clamp_min(1e-300).sqrt()
+            scale = spread[:, :, None] * spread[:, None]
+        assert ((mine - theirs).abs() / scale).max() < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_a_plain_sum(kind):
+    x, y = rows(kind=kind)
+    cell = torch.arange(len(x)) % 3
+    gram = gf.Gram(x.shape[1], 2, 3).update(x, y, cell)
+    for c in range(3):
+        both = torch.cat([x.double(), y], 1)[cell == c].numpy()
+        count, mean, centred = (t[c].numpy() for t in about_the_mean(gram))
+        assert count == (cell == c).sum()
+        np.testing.assert_allclose(mean, both.mean(0), rtol=1e-12, atol=1e-12)
+        expected = np.cov(both.T) * (count - 1)
+        spread = np.sqrt(np.diag(expected))
+        np.testing.assert_allclose(centred / np.outer(spread, spread), expected / np.outer(spread, spread), atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("products", "tolerance"), [("float64", 1e-10), ("float32", 3e-6)])
+def test_streaming_is_batch(kind, products, tolerance):
+    x, y = rows(kind=kind)
+    cell = torch.randint(0, 4, (len(x),), generator=torch.Generator().manual_seed(0))
+    whole = gf.Gram(x.shape[1], 2, 4).update(x, y, cell)
+    streamed = gf.Gram(x.shape[1], 2, 4, products=products)
+    for part in torch.arange(len(x)).split(37):
+        streamed.update(x[part], y[part], cell[part])
+    assert_same(streamed, whole, tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(5)), st.integers(0, 2**31), st.sampled_from(KINDS))
+def test_merging_is_associative_and_order_free(order, seed, kind):
+    x, y = rows(150, 12, kind=kind, seed=seed % 97)
+    bounds = np.sort(np.random.default_rng(seed).choice(np.arange(10, 140), 4, replace=False))
+    parts = [gf.Gram(12, 2).update(a, b) for a, b in zip(x.tensor_split(bounds.tolist()), y.tensor_split(bounds.tolist()), strict=True)]
+    left = parts[order[0]]
+    for i in order[1:]:
+        left = left + parts[i]
+    right = parts[order[0]] + (parts[order[1]] + (parts[order[2]] + (parts[order[3]] + parts[order[4]])))
+    whole = gf.Gram(12, 2).update(x, y)
+    assert_same(left, whole, 1e-10)
+    assert_same(right, whole, 1e-10)
+
+
+def test_negative_cells_are_left_out():
+    x, y = rows(50, 5)
+    cell = torch.arange(50) % 2 - 1
+    gram = gf.Gram(5, 2).update(x, y, cell)
+    assert_same(gram, gf.Gram(5, 2).update(x[1::2], y[1::2]), 1e-10)
+
+
+def test_save_and_load(tmp_path):
+    x, y = rows(50, 5)
+    gram = gf.Gram(5, 2, 2).update(x, y, torch.arange(50) % 2)
+    gram.save(tmp_path / "a.safetensors")
+    back = gf.Gram.load(tmp_path / "a.safetensors")
+    assert torch.equal(back.matrix, gram.matrix)
+    assert torch.equal(back.shift, gram.shift)
+    back.update(x, y)
+    assert float(back.count.sum()) == 100
+    several = {"lm.layers.1/last": gram, "lm.layers.2/last": back}
+    statistics.save(several, tmp_path / "b.safetensors")
+    assert statistics.load(tmp_path / "b.safetensors").keys() == several.keys()
+
+
+def test_bad_input(tmp_path):
+    x, y = rows(50, 5)
+    gram = gf.Gram(5, 2, 2)
+    with pytest.raises(ValueError, match=r"expected rows \[n, 5\] and targets \[n, 2\]; got \[50, 4\]"):
+        gram.update(x[:, :4], y)
+    with pytest.raises(ValueError, match="cell 7 is out of range: this Gram has 2 cells"):
+        gram.update(x, y, torch.full((50,), 7))
+    with pytest.raises(ValueError, match="is empty"):
+        gram.save(tmp_path / "a")
+    with pytest.raises(ValueError, match="cannot add Grams"):
+        gram + gf.Gram(5, 1, 2)
+    with pytest.raises(ValueError, match="products must be one of"):
+        gf.Gram(5, 2, products="float16")

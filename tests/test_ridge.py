@@ -1,0 +1,199 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.linear_model import RidgeCV as SklearnRidgeCV
+from sklearn.metrics import r2_score
+from sklearn.model_selection import KFold
+from synthetic import KINDS, rows
+
+import geofast as gf
+from geofast.ridge import fold_errors
+
+
+def folds_of(n, folds=5, seed=42):
+    fold = torch.empty(n, dtype=torch.int64)
+    for f, (_, test) in enumerate(KFold(folds, shuffle=True, random_state=seed).split(np.zeros(n))):
+        fold[test] = f
+    return fold
+
+
+def study(x, y, fold):
+    """The study's probe: scikit-learn's RidgeCV inside every fold, in float64."""
+    x, y, fold = x.double().numpy(), y.numpy(), fold.numpy()
+    alphas, scores, held = [], [], np.empty_like(y)
+    for f in range(fold.max() + 1):
+        train, test = fold != f, fold == f
+        model = SklearnRidgeCV(alphas=gf.ALPHAS).fit(x[train], y[train])
+        held[test] = model.predict(x[test]).reshape(test.sum(), -1)
+        alphas.append(model.alpha_)
+        scores.append(r2_score(y[test], held[test], multioutput="raw_values"))
+    return np.array(alphas), np.array(scores), held
+
+
+def assert_same(found, expected, tolerance=1e-6):
+    alphas, scores, held = expected
+    np.testing.assert_allclose(found.alpha.numpy(), alphas, rtol=1e-9)
+    np.testing.assert_allclose(found.r2.numpy(), scores, atol=tolerance)
+    if found.predictions is not None:
+        spread = held.std(0)
+        np.testing.assert_allclose(found.predictions.numpy() / spread, held / spread, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_leave_one_out_is_scikit_learns(kind):
+    x, y = rows(kind=kind)
+    fold = folds_of(len(x))
+    assert_same(gf.cross_validate(x, y, fold), study(x, y, fold))
+
+
+@pytest.mark.parametrize("k", [1, 2, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_and_number_of_targets(k, dtype):
+    x, y = rows(k=k, seed=k)
+    x, fold = x.to(dtype), folds_of(len(x))
+    assert_same(gf.cross_validate(x, y, fold), study(x, y, fold))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(60, 100), (100, 90), (12, 300)])
+def test_fewer_rows_than_features(kind, shape):
+    x, y = rows(*shape, kind=kind)
+    fold = folds_of(len(x))
+    assert_same(gf.cross_validate(x, y, fold), study(x, y, fold))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wider_rows(kind):
+    x, y = rows(1200, 200, kind=kind, seed=3)
+    fold = folds_of(len(x))
+    assert_same(gf.cross_validate(x, y, fold), study(x, y, fold))
+
+
+def gcv(x, y, alphas):
+    """Golub's GCV in float64 from singular values."""
+    x, y = x.double().numpy(), y.numpy()
+    x, y, n = x - x.mean(0), y - y.mean(0), len(x)
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    uy = u.T @ y
+    curve = []
+    for alpha in alphas:
+        shrink = s**2 / (s**2 + alpha)
+        rss = ((y - u @ (shrink[:, None] * uy)) ** 2).sum()
+        curve.append(n * rss / (n - 1 - shrink.sum()) ** 2)
+    return np.array(curve)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_gcv_chooses_golubs_alpha(kind, seed):
+    x, y = rows(600, 90, kind=kind, seed=seed)
+    fold = folds_of(len(x))
+    expected = [gf.ALPHAS[gcv(x[fold != f], y[fold != f], gf.ALPHAS).argmin()] for f in range(5)]
+    found = gf.cross_validate(x, y, fold, select="gcv")
+    np.testing.assert_allclose(found.alpha.numpy(), expected, rtol=1e-9)
+    gram = gf.Gram(x.shape[1], 2, 5).update(x, y, fold)
+    np.testing.assert_allclose(gf.solve(gram).alpha.numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_give_what_rows_give(kind):
+    x, y = rows(kind=kind)
+    fold = folds_of(len(x))
+    from_rows = gf.cross_validate(x, y, fold, select="gcv")
+    found = gf.solve(gf.Gram(x.shape[1], 2, 5).update(x, y, fold))
+    torch.testing.assert_close(found.alpha, from_rows.alpha)
+    torch.testing.assert_close(found.r2, from_rows.r2, atol=1e-8, rtol=0)
+    torch.testing.assert_close(found.mse, from_rows.mse, atol=0, rtol=1e-7)
+    scale = from_rows.coef.abs().amax(1, keepdim=True)
+    torch.testing.assert_close(found.coef / scale, from_rows.coef / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (40, 60)])
+def test_inner_folds_choose_what_plain_refits_choose(shape):
+    x, y = rows(*shape)
+    fold = folds_of(len(x), 4)
+    found = gf.cross_validate(x, y, fold, select="folds", inner=True)
+    for f in range(4):
+        errors, scores = np.zeros(12), np.zeros((12, 2))
+        for g in set(range(4)) - {f}:
+            train, test = (fold != f) & (fold != g), fold == g
+            for a, alpha in enumerate(gf.ALPHAS):
+                guess = Ridge(alpha).fit(x[train].double(), y[train]).predict(x[test].double())
+                errors[a] += ((y[test].numpy() - guess) ** 2).mean()
+                scores[a] += r2_score(y[test], guess, multioutput="raw_values") / 3
+        assert found.alpha[f] == pytest.approx(gf.ALPHAS[errors.argmin()])
+        np.testing.assert_allclose(found.inner_r2[f], scores[errors.argmin()], atol=1e-6)
+
+
+def test_inner_scores_do_not_need_inner_selection():
+    x, y = rows(300, 20)
+    fold = folds_of(len(x), 4)
+    by_folds = gf.cross_validate(x, y, fold, gf.ALPHAS[3:4], select="folds", inner=True)
+    by_loo = gf.cross_validate(x, y, fold, gf.ALPHAS[3:4], select="loo", inner=True)
+    torch.testing.assert_close(by_loo.inner_r2, by_folds.inner_r2, atol=1e-10, rtol=0)
+    assert gf.cross_validate(x, y, fold).inner_r2 is None
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (40, 60)])
+@pytest.mark.parametrize("kind", ["plain", "large_means"])
+def test_fit_is_scikit_learns(shape, kind):
+    x, y = rows(*shape, kind=kind)
+    model = SklearnRidgeCV(alphas=gf.ALPHAS).fit(x.double(), y)
+    found = gf.fit(x, y)
+    assert float(found.alpha[0]) == pytest.approx(model.alpha_)
+    np.testing.assert_allclose(found.coef[0].T, model.coef_, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(found.intercept[0], model.intercept_, rtol=1e-6, atol=1e-5)
+    assert found.r2 is None
+
+
+def test_a_gram_of_one_cell_is_fitted_whole():
+    x, y = rows()
+    found = gf.solve(gf.Gram(x.shape[1], 2).update(x, y))
+    expected = Ridge(float(found.alpha[0])).fit(x.double(), y)
+    np.testing.assert_allclose(found.coef[0].T, expected.coef_, rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(found.intercept[0], expected.intercept_, rtol=1e-7)
+    assert found.r2 is None
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (40, 60)])
+def test_fold_errors(shape):
+    x, y = rows(*shape)
+    fold = folds_of(len(x), 3)
+    found = fold_errors(x, y, fold, gf.ALPHAS[::3])
+    for f in range(3):
+        for a, alpha in enumerate(gf.ALPHAS[::3]):
+            train, test = fold != f, fold == f
+            guess = Ridge(alpha).fit(x[train].double(), y[train]).predict(x[test].double())
+            assert float(found[f, a]) == pytest.approx(((y[test].numpy() - guess) ** 2).mean(), rel=1e-7)
+
+
+def test_noise_is_not_read():
+    """The opposite: with no signal, nothing is found."""
+    x, y = rows(500, 30)
+    y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(0))]
+    assert float(gf.cross_validate(x, y, folds_of(500)).r2.mean()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y, f: (x, y * torch.tensor([1.0, 0.0]), f, gf.ALPHAS), "target 1 is constant"),
+        (lambda x, y, f: (x, y, f, [0.1, 0.0]), "alphas must be positive"),
+        (lambda x, y, f: (x, y, torch.zeros_like(f), gf.ALPHAS), "every row is in the same fold"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(300, 20), (40, 60)])
+def test_bad_input(change, message, shape):
+    x, y = rows(*shape)
+    with pytest.raises(ValueError, match=message):
+        gf.cross_validate(*change(x, y, folds_of(len(x))))
+
+
+def test_statistics_cannot_leave_one_out_nor_two_folds_be_inner():
+    x, y = rows()
+    gram = gf.Gram(x.shape[1], 2, 2).update(x, y, folds_of(len(x), 2))
+    with pytest.raises(ValueError, match="three folds or more"):
+        gf.solve(gram, select="folds")
+    with pytest.raises(ValueError, match="empty"):
+        gf.solve(gf.Gram(3, 1))

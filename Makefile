@@ -29,10 +29,10 @@ sanitize: $(VENV)/.dev
 	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m bench
+	$(BIN)/python bench/run.py
 
 bench-compare: $(VENV)/.dev
-	$(BIN)/python -m bench --compare
+	$(BIN)/python bench/run.py --compare
 
 clean:
 	rm -rf $(VENV) build

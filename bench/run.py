@@ -1,0 +1,71 @@
+"""Run the benchmarks and print, for every job, what each way costs beside geofast.
+
+    python bench/run.py              run all, print the table, write it to bench/results/
+    python bench/run.py -k pool      run some
+    python bench/run.py --compare    show pytest-benchmark's comparison of the last two runs
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+STORE = f"--benchmark-storage=file://{RESULTS / 'runs'}"
+
+
+def main(arguments):
+    if "--compare" in arguments:
+        saved = sorted((RESULTS / "runs").rglob("*.json"), key=lambda p: p.name)[-2:]
+        if len(saved) < 2:
+            sys.exit("two saved runs are needed: call `make bench` at both commits")
+        compare = ["compare", *map(str, saved), "--group-by=fullname", "--columns=median,iqr,rounds"]
+        return subprocess.call([Path(sys.executable).with_name("pytest-benchmark"), STORE, *compare])
+    pytest = [Path(sys.executable).with_name("pytest"), str(HERE), "-q", "--benchmark-autosave", STORE]
+    code = subprocess.call([*pytest, "--benchmark-quiet", "-W", "default", *arguments])
+    saved = sorted((RESULTS / "runs").rglob("*.json"), key=lambda p: p.stat().st_mtime)
+    if not saved:
+        return code
+    text = table(json.loads(saved[-1].read_text()))
+    print(text)
+    if not arguments:
+        (RESULTS / f"{platform.node() or 'machine'}.md").write_text(text)
+    return code
+
+
+def table(report):
+    """Return a Markdown table: by job, seconds a layer and the ratio to geofast's first way."""
+    lines = [f"Measured on {machine(report)}.", ""]
+    groups = {}
+    for b in report["benchmarks"]:
+        groups.setdefault(b["group"] or b["name"], []).append(b)
+    for group, members in groups.items():
+        lines += [f"**{group}**", "", "| way | milliseconds | ratio | note |", "|---|---|---|---|"]
+        first = seconds(members[0])
+        for b in members:
+            name = b["name"].split("[")[0].removeprefix("test_").replace("_", " ")
+            select = f" ({b['param']})" if b.get("param") and b is not members[0] else ""
+            note = "; ".join(f"{k} {v}" for k, v in b["extra_info"].items() if k != "layers")
+            lines.append(f"| {name}{select} | {1e3 * seconds(b):,.3g} | {seconds(b) / first:.3g} | {note} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def seconds(b):
+    """Return the median, a layer where the job has several."""
+    return b["stats"]["median"] / b["extra_info"].get("layers", 1)
+
+
+def machine(report):
+    info = report["machine_info"]
+    cpu = info.get("cpu", {})
+    parts = [f"{cpu.get('count', '?')} x {cpu.get('brand_raw', info['processor'])}", f"Python {info['python_version']}"]
+    parts += [f"{name} {version(name)}" for name in ("torch", "numpy", "scikit-learn", "himalaya")]
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

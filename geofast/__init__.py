@@ -14,7 +14,7 @@ from .pooling import Pool
 from .probe import probe
 from .ridge import ALPHAS, Solution, cross_validate, fit, solve
 from .rows import Rows
-from .run import Probe, Run
+from .run import Probe, Run, open  # noqa: A004 - gf.open
 
 if TYPE_CHECKING:
     from .estimator import RidgeCV
@@ -42,8 +42,6 @@ __all__ = [
     "probe",
     "solve",
 ]
-
-open = Run.open
 
 
 def __getattr__(name: str) -> Any:

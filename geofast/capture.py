@@ -62,7 +62,7 @@ def capture(
     body = model.body if isinstance(model, Model) else model
     wanted = match_sites(towers, sites)
     pools = _pools_by_tower(towers, wanted, pool)
-    recorder = _Recorder(body, {t.name: t for t in towers}, wanted, pools, rows or Rows())
+    recorder = _Recorder(body, {t.name: t for t in towers}, wanted, pools, Rows() if rows is None else rows)
     with ExitStack() as hooks:
         recorder.attach(hooks)
         yield recorder.rows

@@ -135,9 +135,9 @@ def _sites(o: argparse.Namespace) -> None:
 
 
 def _show(o: argparse.Namespace) -> None:
-    from .run import Run
+    from .run import open as open_run
 
-    _print(Run.open(o.folder), o.folder)
+    _print(open_run(o.folder), o.folder)
 
 
 def _print(run: Any, folder: Path) -> None:

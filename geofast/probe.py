@@ -211,7 +211,7 @@ def _tasks(table: pd.DataFrame, splits: Sequence[Split], group: str | None) -> l
     if group not in table:
         raise ValueError(f"there is no column {group!r} to group by; the samples have {', '.join(table)}")
     for value in sorted(table[group].dropna().unique(), key=str):
-        member = (table[group] == value).to_numpy()
+        member = (table[group] == value).to_numpy(copy=True)
         for split in splits:
             fold = torch.full((len(table),), -1)
             fold[torch.from_numpy(member)] = torch.from_numpy(split.assign(table[member]))

@@ -45,6 +45,9 @@ class Rows(Mapping[str, torch.Tensor]):
             msg = f"rows of {key!r} have width {store.shape[1]}; a batch came with width {dim}"
             raise ValueError(msg)
         elif need > len(store):
+            if self._folder is not None:
+                msg = f"rows on disk cannot grow: {need} rows came where {len(store)} fit"
+                raise ValueError(msg)
             grown = self._allocate(key, max(2 * len(store), need), dim)
             grown[: self.n] = store[: self.n]
             store = self._store[key] = grown
@@ -67,10 +70,10 @@ class Rows(Mapping[str, torch.Tensor]):
         """Bytes that the stored rows take."""
         return sum(4 * self.n * store.shape[1] for store in self._store.values())
 
+    # Rows made inside a forward pass are written to after it, which inference tensors forbid.
+    @torch.inference_mode(False)
     def _allocate(self, key: str, n: int, dim: int) -> torch.Tensor:
         if self._folder is None:
             return torch.empty(n, dim)
-        if key in self._store:
-            raise ValueError(f"rows on disk cannot grow: {n} rows came where {self._capacity} fit")
         path = self._folder / f"{key.replace('/', '_')}.rows"
         return torch.from_file(str(path), shared=True, size=n * dim).view(n, dim)

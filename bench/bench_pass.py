@@ -1,0 +1,145 @@
+"""The whole pass: what probing every site adds to the bare forward of the same model.
+
+Forwards are timed in pairs, bare and probed in turn, because the machine's clock drifts by more
+than the difference; the note gives the median of the paired ratios, and the share of the forward
+that was spent inside the hooks, which is the steadier figure.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import geofast as gf
+from geofast.rows import Rows
+
+PAIRS = 7
+
+
+def dinov2_small():
+    from transformers import Dinov2Config, Dinov2Model
+
+    return Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518)).eval()
+
+
+def clip_base():
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(CLIPVisionConfig(patch_size=16)).eval()
+
+
+def smollm2():
+    from transformers import LlamaConfig, LlamaModel
+
+    config = LlamaConfig(
+        hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        intermediate_size=1536, vocab_size=49152,
+    )  # fmt: skip
+    return LlamaModel(config).eval()
+
+
+def images(batch):
+    return {"pixel_values": torch.randn(batch, 3, 224, 224)}
+
+
+def texts(batch):
+    ids = torch.randint(2, 49000, (batch, 32))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+
+
+JOBS = {
+    "DINOv2-S": (dinov2_small, images, ["cls", "mean:patch"]),
+    "CLIP-B/16": (clip_base, images, ["cls", "mean:patch"]),
+    "SmolLM2-135M, 32 tokens": (smollm2, texts, ["last"]),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_probed_forward(benchmark, name):
+    torch.manual_seed(0)
+    make, inputs, pools = JOBS[name]
+    module, batch = make(), inputs(16)
+    hooks = _Stopwatch()
+    ratios, bare = [], []
+    with torch.inference_mode():
+        states = module(**batch, output_hidden_states=True).hidden_states
+
+        def probed():
+            with gf.capture(module, pool=pools, rows=Rows(16)) as rows:
+                hooks.watch(rows)
+                module(**batch)
+            return rows
+
+        rows = probed()
+        key = next(k for k in rows if k.endswith(f"embed/{pools[0]}"))
+        torch.testing.assert_close(rows[key], states[0][:, 0 if pools[0] == "cls" else -1])
+        hooks.seconds = 0.0
+        for _ in range(PAIRS):
+            start = time.perf_counter()
+            module(**batch)
+            middle = time.perf_counter()
+            probed()
+            end = time.perf_counter()
+            bare.append(middle - start)
+            ratios.append((end - middle) / (middle - start))
+        share = hooks.seconds / PAIRS / statistics.median(bare)
+        benchmark.group = f"whole pass: {name}, batch 16"
+        benchmark.extra_info["paired ratio"] = f"{statistics.median(ratios):.4f}"
+        benchmark.extra_info["in hooks"] = f"{100 * share:.2f} %"
+        benchmark.pedantic(probed, rounds=3)
+    assert share < 0.01
+
+
+class _Stopwatch:
+    """Seconds spent between a site's first touch of the rows and the end of its pooling."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def watch(self, rows):
+        import geofast.capture as module
+
+        plain = getattr(module._Recorder, "plain_read", module._Recorder._read)
+        module._Recorder.plain_read = plain
+
+        def timed(recorder, *args):
+            start = time.perf_counter()
+            plain(recorder, *args)
+            self.seconds += time.perf_counter() - start
+
+        module._Recorder._read = timed
+
+
+MEMORY = """
+import resource, sys, torch
+import bench_pass
+import geofast as gf
+make, inputs, pools = bench_pass.JOBS[sys.argv[1]]
+module, batch = make(), inputs(16)
+with torch.inference_mode():
+    if sys.argv[2] == "bare":
+        for _ in range(3): module(**batch)
+    else:
+        with gf.capture(module, pool=pools) as rows:
+            for _ in range(3): module(**batch)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_peak_memory(benchmark, name):
+    """Peak memory above the bare forward, in a process of its own each."""
+
+    def peak(way):
+        command = [sys.executable, "-c", MEMORY, name, way]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0])
+        return int(done.stdout) / 1024
+
+    bare = min(peak("bare") for _ in range(2))
+    above = benchmark.pedantic(lambda: min(peak("probed") for _ in range(2)) - bare, rounds=1)
+    benchmark.group = f"peak memory: {name}, batch 16"
+    benchmark.extra_info["MB above bare"] = f"{above:.1f} of {bare:.0f}"
+    assert above < 32

@@ -1,0 +1,207 @@
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.model_selection import KFold
+
+import geofast as gf
+from geofast.data import from_arrays
+from geofast.models.model import text_collate
+
+
+def painted(n=60, seed=0):
+    """Images whose colours say where they are."""
+    r = np.random.default_rng(seed)
+    lat, lon = r.uniform(-80, 80, n), r.uniform(-170, 170, n)
+    images = r.integers(0, 60, (n, 28, 28, 3))
+    images[..., 0] += ((lat + 90) / 180 * 190).astype(int)[:, None, None]
+    images[..., 1] += ((lon + 180) / 360 * 190).astype(int)[:, None, None]
+    return from_arrays(list(images.astype(np.uint8)), lat, lon, zone=np.where(lat > 0, "north", "south"))
+
+
+def pixels(images):
+    stacked = np.stack([np.asarray(image) for image in images])
+    return {"pixel_values": torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 128 - 1}
+
+
+@pytest.fixture(scope="module")
+def vision():
+    return gf.load(tiny.dinov2(), prepare=pixels)
+
+
+@pytest.fixture(scope="module")
+def run(vision):
+    return gf.probe(vision, painted(), pool=["cls", "mean:patch"], split=[gf.KFold(), gf.Blocks(30)], batch_size=7)
+
+
+def test_the_table_is_the_studys(vision, run):
+    samples = painted()
+    with gf.capture(vision, "vision.layers.1", "mean:patch") as rows:
+        vision.forward(vision.prepare([samples.load(i) for i in range(60)]))
+    x = rows["vision.layers.1/mean:patch"].double().numpy()
+    y = samples.table[["latitude", "longitude"]].to_numpy()
+    scores = []
+    for train, test in KFold(5, shuffle=True, random_state=42).split(x):
+        model = RidgeCV(alphas=gf.ALPHAS).fit(x[train], y[train])
+        scores.append(r2_score(y[test], model.predict(x[test]), multioutput="raw_values"))
+    scores = np.array(scores)
+    row = run.layers.query("site == 'vision.layers.1' and pool == 'mean:patch' and split == 'kfold'").iloc[0]
+    assert row["r2"] == pytest.approx(scores.mean(), abs=1e-5)
+    assert row["r2_latitude"] == pytest.approx(scores[:, 0].mean(), abs=1e-5)
+    assert row["r2_se"] == pytest.approx(scores.mean(1).std(ddof=1) / 5**0.5, abs=1e-5)
+    assert row["r2"] > 0.8
+    assert (row["n"], row["d"], row["layer"], row["tower"]) == (60, 32, 1, "vision")
+
+
+def test_every_site_pool_and_split_has_a_row(run):
+    assert len(run.layers) == 4 * 2 * 2
+    assert set(run.layers["split"]) == {"kfold", "blocks30"}
+    assert run.layers["median_km"].notna().all()
+    assert len(run.probes) == 8
+    assert set(run.predictions["split"]) == {"kfold", "blocks30"}
+    assert {"fold_kfold", "fold_blocks30"} <= set(run.samples)
+    assert run.info["counts"] == {"read": 60, "skipped": 0, "why": []}
+    assert "loo" in run.info["methods"][0]
+
+
+def test_the_honest_best_is_no_better_than_the_optimistic(run):
+    for split, honest in run.info["honest"].items():
+        best = run.layers.query(f"split == '{split}'")["r2"].max()
+        assert honest["r2"] <= best + 1e-12
+        assert len(honest["chosen"]) == 5
+
+
+def test_probes_predict(run):
+    probe = run.best
+    key = f"{probe.site}/{probe.pool}"
+    guess = probe(run.rows[key].numpy())
+    assert r2_score(run.samples[["latitude", "longitude"]], guess) > 0.9
+
+
+def test_statistics_alone_find_the_same(vision, run):
+    found = gf.probe(vision, painted(), pool=["cls", "mean:patch"], split=[gf.KFold(), gf.Blocks(30)], storage="gram")
+    both = gf.probe(vision, painted(), pool=["cls", "mean:patch"], split=[gf.KFold(), gf.Blocks(30)], select="gcv", storage="rows")
+    assert found.rows is None
+    assert "median_km" not in found.layers
+    assert "mae_latitude" not in found.layers
+    pd.testing.assert_frame_equal(found.layers, both.layers[found.layers.columns], rtol=1e-5)
+    assert found.info["honest"]["kfold"]["site"] == both.info["honest"]["kfold"]["site"]
+    with pytest.raises(ValueError, match="select='loo' needs rows"):
+        gf.probe(vision, painted(), storage="gram", select="loo")
+
+
+def test_groups_are_probed_on_their_own(vision):
+    found = gf.probe(vision, painted(), sites="vision.layers.2", group="zone")
+    assert set(found.layers["group"]) == {"", "north", "south"}
+    samples = painted()
+    north = np.flatnonzero(samples.table["zone"] == "north")
+    alone = gf.probe(vision, samples.take(north), sites="vision.layers.2")
+    row = found.layers.query("group == 'north'").iloc[0]
+    assert row["r2"] == pytest.approx(alone.layers["r2"].iloc[0], abs=1e-6)
+    assert row["n"] == len(north)
+    summed = gf.probe(vision, samples, sites="vision.layers.2", group="zone", storage="gram")
+    again = gf.probe(vision, samples, sites="vision.layers.2", group="zone", select="gcv")
+    pd.testing.assert_frame_equal(summed.layers, again.layers[summed.layers.columns], rtol=1e-4)
+
+
+def test_baselines_stand_beside(vision):
+    noise = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
+    found = gf.probe(vision, painted(), sites="vision.layers.1", pool="mean:patch", baselines={"noise": noise})
+    control = found.layers.query("control == 'noise'").iloc[0]
+    assert control["r2"] < 0.2
+    assert found.layers.query("control == ''")["r2"].iloc[0] > 0.8
+    assert found.best.site == "vision.layers.1"
+
+
+def test_bad_samples_are_counted_and_left_out(vision, tmp_path):
+    from PIL import Image
+
+    samples = painted(40)
+    rows = []
+    for i in range(40):
+        samples.load(i).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "latitude": samples.table["latitude"][i], "longitude": samples.table["longitude"][i]})
+    (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:200])
+    rows[9]["latitude"] = 91
+    pd.DataFrame(rows).to_csv(tmp_path / "photos.csv", index=False)
+    found = gf.probe(vision, tmp_path / "photos.csv", workers=1)
+    assert found.info["counts"]["read"] == 38
+    assert found.info["counts"]["skipped"] == 2
+    assert any("7.png" in why for why in found.info["counts"]["why"])
+    assert len(found.samples) == len(found.rows["vision.embed/cls"]) == 38
+    keep = [i for i in range(40) if i not in (7, 9)]
+    clean = gf.probe(vision, samples.take(np.array(keep)))
+    np.testing.assert_allclose(found.layers["r2"], clean.layers["r2"], atol=1e-6)
+    with pytest.raises(ValueError, match="7.png"):
+        gf.probe(vision, tmp_path / "photos.csv", strict=True)
+    assert Image
+
+
+@pytest.fixture(scope="module")
+def language():
+    module = tiny.llama()
+    return gf.load(module, prepare=text_collate(tiny.tokenizer(), module.base_model))
+
+
+def named(n=40):
+    r = np.random.default_rng(1)
+    words = [f"w{i} w{(7 * i) % 90}" + " w3" * int(i % 4) for i in range(n)]
+    return from_arrays(words, r.uniform(-80, 80, n), r.uniform(-170, 170, n), country=[f"w{i % 5}" for i in range(n)])
+
+
+def test_prompts_and_order(language):
+    """Batches go longest first; rows come back in the order of the samples."""
+    found = gf.probe(language, named(), prompts=["{text}", "w9 {text} w8 {country}"], batch_size=3)
+    assert set(found.layers["prompt"]) == {"{text}", "w9 {text} w8 {country}"}
+    samples = named()
+    with gf.capture(language) as rows:
+        for i in range(40):
+            text = f"w9 {samples.load(i)} w8 {samples.table['country'][i]}"
+            language.forward(language.prepare([text]))
+    torch.testing.assert_close(found.rows["lm.layers.2/last/w9 {text} w8 {country}"], rows["lm.layers.2/last"], atol=2e-6, rtol=1e-5)
+
+
+def test_group_folds_keep_groups_together(language):
+    found = gf.probe(language, named(), split=gf.GroupKFold("country"))
+    folds = found.samples.groupby("country")["fold_group:country"].nunique()
+    assert (folds == 1).all()
+
+
+def test_storage_is_chosen_and_said(language, capsys):
+    gf.probe(language, named(), progress=True)
+    said = capsys.readouterr().out
+    assert "keeping pooled rows (chosen: rows need" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": ["{town}"]}, "names 'town'; the samples have"),
+        ({"sites": "vision.*"}, "no site matches 'vision.*'"),
+        ({"split": gf.KFold(50)}, "50"),
+        ({"split": gf.GroupKFold("region")}, "region"),
+        ({"split": []}, "no split was given"),
+        ({"split": [gf.KFold(), gf.KFold()]}, "same name: kfold, kfold"),
+        ({"targets": ["population"]}, "target 'population' is not a numeric column"),
+        ({"group": "region"}, "no column 'region' to group by"),
+        ({"storage": "disk"}, "storage must be auto, rows or gram; got 'disk'"),
+        ({"pool": "median"}, "unknown pool 'median'"),
+    ],
+)
+def test_bad_arguments(language, change, message):
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        gf.probe(language, named(), **change)
+
+
+def test_a_constant_target_is_named(language):
+    samples = from_arrays(["w1", "w2"] * 20, [10.0] * 40, list(range(40)))
+    with pytest.raises(ValueError, match=r"target 'latitude' is 10.0 for every sample"):
+        gf.probe(language, samples)
+
+
+def test_images_are_no_text(language):
+    with pytest.raises(ValueError, match="reads text; .* holds image"):
+        gf.probe(language, painted())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ def batches(
     transform: Callable[[Any], Any] | None = None,
     workers: int = 0,
     strict: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Load, transform and group samples, in order.
 
     Parameters
@@ -76,7 +76,7 @@ def batches(
     return _stream(_Batches(samples, parts, transform), workers, strict)
 
 
-def _stream(dataset: _Batches, workers: int, strict: bool) -> Iterator[Batch]:
+def _stream(dataset: _Batches, workers: int, strict: bool) -> Generator[Batch]:
     loaded = 0
     first: tuple[Skipped, ...] = ()
     source = _ahead(dataset, workers) if workers else _here(dataset)

@@ -36,7 +36,8 @@ Select = Literal["gcv", "loo", "folds"]
 _STEPS = 10  # Lanczos steps: a neighbouring alpha is exact to 1e-8, one three decades off to 10 %
 _PROBES = 6  # random sign vectors for the trace
 _TIE = 1e-3  # curves closer than this (relative, plus 4 standard errors) are decided by exact traces
-_REFINED = 1e-18  # stop when the residual's energy is below this share of the solution's
+_REFINED = 1e-17  # refine until what is left has this share of the solution's energy (error squared)
+_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -320,10 +321,10 @@ def _solve_in(
     c, e = train.stats.shift[:d], train.stats.shift[d:]
     intercept = e + train.y_mean - torch.einsum("mkd,md->mk", w, c + train.mean)
     r2 = mse = predictions = None
-    if scored:
+    if scored and rows is not None and projected is not None:
+        predictions, r2, mse = _score_rows(train, rows, projected)
+    elif scored:
         r2, mse = _held_out(train, w)
-    if rows is not None and projected is not None:
-        predictions, r2, mse = _score_rows(train, rows, projected, w)
     name = str(dtype).removeprefix("torch.")
     against = "rows" if rows is not None else "statistics"
     method = f"{select}; Cholesky in {name}, refined in float64 against the {against}"
@@ -337,47 +338,65 @@ def _select_gcv(
     train: _Training, alphas: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the index of the alpha of least GCV [M], and the factors there [M, d, d]."""
-    m = len(train.n)
-    held = train.stats.held
+    pole = torch.full((len(train.n),), len(alphas) // 2)
+    if len(pole) > 1:
+        # One training set shows where the others' minimum will be: most then need one factor.
+        first = torch.tensor([0])
+        pole[:] = _walk_gcv(_subset(train, first), alphas, dtype, pole[first]).pole
+    return _settle_ties(train, alphas, _walk_gcv(train, alphas, dtype, pole))
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Where moving each pole to the minimum of its own curve came to rest."""
+
+    pole: torch.Tensor  # [M]
+    factor: torch.Tensor  # [M, d, d], at the pole
+    curve: torch.Tensor  # [M, A]
+    noise: torch.Tensor  # [M, A]: standard error of curve / curve at the pole
+
+
+def _walk_gcv(
+    train: _Training, alphas: torch.Tensor, dtype: torch.dtype, pole: torch.Tensor
+) -> _Walk:
+    m, held, pole = len(pole), train.stats.held, pole.clone()
     signs = torch.randint(0, 2, (_PROBES, train.dim), generator=torch.Generator().manual_seed(0))
     signs = (2.0 * signs - 1.0).to(dtype)
-    pole = torch.full((m,), len(alphas) * 2 // 3)
-    factor = train.factor(held, alphas[pole], dtype)
     curve = torch.empty(m, len(alphas), dtype=torch.float64)
     noise = torch.empty_like(curve)
     visited = torch.zeros(m, len(alphas), dtype=torch.bool)
     todo = torch.arange(m)
+    factor = torch.empty(0)
     while len(todo):
-        whole = len(todo) == m
-        part = factor if whole else factor[todo]
+        part = train.factor(held[todo], alphas[pole[todo]], dtype)
+        if len(todo) == m:
+            factor = part
+        else:
+            factor[todo] = part
         start = torch.cat([train.b[todo].to(dtype), signs.expand(len(todo), -1, -1)], 1)
-        quadrature = _lanczos(part, start)
-        curve[todo], noise[todo] = _gcv(train, todo, alphas, alphas[pole[todo]], quadrature)
+        curve[todo], noise[todo] = _gcv(
+            train, todo, alphas, alphas[pole[todo]], _lanczos(part, start)
+        )
         visited[todo, pole[todo]] = True
         best = curve[todo].argmin(1)
         moves = ~visited[todo, best]
-        todo, best = todo[moves], best[moves]
-        if len(todo):
-            pole[todo] = best
-            factor[todo] = train.factor(held[todo], alphas[best], dtype)
-    return _settle_ties(train, alphas, curve, noise, pole, factor)
+        todo = todo[moves]
+        pole[todo] = best[moves]
+    return _Walk(pole, factor, curve, noise)
 
 
 def _settle_ties(
     train: _Training,
     alphas: torch.Tensor,
-    curve: torch.Tensor,
-    noise: torch.Tensor,
-    pole: torch.Tensor,
-    factor: torch.Tensor,
+    walk: _Walk,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a second alpha is too close for the estimated trace, compare exact ones."""
-    rows = torch.arange(len(pole))
-    at_pole = curve[rows, pole]
-    gap = curve / at_pole[:, None] - 1.0
-    gap[rows, pole] = torch.inf
+    pole, factor = walk.pole, walk.factor
+    sets = torch.arange(len(pole))
+    gap = walk.curve / walk.curve[sets, pole][:, None] - 1.0
+    gap[sets, pole] = torch.inf
     rival = gap.argmin(1)
-    close = (gap[rows, rival] < _TIE + 4.0 * noise[rows, rival]).nonzero()[:, 0]
+    close = (gap[sets, rival] < _TIE + 4.0 * walk.noise[sets, rival]).nonzero()[:, 0]
     if not len(close):
         return pole, factor
     ops = _ops.backend(factor.device)
@@ -587,31 +606,32 @@ def _refine(
     """
     w = torch.zeros_like(train.b)
     projected = None
-    residual, energy, scale = train.b, torch.tensor(torch.inf), None
-    training = rows.training if rows is not None else None
-    if training is not None and sets is not None:
-        training = training[:, sets]
-    for _ in range(20):
+    residual, energies = train.b, []
+    training = None if rows is None else rows.training if sets is None else rows.training[:, sets]
+    for _ in range(_ROUNDS):
         step = _apply_inverse(factor, residual)
-        before, energy = energy, (step * residual).sum(-1).abs()
-        scale = energy if scale is None else scale
-        if bool((energy > 0.25 * before).any()) and bool((energy > _REFINED * scale).any()):
-            raise _NotPositive
         w = w + step
-        done = bool((energy <= _REFINED * scale).all())
+        energies.append((step * residual).sum(-1).abs())
         if rows is not None:
-            assert training is not None
             delta = _project(rows.x, train, step)
             projected = delta if projected is None else projected + delta
-            if done:
-                break
+        if len(energies) > 1 and _settled(energies):
+            return w, projected
+        if rows is not None and projected is not None and training is not None:
             error = _errors(train, rows, projected, training)
             residual = _project_t(rows.x, train, error) - alpha[:, None, None] * w
         else:
-            if done:
-                break
             residual = train.b - _apply_matrix(train, w) - alpha[:, None, None] * w
-    return w, projected
+    raise _NotPositive
+
+
+def _settled(energies: list[torch.Tensor]) -> bool:
+    """Whether the next correction would be negligible, at the rate of the last; all [M, k]."""
+    first, before, last = energies[0], energies[-2], energies[-1]
+    small = last <= _REFINED * first
+    if bool((~small & (last > 0.25 * before)).any()):
+        raise _NotPositive
+    return bool((small | (last * (last / before) <= _REFINED * first)).all())
 
 
 def _project(x: torch.Tensor, train: _Training, w: torch.Tensor) -> torch.Tensor:
@@ -648,11 +668,9 @@ def _predict(
 
 
 def _score_rows(
-    train: _Training, rows: _Rows, projected: torch.Tensor, w: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    train: _Training, rows: _Rows, projected: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Held-out predictions [n, k], R2 and MSE [F, k]."""
-    if int(rows.fold.min()) < 0:
-        return None, None, None
     everyone = _predict(train, rows, projected, rows.training)
     held = everyone[torch.arange(len(rows.x)), rows.fold]
     r2, mse = fold_r2(held, rows.y, rows.fold, rows.folds)

@@ -38,6 +38,7 @@ _PROBES = 6  # random sign vectors for the trace
 _TIE = 1e-3  # curves closer than this (relative, plus 4 standard errors) are decided by exact traces
 _REFINED = 1e-17  # refine until what is left has this share of the solution's energy (error squared)
 _ROUNDS = 20
+_WIDE_ROWS = 1000  # up to here X X' takes a moment whatever the width
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def cross_validate(
     if int(torch.bincount(fold, minlength=n_folds).max()) == len(x):
         raise ValueError("every row is in the same fold: nothing is left to train on")
     rows = _Rows(x, y.double(), fold, n_folds)
-    if rows.smallest_training_part < x.shape[1]:
+    if rows.are_wide:
         return _solve_wide(rows, alphas, select, inner)
     return _solve_rows(rows, y.shape[1], alphas, select, inner, scored=True)
 
@@ -147,7 +148,7 @@ def fit(
     if select == "folds":
         raise ValueError("select='folds' needs folds: use cross_validate")
     rows = _Rows(x, y.double(), torch.full((len(x),), -1), 1)
-    if len(x) < x.shape[1]:
+    if rows.are_wide:
         return replace(_solve_wide(rows, alphas, select, False), r2=None, mse=None, predictions=None)
     found = _solve_rows(rows, y.shape[1], alphas, select, False, scored=False)
     return replace(found, predictions=None)
@@ -163,7 +164,7 @@ def fold_errors(
     grid, folds = torch.as_tensor(alphas, dtype=torch.float64), int(fold.max()) + 1
     rows = _Rows(x, y.double(), fold, folds)
     out = torch.empty(folds, len(grid), dtype=torch.float64)
-    if rows.smallest_training_part < x.shape[1]:
+    if rows.are_wide:
         for f in range(folds):
             out[f] = _wide_scores(x.double(), rows, fold != f, fold == f, grid)[1].mean(-1)
         return out
@@ -242,8 +243,10 @@ class _Rows:
         return self.fold[:, None] != torch.arange(self.folds)
 
     @property
-    def smallest_training_part(self) -> int:
-        return int(self.training.sum(0).min())
+    def are_wide(self) -> bool:
+        """Whether X X' is the cheaper way: its eigenvectors cost as much as 40 factors of X'X."""
+        n, d = int(self.training.sum(0).min()), self.x.shape[1]
+        return n < d and (n <= _WIDE_ROWS or 3 * n < d)
 
 
 def _solve_rows(
@@ -341,7 +344,7 @@ def _select_gcv(
     pole = torch.full((len(train.n),), len(alphas) // 2)
     if len(pole) > 1:
         # One training set shows where the others' minimum will be: most then need one factor.
-        first = torch.tensor([0])
+        first = slice(1)
         pole[:] = _walk_gcv(_subset(train, first), alphas, dtype, pole[first]).pole
     return _settle_ties(train, alphas, _walk_gcv(train, alphas, dtype, pole))
 
@@ -368,11 +371,10 @@ def _walk_gcv(
     todo = torch.arange(m)
     factor = torch.empty(0)
     while len(todo):
-        part = train.factor(held[todo], alphas[pole[todo]], dtype)
-        if len(todo) == m:
-            factor = part
+        if len(todo) == m:  # no copy of the largest tensors
+            factor = part = train.factor(held, alphas[pole], dtype)
         else:
-            factor[todo] = part
+            factor[todo] = part = train.factor(held[todo], alphas[pole[todo]], dtype)
         start = torch.cat([train.b[todo].to(dtype), signs.expand(len(todo), -1, -1)], 1)
         curve[todo], noise[todo] = _gcv(
             train, todo, alphas, alphas[pole[todo]], _lanczos(part, start)
@@ -700,7 +702,7 @@ def _apply_matrix(train: _Training, w: torch.Tensor) -> torch.Tensor:
 def _held_out(train: _Training, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """R2 and MSE of each training set on its own held-out part: [F, k] each."""
     scores = [
-        _scores_on(h, _subset(train, torch.tensor([i])), w[i : i + 1])
+        _scores_on(h, _subset(train, slice(i, i + 1)), w[i : i + 1])
         for i, h in enumerate(train.stats.held)
     ]
     return torch.cat([s[0] for s in scores]), torch.cat([s[1] for s in scores])
@@ -725,7 +727,7 @@ def _scores_on(
     return torch.where(sst > 0, 1.0 - sse / sst, torch.nan), sse / n
 
 
-def _subset(train: _Training, sets: torch.Tensor) -> _Training:
+def _subset(train: _Training, sets: torch.Tensor | slice) -> _Training:
     fields = {f: getattr(train, f)[sets] for f in ("n", "mean", "y_mean", "b", "yy")}
     return replace(train, stats=replace(train.stats, held=train.stats.held[sets]), **fields)
 

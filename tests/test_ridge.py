@@ -8,6 +8,7 @@ from sklearn.model_selection import KFold
 from synthetic import KINDS, rows
 
 import geofast as gf
+from geofast import ridge
 from geofast.ridge import fold_errors
 
 
@@ -61,6 +62,21 @@ def test_fewer_rows_than_features(kind, shape):
     x, y = rows(*shape, kind=kind)
     fold = folds_of(len(x))
     assert_same(gf.cross_validate(x, y, fold), study(x, y, fold))
+
+
+@pytest.mark.parametrize("select", ["loo", "gcv"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_rows_than_features_through_the_gram(monkeypatch, kind, select):
+    """What is done when there are many of both; shown on few."""
+    x, y = rows(100, 90, kind=kind)
+    fold = folds_of(len(x))
+    through_rows = gf.cross_validate(x, y, fold, select=select)
+    monkeypatch.setattr(ridge, "_WIDE_ROWS", 0)
+    found = gf.cross_validate(x, y, fold, select=select)
+    assert "Cholesky" in found.method
+    assert "X X'" in through_rows.method
+    torch.testing.assert_close(found.alpha, through_rows.alpha)
+    torch.testing.assert_close(found.r2, through_rows.r2, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

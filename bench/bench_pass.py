@@ -135,7 +135,9 @@ def test_peak_memory(benchmark, name):
 
     def peak(way):
         command = [sys.executable, "-c", MEMORY, name, way]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0])
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0]
+        )
         return int(done.stdout) / 1024
 
     bare = min(peak("bare") for _ in range(2))

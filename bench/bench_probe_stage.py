@@ -5,9 +5,9 @@ peers run on fewer layers, since every layer costs them the same; the table comp
 """
 
 import numpy as np
+import peers
 import pytest
 import torch
-import peers
 from inputs import layer, study_folds, targets
 
 import geofast as gf
@@ -63,7 +63,9 @@ def test_study(benchmark, job, answer):
 
 def test_torch_cholesky(benchmark, job, answer):
     xs, y, fold, group = job
-    r2 = measure(benchmark, group, 1, 3 if xs[0].shape[1] < 1000 else 1, peers.torch_cholesky, xs[0], y, fold)
+    r2 = measure(
+        benchmark, group, 1, 3 if xs[0].shape[1] < 1000 else 1, peers.torch_cholesky, xs[0], y, fold
+    )
     if answer is not None:
         np.testing.assert_allclose(r2.mean(), answer[1].mean(), atol=5e-3)
 

@@ -53,7 +53,10 @@ def torch_cholesky(x, y, fold):
     parts = [(x[fold == f], y[fold == f]) for f in range(folds)]
     grams = torch.stack([a.T @ a for a, _ in parts])
     cross = torch.stack([a.T @ b for a, b in parts])
-    sums, y_sums = torch.stack([a.sum(0) for a, _ in parts]), torch.stack([b.sum(0) for _, b in parts])
+    sums, y_sums = (
+        torch.stack([a.sum(0) for a, _ in parts]),
+        torch.stack([b.sum(0) for _, b in parts]),
+    )
     r2 = torch.empty(folds, len(alphas), y.shape[1], dtype=torch.float64)
     for f, (xt, yt) in enumerate(parts):
         n = len(x) - len(xt)

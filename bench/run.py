@@ -1,8 +1,8 @@
 """Run the benchmarks and print, for every job, what each way costs beside geofast.
 
-    python bench/run.py              run all, print the table, write it to bench/results/
-    python bench/run.py -k pool      run some
-    python bench/run.py --compare    show pytest-benchmark's comparison of the last two runs
+python bench/run.py              run all, print the table, write it to bench/results/
+python bench/run.py -k pool      run some
+python bench/run.py --compare    show pytest-benchmark's comparison of the last two runs
 """
 
 import json
@@ -22,9 +22,22 @@ def main(arguments):
         saved = sorted((RESULTS / "runs").rglob("*.json"), key=lambda p: p.name)[-2:]
         if len(saved) < 2:
             sys.exit("two saved runs are needed: call `make bench` at both commits")
-        compare = ["compare", *map(str, saved), "--group-by=fullname", "--columns=median,iqr,rounds"]
-        return subprocess.call([Path(sys.executable).with_name("pytest-benchmark"), STORE, *compare])
-    pytest = [Path(sys.executable).with_name("pytest"), str(HERE), "-q", "--benchmark-autosave", STORE]
+        compare = [
+            "compare",
+            *map(str, saved),
+            "--group-by=fullname",
+            "--columns=median,iqr,rounds",
+        ]
+        return subprocess.call(
+            [Path(sys.executable).with_name("pytest-benchmark"), STORE, *compare]
+        )
+    pytest = [
+        Path(sys.executable).with_name("pytest"),
+        str(HERE),
+        "-q",
+        "--benchmark-autosave",
+        STORE,
+    ]
     code = subprocess.call([*pytest, "--benchmark-quiet", "-W", "default", *arguments])
     saved = sorted((RESULTS / "runs").rglob("*.json"), key=lambda p: p.stat().st_mtime)
     if not saved:
@@ -49,7 +62,9 @@ def table(report):
             name = b["name"].split("[")[0].removeprefix("test_").replace("_", " ")
             select = f" ({b['param']})" if b.get("param") and b is not members[0] else ""
             note = "; ".join(f"{k} {v}" for k, v in b["extra_info"].items() if k != "layers")
-            lines.append(f"| {name}{select} | {1e3 * seconds(b):,.3g} | {seconds(b) / first:.3g} | {note} |")
+            lines.append(
+                f"| {name}{select} | {1e3 * seconds(b):,.3g} | {seconds(b) / first:.3g} | {note} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -62,7 +77,10 @@ def seconds(b):
 def machine(report):
     info = report["machine_info"]
     cpu = info.get("cpu", {})
-    parts = [f"{cpu.get('count', '?')} x {cpu.get('brand_raw', info['processor'])}", f"Python {info['python_version']}"]
+    parts = [
+        f"{cpu.get('count', '?')} x {cpu.get('brand_raw', info['processor'])}",
+        f"Python {info['python_version']}",
+    ]
     parts += [f"{name} {version(name)}" for name in ("torch", "numpy", "scikit-learn", "himalaya")]
     return ", ".join(parts)
 

@@ -14,7 +14,7 @@ from .pooling import Pool
 from .probe import probe
 from .ridge import ALPHAS, Solution, cross_validate, fit, solve
 from .rows import Rows
-from .run import Probe, Run, open  # noqa: A004 - gf.open
+from .run import Probe, Run, open
 
 if TYPE_CHECKING:
     from .estimator import RidgeCV

@@ -17,6 +17,18 @@ from .rows import Rows
 Pools = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 
+class NonFiniteError(FloatingPointError):
+    """A pooled value is NaN or infinite; `sample` is its place in the batch."""
+
+    def __init__(self, key: str, sample: int, dtype: torch.dtype) -> None:
+        self.sample = sample
+        advice = "; load the model with dtype=torch.float32 or bfloat16"
+        super().__init__(
+            f"{key}: sample {sample} of the batch has NaN or infinite activations in "
+            f"{str(dtype).removeprefix('torch.')}{advice if dtype == torch.float16 else ''}"
+        )
+
+
 @contextmanager
 def capture(
     model: Model | nn.Module,
@@ -53,8 +65,8 @@ def capture(
     ------
     ValueError
         When a pattern matches no site, a pool is unknown, or a sample has no token to pool.
-    FloatingPointError
-        When a pooled value is NaN or infinite; the message names site, sample and dtype.
+    NonFiniteError
+        A FloatingPointError, when a pooled value is NaN or infinite; names site, sample and dtype.
     RuntimeError
         When a site did not run in a forward pass.
     """
@@ -62,7 +74,9 @@ def capture(
     body = model.body if isinstance(model, Model) else model
     wanted = match_sites(towers, sites)
     pools = _pools_by_tower(towers, wanted, pool)
-    recorder = _Recorder(body, {t.name: t for t in towers}, wanted, pools, Rows() if rows is None else rows)
+    recorder = _Recorder(
+        body, {t.name: t for t in towers}, wanted, pools, Rows() if rows is None else rows
+    )
     with ExitStack() as hooks:
         recorder.attach(hooks)
         yield recorder.rows
@@ -108,7 +122,9 @@ class _Recorder:
         hooks.callback(start.remove)
         for site in self._sites:
             if site.at == "input":
-                handle = site.module.register_forward_pre_hook(self._input_hook(site), with_kwargs=True)
+                handle = site.module.register_forward_pre_hook(
+                    self._input_hook(site), with_kwargs=True
+                )
             else:
                 handle = site.module.register_forward_hook(self._output_hook(site))
             hooks.callback(handle.remove)
@@ -142,10 +158,13 @@ class _Recorder:
         if hidden.ndim == 2:
             hidden = hidden[:, None]
         if hidden.ndim != 3:
-            msg = f"{site.name} gave hidden states of shape {list(hidden.shape)}, not [batch, tokens, dim]"
+            shape = list(hidden.shape)
+            msg = f"{site.name} gave hidden states of shape {shape}, not [batch, tokens, dim]"
             raise ValueError(msg)
         if site.name in self._seen:
-            raise RuntimeError(f"{site.name} ran twice in one forward pass; its rows would be mixed")
+            raise RuntimeError(
+                f"{site.name} ran twice in one forward pass; its rows would be mixed"
+            )
         batch, _, dim = hidden.shape
         if self._batch not in (None, batch):
             msg = f"{site.name} saw {batch} samples where the sites before it saw {self._batch}"
@@ -178,17 +197,15 @@ class _Recorder:
         for key, rows in zip(keys, room, strict=True):
             if not torch.isfinite(rows).all():
                 bad = int((~torch.isfinite(rows).all(1)).nonzero()[0])
-                msg = (
-                    f"{key}: sample {bad} of the batch (sample {self.rows.n + bad} of the pass) has "
-                    f"NaN or infinite activations in {str(dtype).removeprefix('torch.')}"
-                    + ("; load the model with dtype=torch.float32 or bfloat16" if dtype == torch.float16 else "")
-                )
-                raise FloatingPointError(msg)
+                raise NonFiniteError(key, bad, dtype)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         missed = [s.name for s in self._sites if s.name not in self._seen]
         if missed:
-            msg = f"{missed[0]} did not run in this forward pass ({len(missed)} sites missed); leave it out of sites="
+            msg = (
+                f"{missed[0]} did not run in this forward pass ({len(missed)} sites missed); "
+                "leave it out of sites="
+            )
             raise RuntimeError(msg)
         self.rows.commit(self._batch or 0)
 
@@ -206,7 +223,8 @@ def token_roles(tower: Tower, hidden: torch.Tensor, mask: torch.Tensor | None) -
     roles = bits.to(hidden.device).repeat(batch, 1)
     if mask is not None:
         if mask.shape != roles.shape:
-            msg = f"attention_mask is {list(mask.shape)} for hidden states of {batch} x {tokens} tokens"
+            shape = list(mask.shape)
+            msg = f"attention_mask is {shape} for hidden states of {batch} x {tokens} tokens"
             raise ValueError(msg)
         roles *= mask.to(roles.device, torch.uint8)
     return roles
@@ -217,8 +235,6 @@ def _require_tokens(pools: Sequence[Pool], roles: torch.Tensor, site: Site) -> N
         for _, role in p.parts:
             empty = ((roles >> role_bit(role)) & 1).sum(1) == 0
             if empty.any():
-                msg = (
-                    f"pool {p.name!r} at {site.name}: sample {int(empty.nonzero()[0])} of the batch "
-                    f"has no {role} token"
-                )
-                raise ValueError(msg)
+                first = int(empty.nonzero()[0])
+                msg = f"sample {first} of the batch has no {role} token"
+                raise ValueError(f"pool {p.name!r} at {site.name}: {msg}")

@@ -30,12 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="geofast", description="Where does a model keep the place? Probe every layer in one pass."
+        prog="geofast",
+        description="Where does a model keep the place? Probe every layer in one pass.",
     )
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="probe a real model on real data, from the package index")
+    demo = commands.add_parser(
+        "demo", help="probe a real model on real data, from the package index"
+    )
     demo.add_argument("name", choices=["satellite", "cities"])
     demo.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     demo.add_argument("--samples", type=int, help="fewer samples, for a quick look")
@@ -68,7 +71,9 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
     data.add_argument("--group", help="also probe each value of this column on its own")
     data.add_argument("--strict", action="store_true", help="stop at the first bad sample")
     what = probe.add_argument_group("what is read")
-    what.add_argument("--sites", nargs="+", help="names or globs, as 'lm.layers.*' (default: all layers)")
+    what.add_argument(
+        "--sites", nargs="+", help="names or globs, as 'lm.layers.*' (default: all layers)"
+    )
     what.add_argument("--pool", nargs="+", help="cls, last, mean, max, min; mean:patch; a+b")
     what.add_argument("--prompt", nargs="+", help="templates for text, as 'The city of {text}'")
     how = probe.add_argument_group("how it is scored")
@@ -96,7 +101,12 @@ def _probe(o: argparse.Namespace) -> None:
 
     _refuse_taken(o.out, o.overwrite)
     samples = read(
-        o.data, image=o.image, text=o.text, latitude=o.latitude, longitude=o.longitude, strict=o.strict
+        o.data,
+        image=o.image,
+        text=o.text,
+        latitude=o.latitude,
+        longitude=o.longitude,
+        strict=o.strict,
     )
     optional: dict[str, Any] = {}
     if o.targets:

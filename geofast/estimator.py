@@ -73,7 +73,9 @@ class RidgeCV(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[
     def predict(self, X: Any) -> Any:
         """Predict targets of rows [n_samples, n_features]."""
         check_is_fitted(self)
-        rows = validate_data(self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32, np.float16])
+        rows = validate_data(
+            self, _to_numpy(X), reset=False, dtype=[np.float64, np.float32, np.float16]
+        )
         coef, intercept = _to_numpy(self.coef_), _to_numpy(self.intercept_)
         return _like(torch.from_numpy(rows.astype(np.float64) @ coef.T + intercept), X)
 
@@ -98,10 +100,14 @@ class RidgeCV(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[
         fold = torch.full((len(x),), -1)
         for f, (_, test) in enumerate(check_cv(self.cv).split(x.numpy(), y.numpy())):
             if bool((fold[test] >= 0).any()):
-                raise ValueError(f"cv={self.cv!r} tests a sample twice; its folds must partition the samples")
+                raise ValueError(
+                    f"cv={self.cv!r} tests a sample twice; its folds must partition the samples"
+                )
             fold[test] = f
         if bool((fold < 0).any()):
-            raise ValueError(f"cv={self.cv!r} leaves samples untested; its folds must partition the samples")
+            raise ValueError(
+                f"cv={self.cv!r} leaves samples untested; its folds must partition the samples"
+            )
         errors = fold_errors(x, y, fold, self.alphas).mean(0)
         return fit(x, y, [self.alphas[int(errors.argmin())]], select="gcv")
 

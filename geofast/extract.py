@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from .capture import Pools, capture
+from .capture import NonFiniteError, Pools, capture
 from .data import Samples
 from .data.samples import Skipped
 from .data.stream import batches
@@ -19,7 +20,9 @@ from .gram import Gram
 from .models import Model
 from .rows import Rows
 
-_FLUSH = 2048  # rows of a site that are added to its Grams at once: fewer would read the Grams too often
+_FLUSH = (
+    2048  # rows of a site that are added to its Grams at once: fewer would read the Grams too often
+)
 
 
 @dataclass
@@ -69,7 +72,10 @@ def extract(
         For NaN or infinite activations, naming site, sample and dtype.
     """
     labels = prompts if len(prompts) > 1 else [""]
-    bar = tqdm(total=len(samples) * len(prompts), unit="sample", disable=not progress, desc=model.name)
+    bar = tqdm(
+        total=len(samples) * len(prompts), unit="sample", disable=not progress, desc=model.name,
+        mininterval=0.2 if sys.stderr.isatty() else 15,  # a log file needs no animation
+    )  # fmt: skip
     found: Extracted | None = None
     with bar:
         for prompt, label in zip(prompts, labels, strict=True):
@@ -98,7 +104,7 @@ class _Pass:
     prompt: str
     label: str
 
-    def run(self, sites: str | Sequence[str] | None, pool: Pools, bar: tqdm[None]) -> Extracted:
+    def run(self, sites: str | Sequence[str] | None, pool: Pools, bar: Any) -> Extracted:
         text = self.samples.kind == "text"
         inputs = self._worded() if text else self.samples
         order = self._longest_first(inputs) if text else np.arange(len(inputs))
@@ -134,12 +140,17 @@ class _Pass:
     def _forward(self, inputs: list[object], index: np.ndarray) -> None:
         try:
             self.model.forward(self.model.to_device(self.model.collate(inputs)))
-        except (FloatingPointError, ValueError) as error:
-            ids = self.samples.table["id"].iloc[index]
-            error.add_note(f"The batch held samples {', '.join(map(str, ids[:4]))}{', ...' if len(ids) > 4 else ''}.")
+        except NonFiniteError as error:
+            error.add_note(f"That is sample {self.samples.table['id'].iloc[index[error.sample]]}.")
+            raise
+        except ValueError as error:
+            ids = self.samples.table["id"].iloc[index[[0, -1]]]
+            error.add_note(f"The batch went from sample {ids.iloc[0]} to {ids.iloc[1]}.")
             raise
 
-    def _flush(self, rows: Rows, grams: dict[str, Gram], pending: list[int], kept: list[int]) -> None:
+    def _flush(
+        self, rows: Rows, grams: dict[str, Gram], pending: list[int], kept: list[int]
+    ) -> None:
         if not pending:
             return
         index = torch.tensor(pending)

@@ -53,9 +53,7 @@ class Gram:
         self.matrix = torch.zeros(cells, p, p, dtype=torch.float64)
         self.shift: torch.Tensor | None = None
 
-    def update(
-        self, x: torch.Tensor, y: torch.Tensor, cell: torch.Tensor | None = None
-    ) -> Gram:
+    def update(self, x: torch.Tensor, y: torch.Tensor, cell: torch.Tensor | None = None) -> Gram:
         """Add a batch of rows.
 
         Parameters
@@ -74,14 +72,19 @@ class Gram:
             When shapes disagree or a cell is out of range.
         """
         if x.ndim != 2 or x.shape[1] != self.dim or y.shape != (len(x), self.targets):
-            msg = f"expected rows [n, {self.dim}] and targets [n, {self.targets}]; got {list(x.shape)} and {list(y.shape)}"
+            msg = (
+                f"expected rows [n, {self.dim}] and targets [n, {self.targets}]; got "
+                f"{list(x.shape)} and {list(y.shape)}"
+            )
             raise ValueError(msg)
         if not len(x):
             return self
         y = y.to(torch.float64)
         cell = torch.zeros(len(x), dtype=torch.int64) if cell is None else cell
         if int(cell.max()) >= self.cells:
-            raise ValueError(f"cell {int(cell.max())} is out of range: this Gram has {self.cells} cells")
+            raise ValueError(
+                f"cell {int(cell.max())} is out of range: this Gram has {self.cells} cells"
+            )
         if self.shift is None:
             first = x[:_SHIFT_ROWS].double()
             self.shift = torch.cat([first.mean(0), y[:_SHIFT_ROWS].mean(0)])

@@ -21,7 +21,6 @@ from .data import Samples, read
 from .extract import Extracted, Storage, extract, word
 from .geo import Split, fold_scores, great_circle_km
 from .geo.folds import KFold, as_split
-from .gram import Gram
 from .models import Model, load
 from .ridge import ALPHAS, Select, Solution, cross_validate, fit, solve
 from .run import Probe, Run
@@ -194,14 +193,20 @@ def _targets(samples: Samples, names: Sequence[str]) -> torch.Tensor:
     for name in names:
         if name not in table or not pd.api.types.is_numeric_dtype(table[name]):
             numeric = [c for c in table if pd.api.types.is_numeric_dtype(table[c])]
-            raise ValueError(f"target {name!r} is not a numeric column; there are {', '.join(numeric)}")
+            raise ValueError(
+                f"target {name!r} is not a numeric column; there are {', '.join(numeric)}"
+            )
         if not np.isfinite(table[name]).all():
             row = int(np.flatnonzero(~np.isfinite(table[name]))[0])
-            raise ValueError(f"target {name!r} of sample {table['id'].iloc[row]} is not a finite number")
+            raise ValueError(
+                f"target {name!r} of sample {table['id'].iloc[row]} is not a finite number"
+            )
         if table[name].nunique() == 1:
             value = table[name].iloc[0]
-            raise ValueError(f"target {name!r} is {value} for every sample: there is nothing to regress")
-    return torch.from_numpy(table[list(names)].to_numpy(np.float64))
+            raise ValueError(
+                f"target {name!r} is {value} for every sample: there is nothing to regress"
+            )
+    return torch.from_numpy(table[list(names)].to_numpy(np.float64, copy=True))
 
 
 def _tasks(table: pd.DataFrame, splits: Sequence[Split], group: str | None) -> list[_Task]:
@@ -209,7 +214,9 @@ def _tasks(table: pd.DataFrame, splits: Sequence[Split], group: str | None) -> l
     if group is None:
         return tasks
     if group not in table:
-        raise ValueError(f"there is no column {group!r} to group by; the samples have {', '.join(table)}")
+        raise ValueError(
+            f"there is no column {group!r} to group by; the samples have {', '.join(table)}"
+        )
     for value in sorted(table[group].dropna().unique(), key=str):
         member = (table[group] == value).to_numpy(copy=True)
         for split in splits:
@@ -256,7 +263,10 @@ def _plan(
     kind: Literal["rows", "gram"]
     if storage == "auto":
         kind = "rows" if as_rows <= max(budget, as_grams) else "gram"
-        why = f"chosen: rows need {_mb(as_rows)}, statistics {_mb(as_grams)}, memory for them is {_mb(budget)}"
+        why = (
+            f"chosen: rows need {_mb(as_rows)}, statistics {_mb(as_grams)}, "
+            f"memory for them is {_mb(budget)}"
+        )
     elif storage in ("rows", "gram"):
         kind = "gram" if storage == "gram" else "rows"
         why = f"as asked: {_mb(as_rows if kind == 'rows' else as_grams)}"
@@ -303,6 +313,18 @@ class _Solved:
     member: torch.Tensor | None
     """int64: the samples of the group; None for all."""
 
+    @property
+    def r2(self) -> torch.Tensor:
+        """[F]: held-out R2, mean over targets."""
+        assert self.solution.r2 is not None
+        return self.solution.r2.mean(1)
+
+    @property
+    def inner_r2(self) -> torch.Tensor:
+        """[F]: R2 on the inner folds, mean over targets."""
+        assert self.solution.inner_r2 is not None
+        return self.solution.inner_r2.mean(1)
+
 
 def _solve_all(
     found: Extracted,
@@ -320,7 +342,9 @@ def _solve_all(
             solved.append(_solve_rows(key, "", x, y, t, task, alphas, select, inner))
         for key, gram in (found.grams or {}).items():
             if select == "loo":
-                raise ValueError("select='loo' needs rows: use storage='rows', or select='gcv' or 'folds'")
+                raise ValueError(
+                    "select='loo' needs rows: use storage='rows', or select='gcv' or 'folds'"
+                )
             solution = solve(gram, alphas, folds=fold_of_cell[t], select=select, inner=inner)
             solved.append(_Solved(*_parts(key), "", t, gram.dim, solution, None))
         for name, x in baselines.items():
@@ -347,7 +371,8 @@ def _solve_rows(
     try:
         solution = cross_validate(x, y, fold, alphas, select=select, inner=inner)
     except ValueError as error:
-        error.add_note(f"While solving {key}, split {task.split}{f', group {task.group}' if task.group else ''}.")
+        group = f", group {task.group}" if task.group else ""
+        error.add_note(f"While solving {key}, split {task.split}{group}.")
         raise
     return _Solved(*_parts(key), control, t, x.shape[1], solution, member)
 
@@ -358,7 +383,11 @@ def _parts(key: str) -> tuple[str, str, str]:
 
 
 def _probes(
-    found: Extracted, y: torch.Tensor, targets: Sequence[str], alphas: Sequence[float], select: Select
+    found: Extracted,
+    y: torch.Tensor,
+    targets: Sequence[str],
+    alphas: Sequence[float],
+    select: Select,
 ) -> dict[str, Probe]:
     """Fit every site on all samples; alpha as in the folds, where it needs none."""
     way: Any = "gcv" if select == "folds" else select
@@ -440,11 +469,11 @@ def _honest(solved: Sequence[_Solved], layers: pd.DataFrame) -> dict[str, dict[s
     honest = {}
     for split in dict.fromkeys(layers["split"]):
         named = (layers["split"] == split) & (layers["group"] == "") & (layers["control"] == "")
-        candidates = [solved[i] for i in np.flatnonzero(named)]
-        if not candidates or any(c.solution.inner_r2 is None for c in candidates):
+        candidates = [solved[i] for i in np.flatnonzero(named).tolist()]
+        if not candidates or candidates[0].solution.inner_r2 is None:
             continue
-        inner = torch.stack([c.solution.inner_r2.mean(1) for c in candidates])  # type: ignore[union-attr]
-        outer = torch.stack([c.solution.r2.mean(1) for c in candidates])  # type: ignore[union-attr]
+        inner = torch.stack([c.inner_r2 for c in candidates])
+        outer = torch.stack([c.r2 for c in candidates])
         chosen = inner.nan_to_num(-torch.inf).argmax(0)
         r2 = outer[chosen, torch.arange(len(chosen))]
         names = [f"{candidates[int(i)].site}/{candidates[int(i)].pool}" for i in chosen]
@@ -468,15 +497,21 @@ def _predictions(
     targets: Sequence[str],
 ) -> pd.DataFrame:
     """Held-out predictions of the best probe of every split."""
-    tables = [_best_predictions(s, tasks[s.task], samples, y, targets) for s in _bests(solved, tasks)]
+    tables = [
+        _best_predictions(s, tasks[s.task], samples, y, targets) for s in _bests(solved, tasks)
+    ]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def _bests(solved: Sequence[_Solved], tasks: Sequence[_Task]) -> Iterator[_Solved]:
     for t, task in enumerate(tasks):
-        real = [s for s in solved if s.task == t and not s.control and s.solution.predictions is not None]
+        real = [
+            s
+            for s in solved
+            if s.task == t and not s.control and s.solution.predictions is not None
+        ]
         if real and not task.group:
-            yield max(real, key=lambda s: float(s.solution.r2.mean()))  # type: ignore[union-attr]
+            yield max(real, key=lambda s: float(s.r2.mean()))
 
 
 def _best_predictions(
@@ -497,7 +532,9 @@ def _best_predictions(
     return table
 
 
-def _samples_table(samples: Samples, tasks: Sequence[_Task], targets: Sequence[str]) -> pd.DataFrame:
+def _samples_table(
+    samples: Samples, tasks: Sequence[_Task], targets: Sequence[str]
+) -> pd.DataFrame:
     table = samples.table.copy()
     for task in tasks:
         if not task.group:

@@ -35,8 +35,12 @@ Select = Literal["gcv", "loo", "folds"]
 
 _STEPS = 10  # Lanczos steps: a neighbouring alpha is exact to 1e-8, one three decades off to 10 %
 _PROBES = 6  # random sign vectors for the trace
-_TIE = 1e-3  # curves closer than this (relative, plus 4 standard errors) are decided by exact traces
-_REFINED = 1e-17  # refine until what is left has this share of the solution's energy (error squared)
+_TIE = (
+    1e-3  # curves closer than this (relative, plus 4 standard errors) are decided by exact traces
+)
+_REFINED = (
+    1e-17  # refine until what is left has this share of the solution's energy (error squared)
+)
 _ROUNDS = 20
 _WIDE_ROWS = 1000  # up to here X X' takes a moment whatever the width
 
@@ -55,7 +59,7 @@ class Solution:
     intercept: torch.Tensor
     """[F, k]."""
     r2: torch.Tensor | None
-    """[F, k]: R2 on the held-out part, about the held-out mean; NaN where the target is constant."""
+    """[F, k]: R2 on the held-out part, about its own mean; NaN where a target is constant."""
     mse: torch.Tensor | None
     """[F, k]: mean squared error on the held-out part."""
     predictions: torch.Tensor | None
@@ -149,7 +153,9 @@ def fit(
         raise ValueError("select='folds' needs folds: use cross_validate")
     rows = _Rows(x, y.double(), torch.full((len(x),), -1), 1)
     if rows.are_wide:
-        return replace(_solve_wide(rows, alphas, select, False), r2=None, mse=None, predictions=None)
+        return replace(
+            _solve_wide(rows, alphas, select, False), r2=None, mse=None, predictions=None
+        )
     found = _solve_rows(rows, y.shape[1], alphas, select, False, scored=False)
     return replace(found, predictions=None)
 
@@ -194,18 +200,18 @@ class _Training:
         return self.mean.shape[1]
 
     def factor(self, held: torch.Tensor, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Cholesky factors of A + alpha I, lower, [M, d, d]; raises _NotPositive."""
+        """Cholesky factors of A + alpha I, lower, [M, d, d]; raises _NotPositiveError."""
         ops = _ops.backend(held.device)
         a = torch.empty(len(held), self.dim, self.dim, dtype=dtype)
         ops.training_matrix(self.stats.total, held, alpha, a)
         info = torch.zeros(len(held), dtype=torch.int32)
         ops.cholesky(a, info)
         if info.any():
-            raise _NotPositive
+            raise _NotPositiveError
         return a
 
 
-class _NotPositive(Exception):
+class _NotPositiveError(Exception):
     """A + alpha I is not positive definite in the precision at hand."""
 
 
@@ -220,12 +226,20 @@ def _training(stats: Totals, k: int) -> _Training:
     yy = part[:, 1:, d + 1 :].diagonal(dim1=1, dim2=2) - y_sums * y_mean
     if bool((n < 2).any()):
         raise ValueError("a training part has fewer than two rows; use fewer folds or more samples")
-    constant = yy <= 1e-14 * (part[:, 1:, d + 1 :].diagonal(dim1=1, dim2=2) + n[:, None] * stats.shift[d:] ** 2)
-    if bool(constant.any()):
-        target = int(constant.nonzero()[0, 1])
-        msg = f"target {target} is constant over a training part: there is nothing to regress; leave it out"
-        raise ValueError(msg)
+    constant = yy <= 1e-14 * (
+        part[:, 1:, d + 1 :].diagonal(dim1=1, dim2=2) + n[:, None] * stats.shift[d:] ** 2
+    )
+    _refuse_constant(constant.any(0))
     return _Training(stats, n, mean, y_mean, b, yy)
+
+
+def _refuse_constant(constant: torch.Tensor) -> None:
+    if bool(constant.any()):
+        msg = (
+            f"target {int(constant.nonzero()[0])} is constant over a training part: there is "
+            "nothing to regress; leave it out"
+        )
+        raise ValueError(msg)
 
 
 @dataclass(frozen=True)
@@ -263,7 +277,7 @@ def _solve_rows(
             stats = replace(stats, held=torch.zeros_like(stats.held))
         try:
             return _solve_in(dtype, _training(stats, k), _grid(alphas), select, rows, inner, scored)
-        except _NotPositive:
+        except _NotPositiveError:
             continue
     raise ValueError(_not_positive(alphas))
 
@@ -275,7 +289,7 @@ def _solve_statistics(
     for dtype in (torch.float32, torch.float64):
         try:
             return _solve_in(dtype, train, _grid(alphas), select, None, inner, scored)
-        except _NotPositive:
+        except _NotPositiveError:
             continue
     raise ValueError(_not_positive(alphas))
 
@@ -311,14 +325,18 @@ def _solve_in(
         chosen, factor = _select_gcv(train, alphas, dtype)
         if select == "loo":
             if rows is None:
-                raise ValueError("select='loo' needs the rows; from statistics use 'gcv' or 'folds'")
+                raise ValueError(
+                    "select='loo' needs the rows; from statistics use 'gcv' or 'folds'"
+                )
             chosen, factor = _select_loo(train, alphas, dtype, rows, chosen, factor)
     alpha = alphas[chosen]
     w, projected = _refine(train, factor, alpha, rows)
     inner_r2 = None
     if inner:
         inner_r2 = (
-            table[torch.arange(len(chosen)), chosen] if select == "folds" else _inner_at(train, alpha)
+            table[torch.arange(len(chosen)), chosen]
+            if select == "folds"
+            else _inner_at(train, alpha)
         )
     d = train.dim
     c, e = train.stats.shift[:d], train.stats.shift[d:]
@@ -456,7 +474,9 @@ def _gcv(
     nodes, weights = (q[:, :, None] for q in quadrature)  # [M, r, 1, steps]
     nodes = nodes.clamp_min(0)
     away = (alphas - pole[:, None])[:, None, :, None]
-    inverse = nodes / (1.0 + away * nodes).clamp_min(1e-12)  # of lambda + alpha, where 1/node = lambda + pole
+    inverse = nodes / (1.0 + away * nodes).clamp_min(
+        1e-12
+    )  # of lambda + alpha, where 1/node = lambda + pole
     first, second = (weights * inverse).sum(-1), (weights * inverse.square()).sum(-1)
     k = train.yy.shape[1]
     rss = train.yy[sets][..., None] - first[:, :k] - alphas * second[:, :k]
@@ -471,7 +491,7 @@ def _gcv(
 def _gcv_value(
     train: _Training, sets: torch.Tensor, rss: torch.Tensor, df: torch.Tensor
 ) -> torch.Tensor:
-    """n RSS / (n - 1 - df)^2, RSS summed over targets; `rss` [M, k, ...], `df` [M, ...]."""
+    """Return n RSS / (n - 1 - df)^2, RSS summed over targets; `rss` [M, k, ...], `df` [M, ...]."""
     n = train.n[sets].reshape(-1, *[1] * (df.ndim - 1))
     free = (n - 1.0 - df).clamp_min(1e-9 * n)
     return n * rss.sum(1).clamp_min(0) / free.square()
@@ -493,12 +513,14 @@ def _select_loo(
     best = chosen
     while True:
         # The minimum and its neighbours must all be known.
-        want = {(i, j) for i, a in enumerate(best.tolist()) for j in (a - 1, a, a + 1) if 0 <= j <= last}
-        want = sorted(key for key in want if torch.isinf(curve[key]))
-        if not want:
+        want = {
+            (i, j) for i, a in enumerate(best.tolist()) for j in (a - 1, a, a + 1) if 0 <= j <= last
+        }
+        unknown = sorted(key for key in want if torch.isinf(curve[key]))
+        if not unknown:
             break
-        for step in sorted({j for _, j in want}):
-            sets = torch.tensor([i for i, j in want if j == step])
+        for step in sorted({j for _, j in unknown}):
+            sets = torch.tensor([i for i, j in unknown if j == step])
             new = [i for i in sets.tolist() if (i, step) not in factors]
             if new:
                 made = train.factor(train.stats.held[new], alphas[step].repeat(len(new)), dtype)
@@ -522,7 +544,7 @@ def _loo(
     """Mean squared leave-one-out error of each training set, over rows and targets: [M]."""
     ops = _ops.backend(factor.device)
     part = _subset(train, sets)
-    w, projected = _refine(part, factor, alpha.repeat(len(sets)), rows, sets)
+    _, projected = _refine(part, factor, alpha.repeat(len(sets)), rows, sets)
     assert projected is not None
     error = _errors(part, rows, projected, training[:, sets])
     out = torch.empty(len(sets), dtype=torch.float64)
@@ -604,7 +626,7 @@ def _refine(
     """Iterative refinement of (A + alpha I) w = b with float64 residuals.
 
     Returns w [M, k, d] and, with rows, their projections (x - c) w' [n, M, k]. Raises
-    _NotPositive when the factor is too poor for the refinement to contract.
+    _NotPositiveError when the factor is too poor for the refinement to contract.
     """
     w = torch.zeros_like(train.b)
     projected = None
@@ -624,7 +646,7 @@ def _refine(
             residual = _project_t(rows.x, train, error) - alpha[:, None, None] * w
         else:
             residual = train.b - _apply_matrix(train, w) - alpha[:, None, None] * w
-    raise _NotPositive
+    raise _NotPositiveError
 
 
 def _settled(energies: list[torch.Tensor]) -> bool:
@@ -632,7 +654,7 @@ def _settled(energies: list[torch.Tensor]) -> bool:
     first, before, last = energies[0], energies[-2], energies[-1]
     small = last <= _REFINED * first
     if bool((~small & (last > 0.25 * before)).any()):
-        raise _NotPositive
+        raise _NotPositiveError
     return bool((small | (last * (last / before) <= _REFINED * first)).all())
 
 
@@ -760,7 +782,9 @@ def _solve_wide(rows: _Rows, alphas: Sequence[float], select: str, inner: bool) 
         r2, mse = fold_r2(held, rows.y, rows.fold, rows.folds)
     method = f"{select}; eigenvectors of X X' in float64 (fewer rows than features)"
     stacked = torch.stack(inner_r2) if inner else None
-    return Solution(torch.stack(alpha), found, torch.stack(intercept), r2, mse, held, stacked, method)
+    return Solution(
+        torch.stack(alpha), found, torch.stack(intercept), r2, mse, held, stacked, method
+    )
 
 
 class _WidePath:
@@ -768,20 +792,18 @@ class _WidePath:
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.mean, self.y_mean = x.mean(0), y.mean(0)
-        if bool((y == y[0]).all(0).any()):
-            target = int((y == y[0]).all(0).nonzero()[0])
-            msg = f"target {target} is constant over a training part: there is nothing to regress; leave it out"
-            raise ValueError(msg)
+        _refuse_constant((y == y[0]).all(0))
         self.x, self.n = x - self.mean, len(x)
         values, self.vectors = torch.linalg.eigh(self.x @ self.x.mT)
         self.values = values.clamp_min(0)
         self.rotated = self.vectors.mT @ (y - self.y_mean)
 
     def _dual(self, alphas: torch.Tensor) -> torch.Tensor:
-        return self.vectors @ (self.rotated / (self.values + alphas[:, None])[..., None])
+        scaled: torch.Tensor = self.rotated / (self.values + alphas[:, None])[..., None]
+        return self.vectors @ scaled
 
     def coef(self, alphas: torch.Tensor) -> torch.Tensor:
-        """[A, d, k]."""
+        """Coefficients at every alpha: [A, d, k]."""
         return self.x.mT @ self._dual(alphas)
 
     def criterion(self, alphas: torch.Tensor, select: str) -> torch.Tensor:
@@ -790,9 +812,11 @@ class _WidePath:
         shrink = alphas[:, None] / (self.values + alphas[:, None])
         if select == "gcv":
             free = (shrink.sum(1) - 1.0).clamp_min(1e-9 * self.n)
-            return self.n * error.square().sum((1, 2)) / free.square()
+            gcv: torch.Tensor = self.n * error.square().sum((1, 2)) / free.square()
+            return gcv
         free = shrink @ self.vectors.square().mT - 1.0 / self.n
-        return (error / free.clamp_min(1e-12)[..., None]).square().mean((1, 2))
+        loo: torch.Tensor = (error / free.clamp_min(1e-12)[..., None]).square().mean((1, 2))
+        return loo
 
 
 def _wide_inner(

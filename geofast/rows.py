@@ -63,7 +63,7 @@ class Rows(Mapping[str, torch.Tensor]):
 
     def reorder(self, order: torch.Tensor) -> None:
         """Put row `order[i]` at place i, for every key; `order` is int64 [n]."""
-        for key, store in self._store.items():
+        for store in self._store.values():
             store[: self.n] = store[order]
 
     def nbytes(self) -> int:

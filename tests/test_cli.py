@@ -16,7 +16,9 @@ def job(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("job")
     tiny.dinov2().save_pretrained(folder / "model")
-    processor = BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = BitImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
     processor.save_pretrained(folder / "model")
     r = np.random.default_rng(0)
     places = []
@@ -74,7 +76,21 @@ def test_an_error_is_one_line_and_leaves_nothing(job, tmp_path, capsys, change, 
 
 
 def test_a_missing_model_and_a_missing_table(job, tmp_path, capsys):
-    assert main(["probe", str(tmp_path / "absent"), str(job / "photos.csv"), "--out", str(tmp_path / "run")]) == 1
+    assert (
+        main(
+            [
+                "probe",
+                str(tmp_path / "absent"),
+                str(job / "photos.csv"),
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 1
+    )
     assert "there is no folder" in capsys.readouterr().err
-    assert main(["probe", str(job / "model"), str(tmp_path / "a.csv"), "--out", str(tmp_path / "run")]) == 1
+    assert (
+        main(["probe", str(job / "model"), str(tmp_path / "a.csv"), "--out", str(tmp_path / "run")])
+        == 1
+    )
     assert "a.csv" in capsys.readouterr().err

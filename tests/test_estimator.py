@@ -20,7 +20,9 @@ def test_as_scikit_learns(cv, k):
     x, y = rows(k=k)
     x = x.double().numpy()
     y = y.numpy()[:, 0] if k == 1 else y.numpy()
-    expected = SklearnRidgeCV(alphas=gf.ALPHAS, cv=cv, scoring="neg_mean_squared_error" if cv else None).fit(x, y)
+    expected = SklearnRidgeCV(
+        alphas=gf.ALPHAS, cv=cv, scoring="neg_mean_squared_error" if cv else None
+    ).fit(x, y)
     found = gf.RidgeCV(cv=cv).fit(x, y)
     assert found.alpha_ == pytest.approx(expected.alpha_)
     assert found.coef_.shape == expected.coef_.shape
@@ -32,7 +34,9 @@ def test_as_scikit_learns(cv, k):
 def test_an_alpha_for_every_target():
     x, y = rows(k=3)
     y[:, 2] = torch.randn(len(y), generator=torch.Generator().manual_seed(0))
-    expected = SklearnRidgeCV(alphas=gf.ALPHAS, alpha_per_target=True).fit(x.double().numpy(), y.numpy())
+    expected = SklearnRidgeCV(alphas=gf.ALPHAS, alpha_per_target=True).fit(
+        x.double().numpy(), y.numpy()
+    )
     found = gf.RidgeCV(alpha_per_target=True).fit(x, y)
     assert len(set(found.alpha_.tolist())) > 1
     np.testing.assert_allclose(found.alpha_, expected.alpha_)

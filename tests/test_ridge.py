@@ -38,7 +38,9 @@ def assert_same(found, expected, tolerance=1e-6):
     np.testing.assert_allclose(found.r2.numpy(), scores, atol=tolerance)
     if found.predictions is not None:
         spread = held.std(0)
-        np.testing.assert_allclose(found.predictions.numpy() / spread, held / spread, atol=tolerance)
+        np.testing.assert_allclose(
+            found.predictions.numpy() / spread, held / spread, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,7 +183,9 @@ def test_fold_errors(shape):
         for a, alpha in enumerate(gf.ALPHAS[::3]):
             train, test = fold != f, fold == f
             guess = Ridge(alpha).fit(x[train].double(), y[train]).predict(x[test].double())
-            assert float(found[f, a]) == pytest.approx(((y[test].numpy() - guess) ** 2).mean(), rel=1e-7)
+            assert float(found[f, a]) == pytest.approx(
+                ((y[test].numpy() - guess) ** 2).mean(), rel=1e-7
+            )
 
 
 def test_noise_is_not_read():

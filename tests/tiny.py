@@ -24,7 +24,9 @@ def clip_vision():
 
     torch.manual_seed(0)
     small = dict(hidden_size=32, num_attention_heads=2, image_size=28, patch_size=14)
-    return CLIPVisionModel(CLIPVisionConfig(**small, num_hidden_layers=2, intermediate_size=64)).eval()
+    return CLIPVisionModel(
+        CLIPVisionConfig(**small, num_hidden_layers=2, intermediate_size=64)
+    ).eval()
 
 
 def llama(layers=3):

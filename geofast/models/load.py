@@ -71,8 +71,9 @@ def _from_checkpoint(source: str, device: torch.device, dtype: torch.dtype | Non
         cls, reads = transformers.AutoModelForCausalLM, "text"
     else:
         cls, reads = transformers.AutoModel, "image"
-    module = cls.from_pretrained(source, dtype=torch_dtype).eval().to(device)
-    body = module.base_model
+    module: nn.Module = cls.from_pretrained(source, dtype=torch_dtype)
+    module = module.eval().to(device)
+    body: nn.Module = module.base_model  # type: ignore[assignment]
     name = Path(source).name if Path(source).exists() else source
     towers = find_towers(body)
     if reads == "text":

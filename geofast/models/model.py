@@ -88,13 +88,9 @@ def wrap(
         What an input is; None takes `image` for a vision tower and `text` for any other.
     """
     towers = find_towers(module)
-    guess: Literal["image", "text"] = (
-        "image" if any(t.name == "vision" for t in towers) else "text"
-    )
+    guess: Literal["image", "text"] = "image" if any(t.name == "vision" for t in towers) else "text"
     body = getattr(module, "base_model", module)
-    return Model(
-        type(module).__name__, module.eval(), body, towers, kind or guess, None, prepare
-    )
+    return Model(type(module).__name__, module.eval(), body, towers, kind or guess, None, prepare)
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,9 @@ class Tokenize:
             if not length:
                 raise ValueError(f"the text {text!r} has no token; give the model a longer prompt")
             if length > self.context:
-                msg = f"the text {text[:40]!r}... has {length} tokens; the model takes {self.context}"
+                msg = (
+                    f"the text {text[:40]!r}... has {length} tokens; the model takes {self.context}"
+                )
                 raise ValueError(msg)
         out = {"input_ids": ids, "attention_mask": mask}
         if self.positions:
@@ -170,10 +168,8 @@ def text_collate(tokenizer: Any, body: nn.Module) -> Tokenize:
 def describe(model: Model) -> str:
     """List the sites with shape, token roles and default pool, from one example run."""
     shapes: dict[str, tuple[int, ...]] = {}
-    handles = []
     sites = [site for tower in model.towers for site in tower.sites()]
-    for site in sites:
-        handles.append(_shape_hook(site, shapes))
+    handles = [_shape_hook(site, shapes) for site in sites]
     try:
         model.forward(model.prepare([_example(model.kind)]))
     finally:
@@ -183,10 +179,14 @@ def describe(model: Model) -> str:
     for tower in model.towers:
         prefix = [f"{tower.prefix.count(r)} {r}" for r in dict.fromkeys(tower.prefix)]
         roles = ", ".join([*prefix, f"then {tower.tokens}" if prefix else tower.tokens])
-        lines.append(f"\n{tower.name}: {len(tower.blocks)} blocks at {tower.path!r}; tokens: {roles}")
+        lines.append(
+            f"\n{tower.name}: {len(tower.blocks)} blocks at {tower.path!r}; tokens: {roles}"
+        )
         lines.append(f"{'site':28}{'tokens x width':>18}   default pool")
         for site in tower.sites():
-            shape = " x ".join(map(str, shapes[site.name])) if site.name in shapes else "did not run"
+            shape = (
+                " x ".join(map(str, shapes[site.name])) if site.name in shapes else "did not run"
+            )
             lines.append(f"{site.name:28}{shape:>18}   {tower.default_pool}")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-// Vectors of float32 as wide as the instruction set's registers, and loads that widen to them.
+// Vectors as wide as the instruction set's registers, and loads that widen to float32.
 // For kernel files only: everything is in the namespace of the instruction set.
 #pragma once
 
@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -24,17 +24,27 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-constexpr int kFloats = kVectorBytes / 4;
+constexpr int kFloats = kVectorBytes / 4, kDoubles = kVectorBytes / 8;
 
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
+// GCC 12 turns __builtin_convertvector into five instructions where x86 has one.
 inline Words load_halves(const void* p) {
+#if defined(__AVX2__)
+    __m128i h;
+    std::memcpy(&h, p, sizeof h);
+    return (Words)_mm256_cvtepu16_epi32(h);
+#elif defined(__SSE2__)
+    return (Words)_mm_unpacklo_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p)), _mm_setzero_si128());
+#else
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
     Halves h;
     std::memcpy(&h, p, sizeof h);
     return __builtin_convertvector(h, Words);
+#endif
 }
 
 inline Floats load(const float* p) {
@@ -66,6 +76,24 @@ inline Floats load(const Float16* p) {
 #endif
 }
 
+inline Doubles load(const double* p) {
+    Doubles v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+// Half of a vector of floats as a vector of doubles.
+template <int kHalf>
+Doubles half_of(Floats v) {
+#if defined(__AVX2__)
+    return _mm256_cvtps_pd(_mm256_extractf128_ps(v, kHalf));
+#else
+    Doubles wide;
+    for (int i = 0; i < kDoubles; ++i) wide[i] = static_cast<double>(v[kHalf * kDoubles + i]);
+    return wide;
+#endif
+}
+
 // The first n < kFloats elements at p, and zeros.
 template <class E>
 Floats load_part(const E* p, std::ptrdiff_t n) {
@@ -76,7 +104,16 @@ Floats load_part(const E* p, std::ptrdiff_t n) {
 
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 
+inline void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof v); }
+
 inline void store_part(float* p, Floats v, std::ptrdiff_t n) { std::memcpy(p, &v, static_cast<std::size_t>(n) * 4); }
+
+template <class E>
+void widen_row(const E* x, float* out, std::ptrdiff_t n) {
+    std::ptrdiff_t c = 0;
+    for (; c + kFloats <= n; c += kFloats) store(out + c, load(x + c));
+    if (c < n) store_part(out + c, load_part(x + c, n - c), n - c);
+}
 
 // All ones where a or b is NaN.
 inline Ints unordered(Floats a, Floats b) {

@@ -799,8 +799,10 @@ class _WidePath:
         self.rotated = self.vectors.mT @ (y - self.y_mean)
 
     def _dual(self, alphas: torch.Tensor) -> torch.Tensor:
-        scaled: torch.Tensor = self.rotated / (self.values + alphas[:, None])[..., None]
-        return self.vectors @ scaled
+        dual: torch.Tensor = self.vectors @ (
+            self.rotated / (self.values + alphas[:, None])[..., None]
+        )
+        return dual
 
     def coef(self, alphas: torch.Tensor) -> torch.Tensor:
         """Coefficients at every alpha: [A, d, k]."""

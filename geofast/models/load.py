@@ -68,15 +68,15 @@ def _from_checkpoint(source: str, device: torch.device, dtype: torch.dtype | Non
         raise FileNotFoundError(_why_not(source, error)) from error
     torch_dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
     if _is_causal(config):
-        cls, reads = transformers.AutoModelForCausalLM, "text"
+        loader: Any = transformers.AutoModelForCausalLM
     else:
-        cls, reads = transformers.AutoModel, "image"
-    module: nn.Module = cls.from_pretrained(source, dtype=torch_dtype)
+        loader = transformers.AutoModel
+    module: nn.Module = loader.from_pretrained(source, dtype=torch_dtype)
     module = module.eval().to(device)
     body: nn.Module = module.base_model  # type: ignore[assignment]
     name = Path(source).name if Path(source).exists() else source
     towers = find_towers(body)
-    if reads == "text":
+    if loader is transformers.AutoModelForCausalLM:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         return Model(name, module, body, towers, "text", None, text_collate(tokenizer, body))
     if getattr(body, "main_input_name", None) != "pixel_values":

@@ -1,0 +1,363 @@
+"""The two pictures of a run: R2 by layer, and a map of held-out predictions.
+
+Figures are made without pyplot, so nothing here touches the caller's backend or open figures.
+matplotlib is loaded by the first figure, not by the import.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from . import text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..run import Run
+
+Array = NDArray[np.float64]
+
+DPI = 160
+LAND = Path(__file__).parent / "land.png"
+MAP_SAMPLES = 400  # more lines than this hide each other
+
+# Okabe and Ito's palette (2008), told apart with any colour vision; yellow left out on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_TARGET_LINES = ("--", ":", "-.")
+_GREY = "#6e6e6e"
+_FLOOR = -0.3  # R2 below this is "worse than the mean"; how much worse would squash the rest
+_KM_EDGES = (0, 250, 1000, 2500, 5000, 20040)  # the last one is half the Earth's circumference
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as err:
+        msg = "figures need matplotlib: pip install 'geofast[plot]'"
+        raise ImportError(msg) from err
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+# ---------------------------------------------------------------- R2 by layer
+
+
+def layer_curve(run: Run) -> Figure:
+    """Draw R2 against depth: a panel per split, a line per pool and prompt.
+
+    Bands are 1.96 standard errors over folds. Grey lines are controls; the star is the layer
+    chosen on inner folds and scored on outer ones. The title is the finding.
+
+    Parameters
+    ----------
+    run : Run
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    columns = min(len(run.splits), 2)
+    lines = -(-len(run.splits) // columns)
+    figure = _figure(10, 1.7 + 3.9 * lines)
+    panels = figure.subplots(lines, columns, sharey=True, sharex=True, squeeze=False).flatten()
+    places = _depths(run)
+    for split, axes in zip(run.splits, panels, strict=False):
+        _draw_split(axes, run, split, places)
+        _label_depths(axes, places)
+    for axes in panels[len(run.splits) :]:
+        axes.set_visible(False)
+    _limit_r2(panels[0], run)
+    for axes in panels[::columns]:
+        axes.set_ylabel(_r2_label(run), fontsize=11)
+    for axes in panels[: len(run.splits)][-columns:]:
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel(_depth_label(places), fontsize=11)
+    _title(figure, text.finding(run)[0])
+    handles = dict(
+        (label, handle)
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    )
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(4, len(handles)),
+        frameon=False,
+        fontsize=10,
+    )
+    return figure
+
+
+def _depths(run: Run) -> dict[str, int]:
+    """Give every site a place on the depth axis, in the order of the table.
+
+    A branch (`.attn`, `.mlp`) stands where its block does.
+    """
+    sites = run.layers.loc[run.layers["control"] == "", "site"]
+    return {site: i for i, site in enumerate(dict.fromkeys(_trunk(s)[0] for s in sites))}
+
+
+def _trunk(site: str) -> tuple[str, str]:
+    """Split a site into its block and its branch, which is empty for the residual stream."""
+    found = re.fullmatch(r"(.+\.layers\.\d+)\.(\w+)", site)
+    return (found[1], found[2]) if found else (site, "")
+
+
+def _series(rows: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
+    """Rows of every pool, prompt and branch, in the order of the table."""
+    branch = rows["site"].map(lambda s: _trunk(s)[1])
+    return dict(iter(rows.groupby([rows["pool"], rows["prompt"], branch], sort=False)))
+
+
+def _label_of(name: tuple[str, str, str]) -> str:
+    pool, prompt, branch = name
+    return text.clip_label(" ".join(p for p in (pool, branch, prompt) if p), 40)
+
+
+def _draw_split(axes: Axes, run: Run, split: str, places: dict[str, int]) -> None:
+    rows = run.rows_of(split)
+    targets = [t for t in run.targets if f"r2_{t}" in rows.columns]
+    series = _series(rows)
+    thin = len(series) <= 2 and 2 <= len(targets) <= 3
+    for i, (name, part) in enumerate(series.items()):
+        x = part["site"].map(lambda s: places[_trunk(s)[0]]).to_numpy(np.float64)
+        r2 = part["r2"].to_numpy(np.float64)
+        colour = COLOURS[i % len(COLOURS)]
+        style = "-" if i < len(COLOURS) else "--"
+        if "r2_se" in part.columns:
+            margin = 1.96 * part["r2_se"].to_numpy(np.float64)
+            axes.fill_between(x, r2 - margin, r2 + margin, color=colour, alpha=0.18, linewidth=0)
+        mean = ", mean" if thin else ""
+        axes.plot(
+            x, r2, style, color=colour, lw=2.2, marker="o", ms=3.5, label=_label_of(name) + mean
+        )
+        for target, dashes in zip(targets if thin else (), _TARGET_LINES, strict=False):
+            label = f"{_label_of(name)}, {target}"
+            axes.plot(x, part[f"r2_{target}"], dashes, color=colour, lw=1.2, label=label)
+    _draw_controls(axes, run, split, places)
+    _mark_honest(axes, run, split, places)
+    axes.axhline(0, color="#b0b0b0", lw=0.8, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=10)
+
+
+def _draw_controls(axes: Axes, run: Run, split: str, places: dict[str, int]) -> None:
+    """Grey: a curve for a control that has layers, a level for one that has not."""
+    controls = run.controls_of(split)
+    styles = ((0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)))
+    for i, (control, rows) in enumerate(controls.groupby("control", sort=False)):
+        style = styles[i % len(styles)]
+        layered = rows[rows["site"].map(lambda s: s in places)]
+        if layered["site"].nunique() > 1:
+            best = layered.groupby("site", sort=False)["r2"].max()
+            x, y = [places[s] for s in best.index], best.to_numpy(np.float64)
+        else:
+            x, y = [0, max(len(places) - 1, 1)], np.full(2, rows["r2"].max(), dtype=np.float64)
+        axes.plot(x, y, linestyle=style, color=_GREY, lw=1.6, label=f"control: {control}")
+
+
+def _mark_honest(axes: Axes, run: Run, split: str, places: dict[str, int]) -> None:
+    honest = run.best_layer(split).honest
+    heading = text.split_words(split).capitalize()
+    if honest is not None and _trunk(honest.site)[0] in places:
+        axes.plot(
+            places[_trunk(honest.site)[0]],
+            max(honest.r2, _FLOOR),
+            "*",
+            ms=15,
+            mfc="white",
+            mec="black",
+            mew=1.2,
+            zorder=5,
+            label="honest best: chosen on inner folds",
+        )
+        heading += f"\nhonest best R² {text.with_error(honest.r2, honest.r2_se, 2)}, {honest.site}"
+    axes.set_title(heading, fontsize=11, loc="left")
+
+
+def _label_depths(axes: Axes, places: dict[str, int]) -> None:
+    """Tick as many sites as there is room for; towers are set apart by a line."""
+    sites = list(places)
+    step = max(1, -(-len(sites) // 12))
+    shown: list[int] = []
+    for i, site in enumerate(sites):
+        layer = re.search(r"\.layers\.(\d+)$", site)
+        # Names of sites that are no blocks are wide, so the number beside one gives way.
+        if layer and (int(layer[1]) % step or (shown and i - shown[-1] < 2 and _wide(sites, i))):
+            continue
+        shown.append(i)
+    axes.set_xticks(shown, [_tick(sites[i]) for i in shown])
+    for i in range(1, len(sites)):
+        if _tower(sites[i]) != _tower(sites[i - 1]):
+            axes.axvline(i - 0.5, color="#d0d0d0", lw=1)
+    axes.set_xlim(-0.5, max(len(sites) - 0.5, 0.5))
+
+
+def _wide(sites: list[str], i: int) -> bool:
+    return len(sites) > 8 and any(not s.rpartition(".")[2].isdigit() for s in sites[i - 1 : i + 2])
+
+
+def _tick(site: str) -> str:
+    return site.rpartition(".")[2]
+
+
+def _tower(site: str) -> str:
+    return site.partition(".")[0]
+
+
+def _depth_label(places: dict[str, int]) -> str:
+    towers = dict.fromkeys(_tower(site) for site in places)
+    return f"layer ({', then '.join(towers)})"
+
+
+def _r2_label(run: Run) -> str:
+    if len(run.targets) > 3:
+        return f"held-out R², mean of {len(run.targets)} targets"
+    if len(run.targets) > 1:
+        return f"held-out R², mean of {' and '.join(run.targets)}"
+    return f"held-out R² of {run.targets[0]}" if run.targets else "held-out R²"
+
+
+def _limit_r2(axes: Axes, run: Run) -> None:
+    low = float(axes.get_ylim()[0])
+    if low < _FLOOR:
+        axes.set_ylim(bottom=_FLOOR)
+        if run.layers["r2"].min() < _FLOOR:
+            note = f"R² below {_FLOOR} is not shown"
+            axes.annotate(note, (0.01, 0.01), xycoords="axes fraction", fontsize=9, color=_GREY)
+    axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
+
+
+def _title(figure: Figure, sentence: str) -> None:
+    lines = textwrap.fill(sentence.rstrip("."), 84)
+    figure.suptitle(lines, fontsize=13, x=0.012, ha="left", fontweight="bold")
+
+
+# ---------------------------------------------------------------- map
+
+
+def map_of_predictions(run: Run) -> Figure:
+    """Draw true places and where the best probe put them, held out; a map per split, at most 2.
+
+    At most 400 samples, evenly chosen. A ridge may predict places that do not exist: latitudes
+    are clipped to -90..90 and longitudes wrap, as in `geofast.geo.fold_scores`.
+
+    Parameters
+    ----------
+    run : Run
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        When the run has no held-out predictions of latitude and longitude.
+    """
+    if not has_map(run):
+        msg = "the run has no held-out predictions of latitude and longitude to draw"
+        raise ValueError(msg)
+    table = run.predictions
+    splits = list(dict.fromkeys(table["split"]))[:2]
+    figure = _figure(10, 1.4 + 4.9 * len(splits))
+    panels = figure.subplots(len(splits), 1, squeeze=False).flatten()
+    norm, colours = _km_colours()
+    for split, axes in zip(splits, panels, strict=True):
+        _draw_map(axes, table[table["split"] == split], norm, colours)
+        everything = table.loc[table["split"] == split, "error_km"]
+        heading = f"{text.split_words(split).capitalize()}: half of the {len(everything):,} "
+        heading += f"samples are placed within {text.km(everything.median())} km"
+        axes.set_title(heading, fontsize=11, loc="left")
+    _km_legend(figure, panels, norm, colours)
+    best = run.best
+    where = text.place(best.site, best.pool, best.prompt)
+    _title(figure, f"Where {text.model_name(run)} puts the samples it was not fitted on ({where})")
+    return figure
+
+
+def has_map(run: Run) -> bool:
+    """Tell whether there are held-out predictions of places to draw."""
+    places = ("latitude", "longitude")
+    needed = {"split", "error_km", *places, *(f"{c}_predicted" for c in places)}
+    return needed <= set(run.predictions.columns) and len(run.predictions) > 0
+
+
+def on_map(latitude: Array, longitude: Array) -> tuple[Array, Array]:
+    """Bring predicted places onto the map: latitude clipped to -90..90, longitude wrapped."""
+    return np.clip(latitude, -90, 90), (longitude + 180) % 360 - 180
+
+
+def _draw_map(axes: Axes, table: pd.DataFrame, norm: Any, colours: Any) -> None:
+    from matplotlib.collections import LineCollection
+    from PIL import Image
+
+    with Image.open(LAND) as image:
+        land = np.asarray(image.convert("L"), dtype=np.float64) / 255
+    grey = 1 - 0.14 * land
+    axes.imshow(
+        grey, extent=(-180, 180, -90, 90), cmap="gray", vmin=0, vmax=1, interpolation="bilinear"
+    )
+    chosen = table.iloc[np.unique(np.linspace(0, len(table) - 1, MAP_SAMPLES).astype(int))]
+    # The worst are drawn first, so that long lines do not hide what is right.
+    chosen = chosen.sort_values("error_km", ascending=False, kind="stable")
+    latitude, longitude = (chosen[c].to_numpy(np.float64) for c in ("latitude", "longitude"))
+    to_latitude, to_longitude = on_map(
+        *(chosen[f"{c}_predicted"].to_numpy(np.float64) for c in ("latitude", "longitude"))
+    )
+    error = chosen["error_km"].to_numpy(np.float64)
+    # Across the date line the short way is drawn, once from either edge of the map.
+    step = (to_longitude - longitude + 180) % 360 - 180
+    start = np.stack([longitude, latitude], axis=1)
+    end = np.stack([longitude + step, to_latitude], axis=1)
+    for shift in (-360, 0, 360):
+        lines = np.stack([start, end], axis=1) + [shift, 0]
+        segments = LineCollection(list(lines), lw=0.6, alpha=0.55, cmap=colours, norm=norm)
+        segments.set_array(error)
+        axes.add_collection(segments, autolim=False)
+    axes.scatter(longitude, latitude, c=error, s=11, cmap=colours, norm=norm, lw=0, zorder=3)
+    axes.set_xlim(-180, 180)
+    axes.set_ylim(-90, 90)
+    axes.set_aspect("equal")
+    axes.set_xticks(range(-120, 121, 60), ["120° W", "60° W", "0°", "60° E", "120° E"])
+    axes.set_yticks([-60, -30, 0, 30, 60], ["60° S", "30° S", "0°", "30° N", "60° N"])
+    axes.tick_params(labelsize=9, color="#a0a0a0", labelcolor=_GREY)
+    axes.spines[:].set_color("#c0c0c0")
+
+
+def _km_colours() -> tuple[Any, Any]:
+    import matplotlib
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    ramp = matplotlib.colormaps["viridis_r"]  # dark is wrong; its pale end is lost on light land
+    colours = ListedColormap([ramp(v) for v in (0.12, 0.35, 0.55, 0.78, 1.0)])
+    return BoundaryNorm(_KM_EDGES, colours.N), colours
+
+
+def _km_legend(figure: Figure, panels: Any, norm: Any, colours: Any) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours),
+        ax=list(panels),
+        orientation="horizontal",
+        spacing="uniform",
+        shrink=0.6,
+        aspect=40,
+        pad=0.02,
+    )
+    bar.set_ticks(_KM_EDGES, labels=[f"{v:,}" for v in _KM_EDGES])
+    bar.ax.tick_params(labelsize=10)
+    bar.outline.set_visible(False)
+    bar.set_label("error in km; dot: true place, end of the line: predicted place", fontsize=10)

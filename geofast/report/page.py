@@ -1,0 +1,253 @@
+"""The pages of a run's folder: README.md, and report.html that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import warnings
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from . import figures, text
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+ALPHA_WORDS = {
+    "loo": "by exact leave-one-out inside each training part",
+    "gcv": "by generalised cross-validation inside each training part",
+    "folds": "by inner folds of each training part",
+}
+USE = (
+    "This is an analysis of what a model's hidden states encode, over many samples at once. It is "
+    "not a tool for finding where a person is, and its predictions should not be used as one: "
+    "they are linear guesses with errors of hundreds or thousands of kilometres. Photographs carry "
+    "traces of the people who took them; share samples.csv only if you may share their places."
+)
+CAPTIONS = {
+    "layers.png": "Held-out R² by layer. Bands are ± 1.96 standard errors over folds; grey lines "
+    "are controls; the star is the layer chosen on inner folds and scored on outer ones.",
+    "map.png": "True places (dots) and the held-out predictions of the best probe (ends of the "
+    f"lines), for at most {figures.MAP_SAMPLES} evenly chosen samples.",
+}
+
+
+def write_report(run: Run, folder: str | Path) -> None:
+    """Write layers.png, map.png, README.md and report.html into an existing folder.
+
+    Without matplotlib, and without coordinates for the map, the pages are written without the
+    picture. A picture that cannot be drawn warns, and the warning is kept in `info["warnings"]`:
+    numbers that took hours must not be lost to a drawing.
+
+    Parameters
+    ----------
+    run : Run
+    folder : path
+    """
+    folder = Path(folder)
+    pictures = _draw(run, folder)
+    (folder / "README.md").write_text(_markdown(run, folder, pictures), encoding="utf-8")
+    (folder / "report.html").write_text(_html(run, folder, pictures), encoding="utf-8")
+
+
+def _draw(run: Run, folder: Path) -> list[str]:
+    """Draw what can be drawn; return the names of the pictures."""
+    wanted = {"layers.png": figures.layer_curve}
+    if figures.has_map(run):
+        wanted["map.png"] = figures.map_of_predictions
+    drawn = []
+    for name, draw in wanted.items():
+        try:
+            figure = draw(run)
+        except ImportError as err:
+            _warn(run, f"the report has no pictures: {err}")
+            break
+        except Exception as err:
+            _warn(run, f"{name} could not be drawn: {type(err).__name__}: {err}")
+            continue
+        # Without matplotlib's version in the file, equal runs give equal pictures.
+        figure.savefig(folder / name, dpi=figures.DPI, metadata={"Software": None})
+        drawn.append(name)
+    return drawn
+
+
+def _warn(run: Run, message: str) -> None:
+    kept = run.info.setdefault("warnings", [])
+    if message not in kept:
+        kept.append(message)
+    warnings.warn(message, stacklevel=2)
+
+
+# ---------------------------------------------------------------- what both pages say
+
+
+def _method(run: Run) -> list[str]:
+    """Sentences on how the numbers came about; what the run does not record is left out."""
+    info, arguments = run.info, run.info.get("arguments", {})
+    said = [
+        "Every site's hidden states were pooled during one forward pass, and a ridge regression "
+        "with an intercept was fitted to the pooled rows of each."
+    ]
+    choice = ALPHA_WORDS.get(str(arguments.get("alpha", "")))
+    if choice:
+        said.append(f"Its penalty was chosen {choice}.")
+    for split in run.splits:
+        column = f"fold_{split}"
+        if column in run.samples.columns:
+            folds = run.samples[column].nunique()
+            said.append(f"Split {split}: {folds} folds ({text.split_words(split)}).")
+    said.append(
+        "R² is computed on each held-out fold, about that fold's own mean, and averaged over folds "
+        f"and targets ({', '.join(run.targets)}); ± is its standard error over folds. R² is 1 for "
+        "perfect predictions, 0 for always predicting the mean, and below 0 for worse than that."
+    )
+    ran = [f"{name} {info[name]}" for name in ("device", "dtype", "backend") if info.get(name)]
+    if ran:
+        said.append(f"It ran with {', '.join(map(str, ran))}.")
+    return said
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """Rows of the table of facts, in the order of run.json; `honest` is told elsewhere."""
+    skip = {"honest", "warnings"}
+    return [(str(k), _fact(v)) for k, v in run.info.items() if k not in skip and v is not None]
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{k}: {_fact(v)}" for k, v in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_fact(v) for v in value) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _again(folder: Path) -> str:
+    name = folder.name
+    if name.startswith(".") and ".partial-" in name:  # while it is written, see Run.save
+        name = name[1:].rpartition(".partial-")[0]
+    return f"import geofast as gf\n\nrun = gf.open({json.dumps(name, ensure_ascii=False)})"
+
+
+_USES = """run.layers                      # the whole table, one row per site, pool, prompt and split
+probe = run.best                # a linear map: probe(x) gives the targets of pooled rows [n, d]
+run.best_layer("{split}")       # the optimistic and the honest best layer"""
+
+
+# ---------------------------------------------------------------- README.md
+
+
+def _markdown(run: Run, folder: Path, pictures: list[str]) -> str:
+    parts = [f"# {text.headline(run)}", " ".join(text.finding(run))]
+    for split in run.splits:
+        parts.append(f"## {text.split_words(split).capitalize()}")
+        parts.append(text.summary_table(run, split).markdown())
+        parts.append("\n".join(f"- {line}" for line in text.notes(run, split)))
+    parts += [f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in pictures]
+    code = f"{_again(folder)}\n{_USES.format(split=run.splits[0])}"
+    parts += ["## Open it again", f"```python\n{code}\n```"]
+    parts += ["## Method", " ".join(_method(run))]
+    if run.info.get("warnings"):
+        parts += ["## Warnings", "\n".join(f"- {w}" for w in run.info["warnings"])]
+    parts += ["## Use", USE]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---------------------------------------------------------------- report.html
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5f5f5f; --paper: #fff; --rule: #ddd;
+  --tint: #f6f6f4; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e6; --soft: #a5a5a5; --paper: #17181a;
+  --rule: #3a3b3e; --tint: #202225; } }
+body { margin: 2rem auto; max-width: 62rem; padding: 0 1.2rem; background: var(--paper);
+  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+h1 { font-size: 1.55rem; line-height: 1.25; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--rule); }
+.finding { font-size: 1.1rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--rule); }
+th { color: var(--soft); font-weight: 600; }
+th.word, td.word { text-align: left; }
+.facts td { white-space: normal; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+figure { margin: 1.2rem 0; }
+img { width: 100%; height: auto; background: #fff; border-radius: 4px; }
+figcaption, .note { color: var(--soft); font-size: .9rem; }
+pre { background: var(--tint); padding: .8rem 1rem; overflow-x: auto; font-size: .86rem; }
+details { margin-top: 1rem; } summary { cursor: pointer; }
+"""
+
+
+def _html(run: Run, folder: Path, pictures: list[str]) -> str:
+    title = escape(text.headline(run))
+    body = [f"<h1>{title}</h1>", f'<p class="finding">{escape(" ".join(text.finding(run)))}</p>']
+    for split in run.splits:
+        body.append(f"<h2>{escape(text.split_words(split).capitalize())}</h2>")
+        body.append(_html_table(text.summary_table(run, split)))
+        body += [f'<p class="note">{escape(line)}</p>' for line in text.notes(run, split)]
+    body += [_html_picture(folder / name) for name in pictures]
+    body.append("<h2>Method</h2>")
+    body.append(f"<p>{escape(' '.join(_method(run)))}</p>")
+    for message in run.info.get("warnings", []):
+        body.append(f'<p class="note">Warning: {escape(str(message))}</p>')
+    code = f"{_again(folder)}\n{_USES.format(split=run.splits[0])}"
+    body.append(f"<h2>Open it again</h2><pre>{escape(code)}</pre>")
+    body.append(f"<h2>Use</h2><p>{escape(USE)}</p>")
+    body.append("<h2>R² by site</h2>")
+    for split in run.splits:
+        body.append(f"<h3>{escape(text.split_words(split).capitalize())}</h3>")
+        body.append(_html_table(text.layers_by_site(run, split)))
+    body.append("<h2>Everything</h2><details><summary>The whole table, layers.csv</summary>")
+    body.append(_html_table(_whole(run.layers)) + "</details>")
+    facts = (f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in _facts(run))
+    body.append("<details><summary>How it was made, run.json</summary>")
+    body.append(f'<table class="facts">{"".join(facts)}</table></details>')
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{_STYLE}</style>"
+    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{chr(10).join(body)}</body></html>\n'
+
+
+def _html_table(table: text.Table) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        words = [' class="word"' if i < table.left else "" for i in range(len(cells))]
+        inner = (f"<{tag}{w}>{escape(c)}</{tag}>" for c, w in zip(cells, words, strict=True))
+        return f"<tr>{''.join(inner)}</tr>"
+
+    body = "\n".join(row(cells, "td") for cells in table.cells)
+    head = row(table.headers, "th")
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _html_picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    caption = escape(CAPTIONS[path.name])
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _whole(layers: pd.DataFrame) -> text.Table:
+    """Turn the table of layers into text, words first."""
+    words = [c for c in layers.columns if not pd.api.types.is_numeric_dtype(layers[c].dtype)]
+    numbers = [c for c in layers.columns if c not in words]
+    columns = []
+    for name in [*words, *numbers]:
+        column = layers[name]
+        if name in words:
+            columns.append([str(v) for v in column])
+        elif pd.api.types.is_float_dtype(column.dtype):
+            columns.append(["" if pd.isna(v) else f"{v:.4g}" for v in column])
+        else:
+            columns.append(["" if pd.isna(v) else str(v) for v in column])
+    cells = [list(row) for row in zip(*columns, strict=True)]
+    return text.Table([*words, *numbers], cells, len(words))

@@ -1,0 +1,275 @@
+"""A run in words and plain tables: the finding, the summary, R2 by layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+SHORT = {"latitude": "lat", "longitude": "lon"}
+_LABEL = 20  # characters of a prompt label that a table shows
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headers and cells, all text. Columns of `left` hold words, the others numbers."""
+
+    headers: list[str]
+    cells: list[list[str]]
+    left: int
+
+    def text(self) -> str:
+        """As aligned plain text."""
+        widths = [max(map(len, column)) for column in zip(self.headers, *self.cells, strict=True)]
+        lines = []
+        for row in (self.headers, ["-" * w for w in widths], *self.cells):
+            padded = [
+                c.ljust(w) if i < self.left else c.rjust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(padded).rstrip())
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        rule = ["---" if i < self.left else "---:" for i in range(len(self.headers))]
+        rows = ([c.replace("|", "\\|") for c in row] for row in (self.headers, rule, *self.cells))
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+# ---------------------------------------------------------------- names
+
+
+def model_name(run: Run) -> str:
+    """Name the model in short: `hf:facebook/dinov2-small` is `dinov2-small`."""
+    name = _name(run.info.get("model"), "the model")
+    kind, colon, rest = name.partition(":")
+    if colon and kind == "open_clip":
+        return rest
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].removeprefix("hf:")
+
+
+def data_name(run: Run) -> str:
+    """Name the data as the run's information does."""
+    return _name(run.info.get("data"), "the data")
+
+
+def _name(value: Any, default: str) -> str:
+    if isinstance(value, dict):
+        value = value.get("name")
+    return str(value) if value else default
+
+
+def split_words(split: str) -> str:
+    """Tell a split in words: `blocks15` is `15-degree blocks`."""
+    if split == "kfold":
+        return "random folds"
+    if block := re.fullmatch(r"blocks([\d.]+)", split):
+        return f"{block[1]}-degree blocks"
+    if split.startswith("group:"):
+        return f"folds by {split.removeprefix('group:')}"
+    return f"split {split}"
+
+
+def place(site: str, pool: str, prompt: str = "") -> str:
+    """Name a site with its pool and prompt."""
+    parts = [site, pool, f"prompt {prompt}" if prompt else ""]
+    return ", ".join(p for p in parts if p)
+
+
+def clip_label(label: str, width: int = _LABEL) -> str:
+    """Cut a long label, with an ellipsis."""
+    return label if len(label) <= width else label[: width - 1] + "…"
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Write a number; a missing one is empty text."""
+    if value is None or pd.isna(value):
+        return ""
+    text = f"{float(value):.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def with_error(value: Any, se: Any, digits: int = 3) -> str:
+    """Write a number and its standard error, where there is one."""
+    error = number(se, digits)
+    return f"{number(value, digits)} ± {error}" if error else number(value, digits)
+
+
+def km(value: Any) -> str:
+    """Write kilometres, to the whole one."""
+    return "" if value is None or pd.isna(value) else f"{float(value):,.0f}"
+
+
+# ---------------------------------------------------------------- the finding
+
+
+def finding(run: Run) -> list[str]:
+    """Say what was found, in sentences made from the numbers; the first one is the title."""
+    first, *others = run.splits
+    best = _top(run, first)
+    name = model_name(run)
+    where = place(best["site"], best["pool"], best["prompt"])
+    sentences = [f"{name} {_reads(run, best)} ({where}; {split_words(first)})."]
+    if pd.notna(best.get("median_km")):
+        sentences.append(f"Its median error there is {km(best['median_km'])} km.")
+    honest = run.best_layer(first).honest
+    if honest is not None:
+        score = with_error(honest.r2, honest.r2_se, 2)
+        sentences.append(
+            f"Chosen on inner folds, the best layer scores R² {score}; "
+            f"the highest of the table is {number(best['r2'], 2)}."
+        )
+    sentences += [_elsewhere(run, split, best["r2"]) for split in others]
+    controls = [
+        f"{row['control']} {number(row['r2'], 2)}" for row in best_controls(run, first)
+    ]
+    if controls:
+        sentences.append(f"For comparison, R² of controls: {', '.join(controls)}.")
+    return sentences
+
+
+def _top(run: Run, split: str) -> pd.Series[Any]:
+    return run.rows_of(split).sort_values("r2", ascending=False, kind="stable").iloc[0]
+
+
+def _reads(run: Run, row: pd.Series[Any]) -> str:
+    """Say which targets are read, from R2 and 1.96 standard errors; true for any numbers."""
+    scores = {t: row.get(f"r2_{t}") for t in run.targets}
+    known = {t: float(r) for t, r in scores.items() if r is not None and pd.notna(r)}
+    if len(known) < 2:
+        target = next(iter(known), " and ".join(run.targets) or "the target")
+        verb = "reads" if _clear(row["r2"], row) else "does not read"
+        return f"{verb} {target}: R² {number(row['r2'], 2)}"
+    high, *_, low = sorted(known, key=lambda t: known[t], reverse=True)
+    numbers = f"R² {number(known[high], 2)} against {number(known[low], 2)}"
+    if len(known) > 2:
+        mean = number(row["r2"], 2)
+        verb = "reads" if _clear(known[high], row) else "does not read even"
+        return f"{verb} {high} best and {low} worst: {numbers}, {mean} on average"
+    if not _clear(known[high], row):
+        return f"reads neither {high} nor {low}: {numbers}"
+    if not _clear(known[low], row):
+        return f"reads {high} but not {low}: {numbers}"
+    if number(known[high], 2) == number(known[low], 2):
+        return f"reads {high} and {low} equally well: R² {number(known[high], 2)}"
+    return f"reads {high} better than {low}: {numbers}"
+
+
+def _clear(r2: float, row: pd.Series[Any]) -> bool:
+    se = row.get("r2_se")
+    margin = 1.96 * float(se) if se is not None and pd.notna(se) else 0.0
+    return bool(float(r2) > margin)
+
+
+def _elsewhere(run: Run, split: str, reference: float) -> str:
+    row = _top(run, split)
+    change = round(float(row["r2"]), 2) - round(float(reference), 2)
+    verb = "falls to" if change < 0 else "rises to" if change > 0 else "stays at"
+    parts = [f"{t} {number(row[f'r2_{t}'], 2)}" for t in run.targets if f"r2_{t}" in row]
+    detail = f" ({', '.join(parts)})" if len(parts) in (2, 3) else ""
+    return f"With {split_words(split)} the highest R² {verb} {number(row['r2'], 2)}{detail}."
+
+
+def best_controls(run: Run, split: str) -> list[pd.Series[Any]]:
+    """Return the best row of every control of a split."""
+    table = run.controls_of(split).sort_values("r2", ascending=False, kind="stable")
+    return [rows.iloc[0] for _, rows in table.groupby("control", sort=False)]
+
+
+def _control_beside(controls: pd.DataFrame, pool: str, prompt: str) -> float:
+    """Give the highest R2 of the controls, of the same pool and prompt where they have them."""
+    values = []
+    for _, rows in controls.groupby("control", sort=False):
+        same = rows[(rows["pool"] == pool) & (rows["prompt"] == prompt)]
+        values.append(float((rows if same.empty else same)["r2"].max()))
+    return max(values, default=float("nan"))
+
+
+# ---------------------------------------------------------------- tables
+
+
+def summary_table(run: Run, split: str) -> Table:
+    """Best site of every pool and prompt of a split, with the best control beside it."""
+    rows, controls = run.rows_of(split), run.controls_of(split)
+    prompts = bool((rows["prompt"] != "").any())
+    targets = [t for t in run.targets if f"r2_{t}" in rows.columns][:3]
+    has_km = "median_km" in rows.columns
+    kinds = list(dict.fromkeys(controls["control"]))
+    headers = ["pool", *(["prompt"] if prompts else []), "best site", "R² ± se"]
+    headers += [SHORT.get(t, t) for t in targets] + (["median km"] if has_km else [])
+    headers += [clip_label(kinds[0], 13) if len(kinds) == 1 else "controls"] if kinds else []
+    cells = []
+    for (pool, prompt), part in rows.groupby(["pool", "prompt"], sort=False):
+        top = part.sort_values("r2", ascending=False, kind="stable").iloc[0]
+        row = [pool, *([clip_label(prompt)] if prompts else []), top["site"]]
+        row += [with_error(top["r2"], top.get("r2_se"))]
+        row += [number(top[f"r2_{t}"]) for t in targets]
+        row += [km(top["median_km"])] if has_km else []
+        row += [number(_control_beside(controls, pool, prompt))] if kinds else []
+        cells.append(row)
+    return Table(headers, cells, 3 if prompts else 2)
+
+
+def notes(run: Run, split: str) -> list[str]:
+    """Lines below a split's table: the honest best layer, and the controls by name."""
+    lines = []
+    honest = run.best_layer(split).honest
+    if honest is None:
+        lines.append("Best sites are optimistic: the folds that report an R² also chose the site.")
+    else:
+        where = place(honest.site, honest.pool, honest.prompt)
+        score = with_error(honest.r2, honest.r2_se)
+        lines.append(f"Honest best (chosen on inner folds, scored on outer): R² {score}, {where}")
+    for row in best_controls(run, split):
+        parts = [
+            f"{SHORT.get(t, t)} {number(row[f'r2_{t}'])}"
+            for t in run.targets
+            if f"r2_{t}" in row and pd.notna(row[f"r2_{t}"])
+        ]
+        detail = f" ({', '.join(parts)})" if parts else ""
+        lines.append(f"Control {row['control']}: R² {number(row['r2'])}{detail}")
+    return lines
+
+
+def layers_by_site(run: Run, split: str) -> Table:
+    """R2 of a split: a row per site, a column per pool and prompt."""
+    rows = run.rows_of(split)
+    r2 = {(s, p, q): v for s, p, q, v in rows[["site", "pool", "prompt", "r2"]].to_numpy()}
+    sites = list(dict.fromkeys(rows["site"]))
+    columns = list(dict.fromkeys(zip(rows["pool"], rows["prompt"], strict=True)))
+    headers = [clip_label(f"{pool} {prompt}".strip(), 18) for pool, prompt in columns]
+    cells = [[site, *(number(r2.get((site, *c))) for c in columns)] for site in sites]
+    return Table(["site", *headers], cells, 1)
+
+
+def layer_table(run: Run, split: str) -> str:
+    """`layers_by_site` as text."""
+    return f"R² by site, {split_words(split)}\n\n{layers_by_site(run, split).text()}"
+
+
+def headline(run: Run) -> str:
+    """One line: which model, which data, how much of both."""
+    sites, samples = run.layers.loc[run.layers["control"] == "", "site"].nunique(), len(run.samples)
+    return f"{model_name(run)} on {data_name(run)}: {samples:,} samples, {sites} sites"
+
+
+def summary(run: Run) -> str:
+    """Tell a run in at most 100 columns."""
+    import textwrap
+
+    blocks = [headline(run)]
+    for split in run.splits:
+        table = summary_table(run, split).text()
+        blocks.append("\n".join([split_words(split).capitalize(), table, *notes(run, split)]))
+    blocks.append(textwrap.fill(" ".join(finding(run)), 96))
+    return "\n\n".join(blocks)

@@ -1,0 +1,626 @@
+"""What a probe found: its tables and probes, and the folder that keeps them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .gram import Gram
+
+FORMAT = 1  # of the folder; raised when an older geofast could misread a newer folder
+
+_PARTS = ("layers", "samples", "predictions")
+_ID = ("site", "pool", "prompt")
+_T = TypeVar("_T")
+
+
+def key(site: str, pool: str, prompt: str = "") -> str:
+    """Name of a probe or of rows: `site/pool`, or `site/pool/prompt` with a prompt label."""
+    return "/".join([site, pool, prompt] if prompt else [site, pool])
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A linear map from pooled hidden states to targets: x @ coef + intercept.
+
+    Attributes
+    ----------
+    site, pool, prompt : str
+        Where the rows are read; `prompt` is empty when there was one prompt or none.
+    targets : tuple of str
+        Names of the k targets, degrees for latitude and longitude.
+    alpha : float
+        The ridge penalty.
+    coef : Tensor, float64 [d, k]
+    intercept : Tensor, float64 [k]
+    """
+
+    site: str
+    pool: str
+    prompt: str
+    targets: tuple[str, ...]
+    alpha: float
+    coef: torch.Tensor
+    intercept: torch.Tensor
+
+    def __post_init__(self) -> None:
+        k = len(self.targets)
+        if self.coef.ndim != 2 or self.coef.shape[1] != k or self.intercept.shape != (k,):
+            msg = (
+                f"a probe of {k} targets needs coef [d, {k}] and intercept [{k}]; "
+                f"got {list(self.coef.shape)} and {list(self.intercept.shape)}"
+            )
+            raise ValueError(msg)
+        if {self.coef.dtype, self.intercept.dtype} != {torch.float64}:
+            msg = f"coef and intercept must be float64; got {self.coef.dtype}"
+            raise TypeError(msg)
+
+    @property
+    def name(self) -> str:
+        """`site/pool`, or `site/pool/prompt`: the probe's name in a run."""
+        return key(self.site, self.pool, self.prompt)
+
+    @overload
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def __call__(self, x: NDArray[Any]) -> NDArray[np.float64]: ...
+    def __call__(self, x: torch.Tensor | NDArray[Any]) -> torch.Tensor | NDArray[np.float64]:
+        """Predict the targets of pooled rows, in float64.
+
+        Parameters
+        ----------
+        x : Tensor or ndarray [n, d]
+            Rows of any dtype, on any device.
+
+        Returns
+        -------
+        Tensor or ndarray, float64 [n, k]
+            The same kind as `x`, on its device.
+
+        Raises
+        ------
+        TypeError, ValueError
+            When `x` is neither kind, or is not [n, d].
+        """
+        if not isinstance(x, (torch.Tensor, np.ndarray)):
+            msg = f"rows must be a torch tensor or a NumPy array; got {type(x).__name__}"
+            raise TypeError(msg)
+        if x.ndim != 2 or x.shape[1] != len(self.coef):
+            msg = f"probe {self.name} takes rows [n, {len(self.coef)}]; got {list(x.shape)}"
+            raise ValueError(msg)
+        if isinstance(x, np.ndarray):
+            predicted: NDArray[np.float64] = x.astype(np.float64) @ self.coef.cpu().numpy()
+            return predicted + self.intercept.cpu().numpy()
+        # Half-precision sums of thousands of products would cost the probe its third digit.
+        return x.double() @ self.coef.to(x.device) + self.intercept.to(x.device)
+
+    def to(self, device: torch.device | str) -> Probe:
+        """Return the same probe with its tensors on `device`."""
+        return replace(self, coef=self.coef.to(device), intercept=self.intercept.to(device))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A site and pool, and the held-out R2 of its probe."""
+
+    site: str
+    pool: str
+    prompt: str
+    r2: float
+    """Mean over targets and folds."""
+    r2_se: float
+    """Standard error over folds; NaN when it was not computed."""
+
+
+@dataclass(frozen=True)
+class BestLayer:
+    """The best site of one split, told twice."""
+
+    split: str
+    optimistic: Choice
+    """Highest R2 of the table: the same folds choose it and report it."""
+    honest: Choice | None
+    """Chosen on inner folds, scored on outer ones; None when the probe did not compute it."""
+
+
+class _Stored(Mapping[str, _T]):
+    """Named things that stay on disk until they are asked for."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], _T]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> _T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(eq=False)
+class Run:
+    """What a probe found.
+
+    Attributes
+    ----------
+    info : dict
+        What run.json keeps: `model`, `data`, `arguments`, `versions`, `device`, `backend`,
+        `dtype`, `seeds`, `counts` (`skipped` among them: reason -> number), `seconds` per stage,
+        `warnings` (a list of sentences), `honest` (split -> site, pool, prompt, r2, r2_se of the
+        best layer, chosen on inner folds and scored on outer ones).
+    layers : DataFrame
+        One row per site x pool x prompt x group x split, controls among them: `site, tower,
+        layer, pool, prompt, group, split, control, n, d, alpha, r2, r2_se, r2_<target>, ...`.
+        `control`, `prompt` and `group` are empty text where they do not apply; `layer` is missing
+        where a site is no block. A column that was not computed is absent.
+    samples : DataFrame
+        `id`, targets, `fold_<split>` and other columns, in the order of the rows.
+    probes : dict of str to Probe
+        One per site, pool and prompt, under `Probe.name`.
+    predictions : DataFrame
+        Held-out predictions of the best probe: `split, id, fold, <target>, <target>_predicted`,
+        and `error_km` for coordinates. Empty when no rows were kept to predict from.
+    rows : mapping of str to Tensor [n, d], or None
+        Pooled rows under the probes' names, when kept.
+    grams : mapping of str to Gram, or None
+        Sufficient statistics under the probes' names, when kept.
+    path : Path or None
+        The folder the run was saved to or opened from.
+    """
+
+    info: dict[str, Any]
+    layers: pd.DataFrame
+    samples: pd.DataFrame
+    probes: dict[str, Probe]
+    predictions: pd.DataFrame = field(default_factory=pd.DataFrame)
+    rows: Mapping[str, torch.Tensor] | None = None
+    grams: Mapping[str, Gram] | None = None
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.layers = _tidy(self.layers)
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits, the first one first."""
+        table = self.layers
+        return list(
+            dict.fromkeys(table["split"][(table["control"] == "") & (table["group"] == "")])
+        )
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the targets."""
+        return next(iter(self.probes.values())).targets if self.probes else ()
+
+    @property
+    def best(self) -> Probe:
+        """The probe with the highest R2 in the first split, controls and groups left out.
+
+        Optimistic: the folds that report its R2 also chose it, among all sites. For a number to
+        publish, see `best_layer(split).honest`.
+        """
+        choice = self.best_layer(self.splits[0]).optimistic
+        name = key(choice.site, choice.pool, choice.prompt)
+        if name not in self.probes:
+            msg = f"the run has no probe named {name!r}; it has {', '.join(self.probes) or 'none'}"
+            raise KeyError(msg)
+        return self.probes[name]
+
+    def best_layer(self, split: str) -> BestLayer:
+        """Return the best site of a split, optimistic and honest.
+
+        Raises
+        ------
+        ValueError
+            When the run has no such split, or no R2 in it.
+        """
+        honest = self.info.get("honest", {}).get(split)
+        row = self.rows_of(split).sort_values("r2", ascending=False, kind="stable").iloc[0]
+        if pd.isna(row["r2"]):
+            msg = f"no site of split {split!r} has an R2; is every target constant?"
+            raise ValueError(msg)
+        return BestLayer(split, _choice(row), None if honest is None else _choice(honest))
+
+    def rows_of(self, split: str) -> pd.DataFrame:
+        """Rows of `layers` of one split that are neither a control nor a group.
+
+        Raises
+        ------
+        ValueError
+            When the run has no such split.
+        """
+        table = self.layers
+        found = table[(table["split"] == split) & (table["control"] == "") & (table["group"] == "")]
+        if found.empty:
+            msg = f"the run has no split {split!r}; it has {', '.join(self.splits) or 'none'}"
+            raise ValueError(msg)
+        return found
+
+    def controls_of(self, split: str) -> pd.DataFrame:
+        """Rows of `layers` of one split that are controls; none is no error."""
+        table = self.layers
+        return table[(table["split"] == split) & (table["control"] != "") & (table["group"] == "")]
+
+    def summary(self) -> str:
+        """Tell the run in at most 100 columns: the finding, then the best sites of every split."""
+        from .report import text
+
+        return text.summary(self)
+
+    def layer_table(self, split: str) -> str:
+        """R2 of one split as text: a row per site, a column per pool and prompt."""
+        from .report import text
+
+        return text.layer_table(self, split)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the run's folder, all of it or nothing.
+
+        Everything goes into a hidden folder beside `path` that is renamed at the end, run.json
+        last, so that a run that was cut off is never taken for a whole one.
+
+        Parameters
+        ----------
+        path : path
+            The folder to make. An empty one may be there already.
+        overwrite : bool
+            Replace the run that is there. A folder that is not a run, or holds files that its
+            run did not write, is never replaced.
+
+        Returns
+        -------
+        Path
+            The folder, absolute.
+
+        Raises
+        ------
+        FileExistsError
+            When something is there that may not be replaced.
+        OSError
+            When the disk is full or not writable; nothing is left behind.
+        """
+        target = Path(path).expanduser().resolve()
+        _check_free(target, overwrite)
+        _plain(self.info, "info")  # a value that JSON lacks must fail before gigabytes are written
+        needed = _nbytes(self)
+        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        from safetensors import SafetensorError
+
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if needed > shutil.disk_usage(target.parent).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number
+            partial.mkdir()
+            _write(self, partial)
+            _swap(partial, target)
+        except (OSError, SafetensorError) as err:
+            shutil.rmtree(partial, ignore_errors=True)
+            _raise_unwritten(err, target, needed)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self.path = target
+        return target
+
+
+def open(path: str | Path) -> Run:
+    """Open a run's folder.
+
+    Tables and probes are read at once; rows and statistics when they are asked for.
+
+    Raises
+    ------
+    FileNotFoundError
+        When the folder, its run.json or a file that run.json lists is missing.
+    ValueError
+        When a file has another size than run.json says, or run.json is not a run's.
+    """
+    folder = Path(path).expanduser().resolve()
+    info, tables = _read_info(folder)
+    frames = {name: _read_table(folder / f"{name}.csv", tables) for name in _PARTS}
+    run = Run(
+        info,
+        frames["layers"],
+        frames["samples"],
+        _read_probes(folder / "probe.safetensors"),
+        frames["predictions"],
+        path=folder,
+    )
+    if (folder / "rows.safetensors").exists():
+        run.rows = _stored_rows(folder / "rows.safetensors")
+    if (folder / "gram.safetensors").exists():
+        run.grams = _stored_grams(folder / "gram.safetensors")
+    return run
+
+
+def _tidy(layers: pd.DataFrame) -> pd.DataFrame:
+    """Check the key columns and give them one form: text without NaN, whole layers or none."""
+    missing = [c for c in ("site", "pool", "split", "r2") if c not in layers.columns]
+    if missing:
+        msg = f"the table of layers has no column {missing[0]!r}; it has {list(layers.columns)}"
+        raise ValueError(msg)
+    layers = layers.reset_index(drop=True)
+    for name in ("site", "pool", "prompt", "group", "split", "control"):
+        column = layers[name] if name in layers.columns else pd.Series("", index=layers.index)
+        layers[name] = column.astype(object).where(column.notna(), "").astype(str)
+    if "layer" in layers.columns:
+        layers["layer"] = pd.to_numeric(layers["layer"], errors="coerce").astype("Int64")
+    return layers
+
+
+def _choice(row: Any) -> Choice:
+    se = row.get("r2_se")
+    names = [str(row.get(c) or "") for c in _ID]
+    return Choice(*names, float(row["r2"]), float("nan") if se is None else float(se))
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        listed = _load_json(target / "run.json")["files"]
+    except (OSError, ValueError, KeyError):
+        msg = f"{target} is there and is not a run's folder; choose another path or remove it"
+        raise FileExistsError(msg) from None
+    if not overwrite:
+        msg = f"{target} holds a run already; pass overwrite=True, or choose another path"
+        raise FileExistsError(msg)
+    strangers = sorted({p.name for p in target.iterdir()} - {"run.json", *listed})
+    if strangers:
+        msg = (
+            f"{target} holds {strangers[0]!r}, which its run did not write; move it away before "
+            "the run is replaced, or choose another path"
+        )
+        raise FileExistsError(msg)
+
+
+def _nbytes(run: Run) -> int:
+    """Count what the files will take, about: exact for tensors."""
+    tensors = [*(run.rows or {}).values()]
+    tensors += [t for p in run.probes.values() for t in (p.coef, p.intercept)]
+    for gram in (run.grams or {}).values():
+        tensors += [gram.matrix] if gram.shift is None else [gram.matrix, gram.shift]
+    frames = [run.layers, run.samples, run.predictions]
+    return sum(t.nbytes for t in tensors) + sum(int(f.memory_usage().sum()) for f in frames)
+
+
+def _write(run: Run, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    from . import gram, report
+
+    tables = {}
+    for name in _PARTS:
+        frame: pd.DataFrame = getattr(run, name)
+        if len(frame.columns):
+            tables[f"{name}.csv"] = {str(c): _kind(frame[c]) for c in frame.columns}
+            frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+    _write_probes(run.probes, folder / "probe.safetensors")
+    if run.rows is not None:
+        rows = {name: x.contiguous() for name, x in run.rows.items()}
+        save_file(rows, folder / "rows.safetensors")
+    if run.grams is not None:
+        gram.save(run.grams, folder / "gram.safetensors")
+    report.write_report(run, folder)
+
+    files = sorted(folder.iterdir())
+    for file in files:
+        _sync(file)
+    about = {"geofast_run": FORMAT, **run.info}
+    about |= {"tables": tables, "files": {f.name: f.stat().st_size for f in files}}
+    text = json.dumps(_plain(about, "info"), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+    _sync(folder / "run.json")
+    _sync(folder)
+
+
+def _write_probes(probes: Mapping[str, Probe], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors, about = {}, {}
+    for name, probe in probes.items():
+        tensors[f"{name}/coef"] = probe.coef.contiguous()
+        tensors[f"{name}/intercept"] = probe.intercept.contiguous()
+        about[name] = {c: getattr(probe, c) for c in (*_ID, "targets", "alpha")}
+    save_file(tensors, path, metadata={"geofast.probes": json.dumps(_plain(about, "probes"))})
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Turn a value into strict JSON's types; what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return _plain(value.tolist(), where)
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (Path, torch.dtype, torch.device)):
+        return str(value)
+    msg = f"{where} is a {type(value).__name__}; run.json takes text, numbers, lists and mappings"
+    raise TypeError(msg)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return  # only POSIX can flush a folder
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(partial: Path, target: Path) -> None:
+    """Rename the new folder into place; an old run is set aside first and removed after."""
+    if not target.exists():
+        partial.rename(target)
+    elif not any(target.iterdir()):
+        target.rmdir()
+        partial.rename(target)
+    else:
+        old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        target.rename(old)
+        try:
+            partial.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old)
+    _sync(target.parent)
+
+
+def _raise_unwritten(err: Exception, target: Path, needed: int) -> NoReturn:
+    # safetensors reports the system's error as text only: "... (os error 28)".
+    found = re.search(r"os error (\d+)", str(err))
+    code = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
+    place = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(place).free
+    reason = os.strerror(code) if code else str(err)
+    msg = (
+        f"could not write the run to {target}: {reason}. It needs about {_size(needed)} and "
+        f"{_size(free)} are free there; nothing was left behind. Make room or save elsewhere."
+    )
+    raise OSError(code or errno.EIO, msg) from err
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    about = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(about, dict) or "geofast_run" not in about:
+        msg = f"{path} is not a geofast run's"
+        raise ValueError(msg)
+    return about
+
+
+def _read_info(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """Read run.json and check that every file it lists is whole."""
+    if not folder.is_dir():
+        msg = f"there is no folder {folder}"
+        raise FileNotFoundError(msg)
+    if not (folder / "run.json").exists():
+        msg = (
+            f"{folder} is not a run's folder, or a run that was cut off: it has no run.json. "
+            "Give another folder, or run the probe again"
+        )
+        raise FileNotFoundError(msg)
+    info = _load_json(folder / "run.json")
+    version = info.pop("geofast_run")
+    if version > FORMAT:
+        msg = f"{folder} was written in format {version}; this geofast reads {FORMAT}: upgrade it"
+        raise ValueError(msg)
+    tables, files = info.pop("tables"), info.pop("files")
+    advice = "copy the folder again, or run the probe again"
+    for name, size in files.items():
+        if not name.endswith((".csv", ".safetensors")):
+            continue  # pages and pictures are for people, who may edit or remove them
+        if not (folder / name).exists():
+            msg = f"{folder / name} is missing, though run.json lists it; {advice}"
+            raise FileNotFoundError(msg)
+        found = (folder / name).stat().st_size
+        if found != size:
+            msg = f"{folder / name} has {found} bytes where run.json says {size}; {advice}"
+            raise ValueError(msg)
+    return info, tables
+
+
+def _kind(column: pd.Series[Any]) -> str:
+    """Name a column's kind for run.json; what is neither number nor truth is text."""
+    return str(column.dtype) if pd.api.types.is_numeric_dtype(column.dtype) else "text"
+
+
+def _read_table(path: Path, tables: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
+    """Read a table exactly as it was; missing text comes back as empty text."""
+    if path.name not in tables:
+        return pd.DataFrame()
+    # All as text first: "" must stay empty text, "NA" a country, and floats keep their last bit.
+    with path.open(encoding="utf-8", newline="") as file:
+        frame = pd.read_csv(file, dtype=str, keep_default_na=False, lineterminator="\n")
+    for name, kind in tables[path.name].items():
+        text = frame[name]
+        if kind.lower().startswith(("int", "uint")):
+            numbers = [int(v) if v else pd.NA for v in text]
+            frame[name] = pd.Series(pd.array(numbers, dtype=kind), index=frame.index)
+        elif kind in ("bool", "boolean"):
+            truths = [v == "True" if v else pd.NA for v in text]
+            frame[name] = pd.Series(pd.array(truths, dtype=kind), index=frame.index)
+        elif kind != "text":
+            frame[name] = text.where(text != "", "nan").astype(object).astype(kind)
+    return frame
+
+
+def _read_probes(path: Path) -> dict[str, Probe]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["geofast.probes"])
+        return {
+            name: Probe(
+                *(a[c] for c in _ID),
+                targets=tuple(a["targets"]),
+                alpha=a["alpha"],
+                coef=file.get_tensor(f"{name}/coef"),
+                intercept=file.get_tensor(f"{name}/intercept"),
+            )
+            for name, a in about.items()
+        }
+
+
+def _stored_rows(path: Path) -> Mapping[str, torch.Tensor]:
+    from safetensors import safe_open
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(path, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    with safe_open(path, "pt") as file:
+        return _Stored(file.keys(), read)
+
+
+def _stored_grams(path: Path) -> Mapping[str, Gram]:
+    from safetensors import safe_open
+
+    from . import gram
+
+    loaded: dict[str, Gram] = {}
+
+    def read(name: str) -> Gram:
+        if not loaded:
+            loaded.update(gram.load(path))
+        return loaded[name]
+
+    with safe_open(path, "pt") as file:
+        suffix = "/matrix"
+        names = [n[: -len(suffix)] for n in file.keys() if n.endswith(suffix)]  # noqa: SIM118
+    return _Stored(names, read)

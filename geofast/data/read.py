@@ -448,12 +448,15 @@ def _samples(
 
 
 def _as_numbers(column: pd.Series[Any]) -> NDArray[np.float64]:
-    return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    numbers = pd.to_numeric(column, errors="coerce")
+    degrees: NDArray[np.float64] = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+    return degrees
 
 
 def _empty(column: pd.Series[Any]) -> NDArray[np.bool_]:
     blank = column.astype(str).str.strip() == ""
-    return (column.isna() | blank).to_numpy(dtype=bool)
+    empty: NDArray[np.bool_] = (column.isna() | blank).to_numpy(dtype=bool)
+    return empty
 
 
 def _bad_degrees(

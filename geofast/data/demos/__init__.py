@@ -1,0 +1,12 @@
+"""The embedded demos: real weights and real geotagged data from the package index."""
+
+from .cities import cities
+from .dinov2 import dinov2_small
+from .satellite import raw_pixels, satellite
+from .smollm2 import smollm2
+
+__all__ = ["cities", "dinov2_small", "raw_pixels", "satellite", "smollm2"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,8 +8,7 @@ from sklearn.model_selection import KFold
 from synthetic import KINDS, rows
 
 import geofast as gf
-from geofast import ridge
-from geofast.ridge import fold_errors
+from geofast.ridge import fold_errors, training
 
 
 def folds_of(n, folds=5, seed=42):
@@ -73,7 +72,7 @@ def test_fewer_rows_than_features_through_the_gram(monkeypatch, kind, select):
     x, y = rows(100, 90, kind=kind)
     fold = folds_of(len(x))
     through_rows = gf.cross_validate(x, y, fold, select=select)
-    monkeypatch.setattr(ridge, "_WIDE_ROWS", 0)
+    monkeypatch.setattr(training, "_WIDE_ROWS", 0)
     found = gf.cross_validate(x, y, fold, select=select)
     assert "Cholesky" in found.method
     assert "X X'" in through_rows.method

@@ -1,0 +1,47 @@
+"""What every solver returns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+ALPHAS = tuple(float(a) for a in torch.logspace(-1, 4, 12, dtype=torch.float64))
+"""The study's penalties: 12, from 0.1 to 10,000, evenly in logarithm."""
+
+Select = Literal["gcv", "loo", "folds"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Ridge solutions of F training sets; tensors are float64.
+
+    Held-out scores are there when there was something to hold out.
+    """
+
+    alpha: torch.Tensor
+    """[F]: the penalty chosen for each training set."""
+    coef: torch.Tensor
+    """[F, d, k]."""
+    intercept: torch.Tensor
+    """[F, k]."""
+    r2: torch.Tensor | None
+    """[F, k]: R2 on the held-out part, about its own mean; NaN where a target is constant."""
+    mse: torch.Tensor | None
+    """[F, k]: mean squared error on the held-out part."""
+    predictions: torch.Tensor | None
+    """[n, k]: held-out predictions in the order of the rows; only when rows were given."""
+    inner_r2: torch.Tensor | None
+    """[F, k]: mean R2 on the inner folds of each training set, at its alpha; when asked for."""
+    method: str
+    """What ran, in words: selection and precision."""
+
+
+def penalties(alphas: Sequence[float]) -> torch.Tensor:
+    """Return the penalties in ascending order: float64 [A]; refuses one that is not positive."""
+    grid = torch.as_tensor(alphas, dtype=torch.float64).sort().values
+    if not len(grid) or bool((grid <= 0).any()):
+        raise ValueError(f"alphas must be positive; got {list(alphas)}")
+    return grid

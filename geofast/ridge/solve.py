@@ -1,0 +1,212 @@
+"""The solvers: every fold at once, from statistics or from rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from ..gram import Gram, Totals, totals
+from .gcv import select_gcv
+from .inner import inner_at, inner_folds, path
+from .loo import select_loo
+from .refine import refine
+from .scores import score_held_out, score_rows, scores_on
+from .solution import ALPHAS, Select, Solution, penalties
+from .training import NotPositiveError, Training, TrainingRows, training_sets
+from .wide import solve_wide, wide_scores
+
+
+def solve(
+    gram: Gram,
+    alphas: Sequence[float] = ALPHAS,
+    *,
+    folds: torch.Tensor | None = None,
+    select: Literal["gcv", "folds"] = "gcv",
+    inner: bool = False,
+) -> Solution:
+    """Solve all folds from statistics; no rows are needed.
+
+    Parameters
+    ----------
+    gram
+        Statistics by cell, accumulated with `products="float64"` for exact results.
+    alphas
+        Penalties to choose from, all positive.
+    folds
+        int64 [cells]: the fold of each cell; None makes every cell a fold. A Gram of one cell is
+        fitted whole, and nothing is held out.
+    select
+        How alpha is chosen; `folds` needs at least three folds.
+    inner
+        Also score each training set on its inner folds (`Solution.inner_r2`).
+
+    Raises
+    ------
+    ValueError
+        For an empty Gram, a fold without rows, alphas that are not positive, or a target that is
+        constant over a whole training set.
+    """
+    stats = totals(gram, folds)
+    whole = len(stats.held) == 1
+    if whole:
+        stats = Totals(stats.total, torch.zeros_like(stats.held), stats.shift)
+    return _solve_statistics(
+        stats, gram.targets, alphas, select, inner and not whole, scored=not whole
+    )
+
+
+def cross_validate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    fold: torch.Tensor,
+    alphas: Sequence[float] = ALPHAS,
+    *,
+    select: Select = "loo",
+    inner: bool = False,
+) -> Solution:
+    """Solve all folds from rows, with held-out predictions.
+
+    Parameters
+    ----------
+    x
+        [n, d] rows: float32, float16, bfloat16 or float64.
+    y
+        [n, k] targets.
+    fold
+        int64 [n]: the fold that holds each row out.
+    alphas, select, inner
+        As for `solve`; `loo` is exact leave-one-out inside each training part.
+
+    Raises
+    ------
+    ValueError
+        As `solve`.
+    """
+    n_folds = int(fold.max()) + 1
+    if int(torch.bincount(fold, minlength=n_folds).max()) == len(x):
+        raise ValueError("every row is in the same fold: nothing is left to train on")
+    rows = TrainingRows(x, y.double(), fold, n_folds)
+    if rows.are_wide:
+        return solve_wide(rows, alphas, select, inner)
+    return _solve_rows(rows, y.shape[1], alphas, select, inner, scored=True)
+
+
+def fit(
+    x: torch.Tensor, y: torch.Tensor, alphas: Sequence[float] = ALPHAS, *, select: Select = "loo"
+) -> Solution:
+    """Fit all rows, nothing held out: F = 1, no scores. Parameters as for `cross_validate`."""
+    if select == "folds":
+        raise ValueError("select='folds' needs folds: use cross_validate")
+    rows = TrainingRows(x, y.double(), torch.full((len(x),), -1), 1)
+    if rows.are_wide:
+        return replace(solve_wide(rows, alphas, select, False), r2=None, mse=None, predictions=None)
+    found = _solve_rows(rows, y.shape[1], alphas, select, False, scored=False)
+    return replace(found, predictions=None)
+
+
+def fold_errors(
+    x: torch.Tensor, y: torch.Tensor, fold: torch.Tensor, alphas: Sequence[float] = ALPHAS
+) -> torch.Tensor:
+    """Held-out mean squared error of every fold and alpha, over targets: float64 [F, A].
+
+    Parameters as for `cross_validate`; alphas in the order given.
+    """
+    grid, folds = torch.as_tensor(alphas, dtype=torch.float64), int(fold.max()) + 1
+    rows = TrainingRows(x, y.double(), fold, folds)
+    out = torch.empty(folds, len(grid), dtype=torch.float64)
+    if rows.are_wide:
+        for f in range(folds):
+            out[f] = wide_scores(x.double(), rows, fold != f, fold == f, grid)[1].mean(-1)
+        return out
+    stats = totals(Gram(x.shape[1], y.shape[1], folds).update(x, y, fold))
+    for f in range(folds):
+        one = training_sets(replace(stats, held=stats.held[f : f + 1]), y.shape[1])
+        out[f] = scores_on(stats.held[f], one, path(one, grid))[1].mean(-1)
+    return out
+
+
+def _solve_rows(
+    rows: TrainingRows, k: int, alphas: Sequence[float], select: str, inner: bool, *, scored: bool
+) -> Solution:
+    # The rows correct what float32 products do to the Gram; inner folds are scored on it alone.
+    precise = inner or select == "folds"
+    tries = (("float64" if precise else "float32", torch.float32), ("float64", torch.float64))
+    for products, dtype in tries:
+        gram = Gram(rows.x.shape[1], k, rows.folds, products=products)
+        gram.update(rows.x, rows.y, rows.fold.clamp_min(0))
+        stats = totals(gram)
+        if not scored:
+            stats = replace(stats, held=torch.zeros_like(stats.held))
+        try:
+            return _solve_in(
+                dtype, training_sets(stats, k), penalties(alphas), select, rows, inner, scored
+            )
+        except NotPositiveError:
+            continue
+    raise ValueError(_not_positive(alphas))
+
+
+def _solve_statistics(
+    stats: Totals, k: int, alphas: Sequence[float], select: str, inner: bool, *, scored: bool
+) -> Solution:
+    train = training_sets(stats, k)
+    for dtype in (torch.float32, torch.float64):
+        try:
+            return _solve_in(dtype, train, penalties(alphas), select, None, inner, scored)
+        except NotPositiveError:
+            continue
+    raise ValueError(_not_positive(alphas))
+
+
+def _not_positive(alphas: Sequence[float]) -> str:
+    return (
+        f"X'X + {min(alphas)} I is not positive definite in float64: the features are too badly "
+        "scaled for so small a penalty; raise the smallest alpha"
+    )
+
+
+def _solve_in(
+    dtype: torch.dtype,
+    train: Training,
+    alphas: torch.Tensor,
+    select: str,
+    rows: TrainingRows | None,
+    inner: bool,
+    scored: bool,
+) -> Solution:
+    if select == "folds":
+        curve, table = inner_folds(train, alphas)
+        chosen = curve.argmin(1)
+        factor = train.factor(train.stats.held, alphas[chosen], dtype)
+    else:
+        chosen, factor = select_gcv(train, alphas, dtype)
+        if select == "loo":
+            if rows is None:
+                raise ValueError(
+                    "select='loo' needs the rows; from statistics use 'gcv' or 'folds'"
+                )
+            chosen, factor = select_loo(train, alphas, dtype, rows, chosen, factor)
+    alpha = alphas[chosen]
+    w, projected = refine(train, factor, alpha, rows)
+    inner_r2 = None
+    if inner:
+        inner_r2 = (
+            table[torch.arange(len(chosen)), chosen]
+            if select == "folds"
+            else inner_at(train, alpha)
+        )
+    d = train.dim
+    c, e = train.stats.shift[:d], train.stats.shift[d:]
+    intercept = e + train.y_mean - torch.einsum("mkd,md->mk", w, c + train.mean)
+    r2 = mse = predictions = None
+    if scored and rows is not None and projected is not None:
+        predictions, r2, mse = score_rows(train, rows, projected)
+    elif scored:
+        r2, mse = score_held_out(train, w)
+    name = str(dtype).removeprefix("torch.")
+    against = "rows" if rows is not None else "statistics"
+    method = f"{select}; Cholesky in {name}, refined in float64 against the {against}"
+    return Solution(alpha, w.mT, intercept, r2, mse, predictions, inner_r2, method)

@@ -31,14 +31,11 @@ def main(arguments):
         return subprocess.call(
             [Path(sys.executable).with_name("pytest-benchmark"), STORE, *compare]
         )
-    pytest = [
-        Path(sys.executable).with_name("pytest"),
-        str(HERE),
-        "-q",
-        "--benchmark-autosave",
-        STORE,
-    ]
-    code = subprocess.call([*pytest, "--benchmark-quiet", "-W", "default", *arguments])
+    files = [a for a in arguments if a.endswith(".py")] or [str(HERE)]
+    options = [a for a in arguments if not a.endswith(".py")]
+    RESULTS.mkdir(exist_ok=True)
+    pytest = [Path(sys.executable).with_name("pytest"), *files, "-q", "-W", "default", *options]
+    code = subprocess.call([*pytest, "--benchmark-autosave", "--benchmark-quiet", STORE])
     saved = sorted((RESULTS / "runs").rglob("*.json"), key=lambda p: p.stat().st_mtime)
     if not saved:
         return code

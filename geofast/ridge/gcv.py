@@ -11,9 +11,7 @@ from .training import Training, apply_inverse, subset
 
 _STEPS = 10  # Lanczos steps: a neighbouring alpha is exact to 1e-8, one three decades off to 10 %
 _PROBES = 6  # random sign vectors for the trace
-_TIE = (
-    1e-3  # curves closer than this (relative, plus 4 standard errors) are decided by exact traces
-)
+_TIE = 1e-3  # closer than this, plus 4 standard errors of the ratio: exact traces decide
 
 
 def select_gcv(

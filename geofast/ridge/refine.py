@@ -7,9 +7,7 @@ import torch
 from .. import _ops
 from .training import NotPositiveError, Training, TrainingRows, apply_inverse
 
-_REFINED = (
-    1e-17  # refine until what is left has this share of the solution's energy (error squared)
-)
+_REFINED = 1e-17  # the share of the solution's energy that may be left: a relative error squared
 _ROUNDS = 20
 
 

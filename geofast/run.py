@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from . import _folder
+
 if TYPE_CHECKING:
     from .gram import Gram
-
-FORMAT = 1  # of the folder; raised when an older geofast could misread a newer folder
 
 _PARTS = ("layers", "samples", "predictions")
 _ID = ("site", "pool", "prompt")
@@ -77,7 +73,7 @@ class Probe:
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
     @overload
     def __call__(self, x: NDArray[Any]) -> NDArray[np.float64]: ...
-    def __call__(self, x: torch.Tensor | NDArray[Any]) -> torch.Tensor | NDArray[np.float64]:
+    def __call__(self, x: Any) -> Any:
         """Predict the targets of pooled rows, in float64.
 
         Parameters
@@ -102,8 +98,7 @@ class Probe:
             msg = f"probe {self.name} takes rows [n, {len(self.coef)}]; got {list(x.shape)}"
             raise ValueError(msg)
         if isinstance(x, np.ndarray):
-            predicted: NDArray[np.float64] = x.astype(np.float64) @ self.coef.cpu().numpy()
-            return predicted + self.intercept.cpu().numpy()
+            return x.astype(np.float64) @ self.coef.cpu().numpy() + self.intercept.cpu().numpy()
         # Half-precision sums of thousands of products would cost the probe its third digit.
         return x.double() @ self.coef.to(x.device) + self.intercept.to(x.device)
 
@@ -217,7 +212,7 @@ class Run:
         Optimistic: the folds that report its R2 also chose it, among all sites. For a number to
         publish, see `best_layer(split).honest`.
         """
-        choice = self.best_layer(self.splits[0]).optimistic
+        choice = self.best_layer(next(iter(self.splits), "")).optimistic
         name = key(choice.site, choice.pool, choice.prompt)
         if name not in self.probes:
             msg = f"the run has no probe named {name!r}; it has {', '.join(self.probes) or 'none'}"
@@ -298,26 +293,10 @@ class Run:
             When the disk is full or not writable; nothing is left behind.
         """
         target = Path(path).expanduser().resolve()
-        _check_free(target, overwrite)
-        _plain(self.info, "info")  # a value that JSON lacks must fail before gigabytes are written
-        needed = _nbytes(self)
-        partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        from safetensors import SafetensorError
-
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if needed > shutil.disk_usage(target.parent).free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number
-            partial.mkdir()
-            _write(self, partial)
-            _swap(partial, target)
-        except (OSError, SafetensorError) as err:
-            shutil.rmtree(partial, ignore_errors=True)
-            _raise_unwritten(err, target, needed)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        # A value that JSON lacks must fail before gigabytes are written.
+        _folder.plain(self.info, "info")
+        with _folder.making(target, _nbytes(self), overwrite) as folder:
+            _write(self, folder)
         self.path = target
         return target
 
@@ -335,8 +314,13 @@ def open(path: str | Path) -> Run:
         When a file has another size than run.json says, or run.json is not a run's.
     """
     folder = Path(path).expanduser().resolve()
-    info, tables = _read_info(folder)
-    frames = {name: _read_table(folder / f"{name}.csv", tables) for name in _PARTS}
+    info, tables = _folder.read_info(folder)
+    frames = {
+        name: _folder.read_table(folder / f"{name}.csv", tables[f"{name}.csv"])
+        if f"{name}.csv" in tables
+        else pd.DataFrame()
+        for name in _PARTS
+    }
     run = Run(
         info,
         frames["layers"],
@@ -368,32 +352,12 @@ def _tidy(layers: pd.DataFrame) -> pd.DataFrame:
 
 
 def _choice(row: Any) -> Choice:
-    se = row.get("r2_se")
-    names = [str(row.get(c) or "") for c in _ID]
-    return Choice(*names, float(row["r2"]), float("nan") if se is None else float(se))
+    site, pool, prompt = (str(row.get(c) or "") for c in _ID)
+    r2, se = (float("nan") if row.get(c) is None else float(row[c]) for c in ("r2", "r2_se"))
+    return Choice(site, pool, prompt, r2, se)
 
 
 # ---------------------------------------------------------------- writing
-
-
-def _check_free(target: Path, overwrite: bool) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    try:
-        listed = _load_json(target / "run.json")["files"]
-    except (OSError, ValueError, KeyError):
-        msg = f"{target} is there and is not a run's folder; choose another path or remove it"
-        raise FileExistsError(msg) from None
-    if not overwrite:
-        msg = f"{target} holds a run already; pass overwrite=True, or choose another path"
-        raise FileExistsError(msg)
-    strangers = sorted({p.name for p in target.iterdir()} - {"run.json", *listed})
-    if strangers:
-        msg = (
-            f"{target} holds {strangers[0]!r}, which its run did not write; move it away before "
-            "the run is replaced, or choose another path"
-        )
-        raise FileExistsError(msg)
 
 
 def _nbytes(run: Run) -> int:
@@ -415,8 +379,7 @@ def _write(run: Run, folder: Path) -> None:
     for name in _PARTS:
         frame: pd.DataFrame = getattr(run, name)
         if len(frame.columns):
-            tables[f"{name}.csv"] = {str(c): _kind(frame[c]) for c in frame.columns}
-            frame.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
+            tables[f"{name}.csv"] = _folder.write_table(frame, folder / f"{name}.csv")
     _write_probes(run.probes, folder / "probe.safetensors")
     if run.rows is not None:
         rows = {name: x.contiguous() for name, x in run.rows.items()}
@@ -424,16 +387,7 @@ def _write(run: Run, folder: Path) -> None:
     if run.grams is not None:
         gram.save(run.grams, folder / "gram.safetensors")
     report.write_report(run, folder)
-
-    files = sorted(folder.iterdir())
-    for file in files:
-        _sync(file)
-    about = {"geofast_run": FORMAT, **run.info}
-    about |= {"tables": tables, "files": {f.name: f.stat().st_size for f in files}}
-    text = json.dumps(_plain(about, "info"), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
-    _sync(folder / "run.json")
-    _sync(folder)
+    _folder.seal(folder, run.info, tables)
 
 
 def _write_probes(probes: Mapping[str, Probe], path: Path) -> None:
@@ -444,139 +398,12 @@ def _write_probes(probes: Mapping[str, Probe], path: Path) -> None:
         tensors[f"{name}/coef"] = probe.coef.contiguous()
         tensors[f"{name}/intercept"] = probe.intercept.contiguous()
         about[name] = {c: getattr(probe, c) for c in (*_ID, "targets", "alpha")}
-    save_file(tensors, path, metadata={"geofast.probes": json.dumps(_plain(about, "probes"))})
-
-
-def _plain(value: Any, where: str) -> Any:
-    """Turn a value into strict JSON's types; what is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v, f"{where}[{k!r}]") for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
-    if isinstance(value, (np.generic, np.ndarray)):
-        return _plain(value.tolist(), where)
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, (Path, torch.dtype, torch.device)):
-        return str(value)
-    msg = f"{where} is a {type(value).__name__}; run.json takes text, numbers, lists and mappings"
-    raise TypeError(msg)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":
-        return  # only POSIX can flush a folder
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _swap(partial: Path, target: Path) -> None:
-    """Rename the new folder into place; an old run is set aside first and removed after."""
-    if not target.exists():
-        partial.rename(target)
-    elif not any(target.iterdir()):
-        target.rmdir()
-        partial.rename(target)
-    else:
-        old = target.with_name(f".{target.name}.old-{os.getpid()}")
-        target.rename(old)
-        try:
-            partial.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
-        shutil.rmtree(old)
-    _sync(target.parent)
-
-
-def _raise_unwritten(err: Exception, target: Path, needed: int) -> NoReturn:
-    # safetensors reports the system's error as text only: "... (os error 28)".
-    found = re.search(r"os error (\d+)", str(err))
-    code = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
-    place = next(p for p in target.parents if p.exists())
-    free = shutil.disk_usage(place).free
-    reason = os.strerror(code) if code else str(err)
-    msg = (
-        f"could not write the run to {target}: {reason}. It needs about {_size(needed)} and "
-        f"{_size(free)} are free there; nothing was left behind. Make room or save elsewhere."
+    save_file(
+        tensors, path, metadata={"geofast.probes": json.dumps(_folder.plain(about, "probes"))}
     )
-    raise OSError(code or errno.EIO, msg) from err
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 # ---------------------------------------------------------------- reading
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    about = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(about, dict) or "geofast_run" not in about:
-        msg = f"{path} is not a geofast run's"
-        raise ValueError(msg)
-    return about
-
-
-def _read_info(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
-    """Read run.json and check that every file it lists is whole."""
-    if not folder.is_dir():
-        msg = f"there is no folder {folder}"
-        raise FileNotFoundError(msg)
-    if not (folder / "run.json").exists():
-        msg = (
-            f"{folder} is not a run's folder, or a run that was cut off: it has no run.json. "
-            "Give another folder, or run the probe again"
-        )
-        raise FileNotFoundError(msg)
-    info = _load_json(folder / "run.json")
-    version = info.pop("geofast_run")
-    if version > FORMAT:
-        msg = f"{folder} was written in format {version}; this geofast reads {FORMAT}: upgrade it"
-        raise ValueError(msg)
-    tables, files = info.pop("tables"), info.pop("files")
-    advice = "copy the folder again, or run the probe again"
-    for name, size in files.items():
-        if not name.endswith((".csv", ".safetensors")):
-            continue  # pages and pictures are for people, who may edit or remove them
-        if not (folder / name).exists():
-            msg = f"{folder / name} is missing, though run.json lists it; {advice}"
-            raise FileNotFoundError(msg)
-        found = (folder / name).stat().st_size
-        if found != size:
-            msg = f"{folder / name} has {found} bytes where run.json says {size}; {advice}"
-            raise ValueError(msg)
-    return info, tables
-
-
-def _kind(column: pd.Series[Any]) -> str:
-    """Name a column's kind for run.json; what is neither number nor truth is text."""
-    return str(column.dtype) if pd.api.types.is_numeric_dtype(column.dtype) else "text"
-
-
-def _read_table(path: Path, tables: Mapping[str, Mapping[str, str]]) -> pd.DataFrame:
-    """Read a table exactly as it was; missing text comes back as empty text."""
-    if path.name not in tables:
-        return pd.DataFrame()
-    # All as text first: "" must stay empty text, "NA" a country, and floats keep their last bit.
-    with path.open(encoding="utf-8", newline="") as file:
-        frame = pd.read_csv(file, dtype=str, keep_default_na=False, lineterminator="\n")
-    for name, kind in tables[path.name].items():
-        text = frame[name]
-        if kind.lower().startswith(("int", "uint")):
-            numbers = [int(v) if v else pd.NA for v in text]
-            frame[name] = pd.Series(pd.array(numbers, dtype=kind), index=frame.index)
-        elif kind in ("bool", "boolean"):
-            truths = [v == "True" if v else pd.NA for v in text]
-            frame[name] = pd.Series(pd.array(truths, dtype=kind), index=frame.index)
-        elif kind != "text":
-            frame[name] = text.where(text != "", "nan").astype(object).astype(kind)
-    return frame
 
 
 def _read_probes(path: Path) -> dict[str, Probe]:
@@ -586,11 +413,13 @@ def _read_probes(path: Path) -> dict[str, Probe]:
         about = json.loads(file.metadata()["geofast.probes"])
         return {
             name: Probe(
-                *(a[c] for c in _ID),
-                targets=tuple(a["targets"]),
-                alpha=a["alpha"],
-                coef=file.get_tensor(f"{name}/coef"),
-                intercept=file.get_tensor(f"{name}/intercept"),
+                a["site"],
+                a["pool"],
+                a["prompt"],
+                tuple(a["targets"]),
+                a["alpha"],
+                file.get_tensor(f"{name}/coef"),
+                file.get_tensor(f"{name}/intercept"),
             )
             for name, a in about.items()
         }

@@ -6,6 +6,7 @@ matplotlib is loaded by the first figure, not by the import.
 
 from __future__ import annotations
 
+import io
 import re
 import textwrap
 from pathlib import Path
@@ -33,7 +34,7 @@ MAP_SAMPLES = 400  # more lines than this hide each other
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _TARGET_LINES = ("--", ":", "-.")
 _GREY = "#6e6e6e"
-_FLOOR = -0.3  # R2 below this is "worse than the mean"; how much worse would squash the rest
+_FLOOR = -0.3  # R2 below 0 is worse than the mean; how much worse would squash the rest
 _KM_EDGES = (0, 250, 1000, 2500, 5000, 20040)  # the last one is half the Earth's circumference
 
 
@@ -47,6 +48,17 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture as PNG with 256 colours: a third of the size, and looks the same."""
+    from PIL import Image
+
+    pixels = io.BytesIO()
+    figure.savefig(pixels, format="rgba", dpi=DPI)
+    size = figure.canvas.get_width_height()
+    picture = Image.frombytes("RGBA", size, pixels.getvalue()).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True, dpi=(DPI, DPI))
 
 
 # ---------------------------------------------------------------- R2 by layer
@@ -76,23 +88,27 @@ def layer_curve(run: Run) -> Figure:
         _label_depths(axes, places)
     for axes in panels[len(run.splits) :]:
         axes.set_visible(False)
-    _limit_r2(panels[0], run)
+    floor = _floor(run)
+    cut = float(panels[0].get_ylim()[0]) < floor
+    panels[0].set_ylim(max(panels[0].get_ylim()[0], floor), min(panels[0].get_ylim()[1], 1.02))
     for axes in panels[::columns]:
-        axes.set_ylabel(_r2_label(run), fontsize=11)
+        axes.set_ylabel(_r2_label(run) + (f"\n(cut at {floor:.1f})" if cut else ""), fontsize=11)
     for axes in panels[: len(run.splits)][-columns:]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(_depth_label(places), fontsize=11)
     _title(figure, text.finding(run)[0])
-    handles = dict(
-        (label, handle)
+    handles = {
+        label: handle
         for axes in panels
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    )
+    }
+    # Legends fill column by column: one column per pool when its targets have lines of their own.
+    rows = 1 + len(run.targets) if any(", mean" in label for label in handles) else 2
     figure.legend(
         handles.values(),
         handles.keys(),
         loc="outside lower center",
-        ncols=min(4, len(handles)),
+        ncols=-(-len(handles) // rows),
         frameon=False,
         fontsize=10,
     )
@@ -173,7 +189,7 @@ def _mark_honest(axes: Axes, run: Run, split: str, places: dict[str, int]) -> No
     if honest is not None and _trunk(honest.site)[0] in places:
         axes.plot(
             places[_trunk(honest.site)[0]],
-            max(honest.r2, _FLOOR),
+            honest.r2,
             "*",
             ms=15,
             mfc="white",
@@ -229,19 +245,15 @@ def _r2_label(run: Run) -> str:
     return f"held-out R² of {run.targets[0]}" if run.targets else "held-out R²"
 
 
-def _limit_r2(axes: Axes, run: Run) -> None:
-    low = float(axes.get_ylim()[0])
-    if low < _FLOOR:
-        axes.set_ylim(bottom=_FLOOR)
-        if run.layers["r2"].min() < _FLOOR:
-            note = f"R² below {_FLOOR} is not shown"
-            axes.annotate(note, (0.01, 0.01), xycoords="axes fraction", fontsize=9, color=_GREY)
-    axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
+def _floor(run: Run) -> float:
+    """R2 below which the curve is cut, with every split's best site above it."""
+    best = min(run.best_layer(split).optimistic.r2 for split in run.splits)
+    return min(_FLOOR, float(np.floor(10 * best - 3) / 10))
 
 
 def _title(figure: Figure, sentence: str) -> None:
-    lines = textwrap.fill(sentence.rstrip("."), 84)
-    figure.suptitle(lines, fontsize=13, x=0.012, ha="left", fontweight="bold")
+    lines = textwrap.fill(sentence.rstrip("."), 94)
+    figure.suptitle(lines, fontsize=12, x=0.012, ha="left", fontweight="bold")
 
 
 # ---------------------------------------------------------------- map
@@ -322,18 +334,43 @@ def _draw_map(axes: Axes, table: pd.DataFrame, norm: Any, colours: Any) -> None:
     start = np.stack([longitude, latitude], axis=1)
     end = np.stack([longitude + step, to_latitude], axis=1)
     for shift in (-360, 0, 360):
-        lines = np.stack([start, end], axis=1) + [shift, 0]
+        lines = np.stack([start, end], axis=1) + np.array([shift, 0])
         segments = LineCollection(list(lines), lw=0.6, alpha=0.55, cmap=colours, norm=norm)
         segments.set_array(error)
         axes.add_collection(segments, autolim=False)
     axes.scatter(longitude, latitude, c=error, s=11, cmap=colours, norm=norm, lw=0, zorder=3)
-    axes.set_xlim(-180, 180)
-    axes.set_ylim(-90, 90)
+    west, south, width = _window(table["longitude"], table["latitude"])
+    axes.set_xlim(west, west + width)
+    axes.set_ylim(south, south + width / 2)
     axes.set_aspect("equal")
-    axes.set_xticks(range(-120, 121, 60), ["120° W", "60° W", "0°", "60° E", "120° E"])
-    axes.set_yticks([-60, -30, 0, 30, 60], ["60° S", "30° S", "0°", "30° N", "60° N"])
+    step = next(s for s in (5, 10, 20, 30, 60) if width / s <= 7)
+    degrees = np.arange(-180, 181, step)
+    across = degrees[(degrees > west) & (degrees < west + width)]
+    up = degrees[(degrees > south) & (degrees < south + width / 2)]
+    axes.set_xticks(across, [_degrees(v, "EW") for v in across])
+    axes.set_yticks(up, [_degrees(v, "NS") for v in up])
     axes.tick_params(labelsize=9, color="#a0a0a0", labelcolor=_GREY)
     axes.spines[:].set_color("#c0c0c0")
+
+
+def _window(longitude: pd.Series[float], latitude: pd.Series[float]) -> tuple[float, float, float]:
+    """West edge, south edge and width of the map; it is half as high as wide.
+
+    The whole world, unless the samples with a margin around them fill less than half of it.
+    """
+    spans = np.ptp(longitude.to_numpy()), np.ptp(latitude.to_numpy())
+    width = max(30.0, 1.5 * max(spans[0], 2 * spans[1]))
+    if width > 180:
+        return -180.0, -90.0, 360.0
+    west = float(longitude.max() + longitude.min() - width) / 2
+    south = float(latitude.max() + latitude.min() - width / 2) / 2
+    west, south = np.clip(west, -180, 180 - width), np.clip(south, -90, 90 - width / 2)
+    return float(west), float(south), width
+
+
+def _degrees(value: float, letters: str) -> str:
+    letter = "" if value == 0 else f" {letters[int(value < 0)]}"
+    return f"{abs(value):.0f}°{letter}"
 
 
 def _km_colours() -> tuple[Any, Any]:

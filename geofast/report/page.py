@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,8 @@ CAPTIONS = {
 def write_report(run: Run, folder: str | Path) -> None:
     """Write layers.png, map.png, README.md and report.html into an existing folder.
 
-    Without matplotlib, and without coordinates for the map, the pages are written without the
-    picture. A picture that cannot be drawn warns, and the warning is kept in `info["warnings"]`:
+    Without matplotlib the pages have no pictures; without held-out coordinates they have no map.
+    A picture or page that cannot be made warns, and the warning is kept in `info["warnings"]`:
     numbers that took hours must not be lost to a drawing.
 
     Parameters
@@ -50,8 +51,9 @@ def write_report(run: Run, folder: str | Path) -> None:
     """
     folder = Path(folder)
     pictures = _draw(run, folder)
-    (folder / "README.md").write_text(_markdown(run, folder, pictures), encoding="utf-8")
-    (folder / "report.html").write_text(_html(run, folder, pictures), encoding="utf-8")
+    for name, page in (("README.md", _markdown), ("report.html", _html)):
+        with _kept_going(run, name):
+            (folder / name).write_text(page(run, folder, pictures), encoding="utf-8")
 
 
 def _draw(run: Run, folder: Path) -> list[str]:
@@ -62,17 +64,24 @@ def _draw(run: Run, folder: Path) -> list[str]:
     drawn = []
     for name, draw in wanted.items():
         try:
-            figure = draw(run)
+            with _kept_going(run, name):
+                figures.save(draw(run), folder / name)
+                drawn.append(name)
         except ImportError as err:
             _warn(run, f"the report has no pictures: {err}")
             break
-        except Exception as err:
-            _warn(run, f"{name} could not be drawn: {type(err).__name__}: {err}")
-            continue
-        # Without matplotlib's version in the file, equal runs give equal pictures.
-        figure.savefig(folder / name, dpi=figures.DPI, metadata={"Software": None})
-        drawn.append(name)
     return drawn
+
+
+@contextmanager
+def _kept_going(run: Run, name: str) -> Iterator[None]:
+    """Turn a failure of the drawing or the wording into a warning; a full disk stays an error."""
+    try:
+        yield
+    except (ImportError, OSError):
+        raise
+    except Exception as err:
+        _warn(run, f"{name} could not be made: {type(err).__name__}: {err}")
 
 
 def _warn(run: Run, message: str) -> None:
@@ -95,11 +104,13 @@ def _method(run: Run) -> list[str]:
     choice = ALPHA_WORDS.get(str(arguments.get("alpha", "")))
     if choice:
         said.append(f"Its penalty was chosen {choice}.")
-    for split in run.splits:
-        column = f"fold_{split}"
-        if column in run.samples.columns:
-            folds = run.samples[column].nunique()
-            said.append(f"Split {split}: {folds} folds ({text.split_words(split)}).")
+    folds = [
+        f"{run.samples[f'fold_{split}'].nunique()} ({text.split_words(split)})"
+        for split in run.splits
+        if f"fold_{split}" in run.samples.columns
+    ]
+    if folds:
+        said.append(f"Number of folds: {', '.join(folds)}.")
     said.append(
         "R² is computed on each held-out fold, about that fold's own mean, and averaged over folds "
         f"and targets ({', '.join(run.targets)}); ± is its standard error over folds. R² is 1 for "
@@ -134,9 +145,9 @@ def _again(folder: Path) -> str:
     return f"import geofast as gf\n\nrun = gf.open({json.dumps(name, ensure_ascii=False)})"
 
 
-_USES = """run.layers                      # the whole table, one row per site, pool, prompt and split
-probe = run.best                # a linear map: probe(x) gives the targets of pooled rows [n, d]
-run.best_layer("{split}")       # the optimistic and the honest best layer"""
+_USES = """run.layers            # the whole table, one row per site, pool, prompt and split
+probe = run.best      # a linear map: probe(x) gives the targets of pooled rows x [n, d]
+print(run.summary())  # what this page says"""
 
 
 # ---------------------------------------------------------------- README.md
@@ -149,7 +160,7 @@ def _markdown(run: Run, folder: Path, pictures: list[str]) -> str:
         parts.append(text.summary_table(run, split).markdown())
         parts.append("\n".join(f"- {line}" for line in text.notes(run, split)))
     parts += [f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in pictures]
-    code = f"{_again(folder)}\n{_USES.format(split=run.splits[0])}"
+    code = f"{_again(folder)}\n{_USES}"
     parts += ["## Open it again", f"```python\n{code}\n```"]
     parts += ["## Method", " ".join(_method(run))]
     if run.info.get("warnings"):
@@ -197,7 +208,7 @@ def _html(run: Run, folder: Path, pictures: list[str]) -> str:
     body.append(f"<p>{escape(' '.join(_method(run)))}</p>")
     for message in run.info.get("warnings", []):
         body.append(f'<p class="note">Warning: {escape(str(message))}</p>')
-    code = f"{_again(folder)}\n{_USES.format(split=run.splits[0])}"
+    code = f"{_again(folder)}\n{_USES}"
     body.append(f"<h2>Open it again</h2><pre>{escape(code)}</pre>")
     body.append(f"<h2>Use</h2><p>{escape(USE)}</p>")
     body.append("<h2>R² by site</h2>")
@@ -213,7 +224,13 @@ def _html(run: Run, folder: Path, pictures: list[str]) -> str:
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{_STYLE}</style>"
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{chr(10).join(body)}</body></html>\n'
+    lines = [
+        "<!doctype html>",
+        f'<html lang="en"><head>{head}</head><body>',
+        *body,
+        "</body></html>",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _html_table(table: text.Table) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ def split_words(split: str) -> str:
 
 def place(site: str, pool: str, prompt: str = "") -> str:
     """Name a site with its pool and prompt."""
-    parts = [site, pool, f"prompt {prompt}" if prompt else ""]
+    parts = [site, pool, f"prompt {clip_label(prompt)}" if prompt else ""]
     return ", ".join(p for p in parts if p)
 
 
@@ -130,9 +130,7 @@ def finding(run: Run) -> list[str]:
             f"the highest of the table is {number(best['r2'], 2)}."
         )
     sentences += [_elsewhere(run, split, best["r2"]) for split in others]
-    controls = [
-        f"{row['control']} {number(row['r2'], 2)}" for row in best_controls(run, first)
-    ]
+    controls = [f"{row['control']} {number(row['r2'], 2)}" for row in best_controls(run, first)]
     if controls:
         sentences.append(f"For comparison, R² of controls: {', '.join(controls)}.")
     return sentences
@@ -259,17 +257,19 @@ def layer_table(run: Run, split: str) -> str:
 
 def headline(run: Run) -> str:
     """One line: which model, which data, how much of both."""
-    sites, samples = run.layers.loc[run.layers["control"] == "", "site"].nunique(), len(run.samples)
-    return f"{model_name(run)} on {data_name(run)}: {samples:,} samples, {sites} sites"
+    sites = run.layers.loc[run.layers["control"] == "", "site"].nunique()
+    skipped = run.info.get("counts", {}).get("skipped", 0)
+    skipped = sum(skipped.values()) if isinstance(skipped, dict) else skipped
+    samples = f"{len(run.samples):,} samples" + (f" ({skipped:,} skipped)" if skipped else "")
+    return f"{model_name(run)} on {data_name(run)}: {samples}, {sites} sites"
 
 
 def summary(run: Run) -> str:
     """Tell a run in at most 100 columns."""
-    import textwrap
-
     blocks = [headline(run)]
     for split in run.splits:
         table = summary_table(run, split).text()
-        blocks.append("\n".join([split_words(split).capitalize(), table, *notes(run, split)]))
+        below = [textwrap.fill(line, 96, subsequent_indent="  ") for line in notes(run, split)]
+        blocks.append("\n".join([split_words(split).capitalize(), table, *below]))
     blocks.append(textwrap.fill(" ".join(finding(run)), 96))
     return "\n\n".join(blocks)

@@ -1,0 +1,455 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from test_run import example_run
+
+import geofast.run
+from geofast.geo import great_circle_km
+from geofast.report import figures, layer_curve, map_of_predictions, page, text
+from geofast.report.text import Table, finding
+from geofast.run import Run
+
+PALETTE = {"vermillion": "#D55E00", "blue": "#0072B2", "grey": "#6e6e6e"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return example_run().save(tmp_path_factory.mktemp("runs") / "dino")
+
+
+def share(path: Path, colour: str, tolerance: int = 8) -> float:
+    """Share of a picture's pixels that are about of one colour."""
+    rgb = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return float((np.abs(rgb - wanted).max(axis=-1) <= tolerance).mean())
+
+
+def lines_of(run: Run) -> str:
+    return " ".join(finding(run))
+
+
+# ---------------------------------------------------------------- the finding
+
+
+def one_row(**columns: object) -> Run:
+    """A run of one site; `columns` change its only row."""
+    run = example_run(30, blocks=1, pools=("cls",), splits=("kfold",))
+    run.layers = run.layers.iloc[[1]].reset_index(drop=True).assign(**columns)
+    run.info["honest"] = {}
+    return run
+
+
+WHERE = "(vision.layers.0, cls; random folds)."
+
+
+@pytest.mark.parametrize(
+    ("latitude", "longitude", "said"),
+    [
+        (0.9, 0.57, "reads latitude better than longitude: R² 0.90 against 0.57"),
+        (0.31, 0.52, "reads longitude better than latitude: R² 0.52 against 0.31"),
+        (0.502, 0.498, "reads latitude and longitude equally well: R² 0.50"),
+        (0.5, -0.2, "reads latitude but not longitude: R² 0.50 against -0.20"),
+        (-3.0, 0.5, "reads longitude but not latitude: R² 0.50 against -3.00"),
+        (-0.05, -0.4, "reads neither latitude nor longitude: R² -0.05 against -0.40"),
+        # 0.04 is within 1.96 standard errors of 0.021 of nothing, 0.05 is not.
+        (0.5, 0.04, "reads latitude but not longitude: R² 0.50 against 0.04"),
+        (0.5, 0.05, "reads latitude better than longitude: R² 0.50 against 0.05"),
+    ],
+)
+def test_finding_is_true_of_the_numbers(latitude: float, longitude: float, said: str) -> None:
+    mean = (latitude + longitude) / 2
+    run = one_row(r2=mean, r2_latitude=latitude, r2_longitude=longitude)
+    assert finding(run)[0] == f"dinov2-small {said} {WHERE}"
+
+
+def test_finding_of_other_targets_and_missing_numbers() -> None:
+    run = one_row(r2=0.4)
+    run.layers = run.layers.drop(columns=["r2_latitude", "r2_longitude", "median_km", "r2_se"])
+    said = f"dinov2-small reads latitude and longitude: R² 0.40 {WHERE}"
+    assert finding(run) == [said]
+    run = one_row(r2=0.2, r2_latitude=np.nan, r2_longitude=0.2, median_km=np.nan)
+    assert finding(run) == [f"dinov2-small reads longitude: R² 0.20 {WHERE}"]
+    run = one_row(r2=0.01, r2_latitude=np.nan, r2_longitude=0.01, median_km=np.nan)
+    assert finding(run) == [f"dinov2-small does not read longitude: R² 0.01 {WHERE}"]
+
+
+def test_finding_tells_the_other_split_the_controls_and_the_honest_best() -> None:
+    run = example_run()
+    honest = run.info["honest"]["kfold"]["r2"]
+    best = run.rows_of("kfold")["r2"].max()
+    blocks = run.rows_of("blocks15")["r2"].max()
+    said = lines_of(run)
+    assert f"Chosen on inner folds, the best layer scores R² {honest:.2f} ± 0.02" in said
+    assert f"the highest of the table is {best:.2f}." in said
+    assert f"With 15-degree blocks the highest R² falls to {blocks:.2f}" in said
+    assert "R² of controls: raw pixels 0.20." in said
+    run.layers.loc[run.layers["split"] == "blocks15", "r2"] += 0.5
+    assert "With 15-degree blocks the highest R² rises to" in lines_of(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("hf:facebook/dinov2-small", "dinov2-small"),
+        ("open_clip:ViT-B-32/laion2b_s34b_b79k", "ViT-B-32/laion2b_s34b_b79k"),
+        ("/models/my-vit/", "my-vit"),
+        ({"name": "hf:gpt2"}, "gpt2"),
+        (None, "the model"),
+    ],
+)
+def test_models_have_short_names(name: object, short: str) -> None:
+    run = example_run(30, blocks=1)
+    run.info["model"] = name
+    assert text.model_name(run) == short
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.5])
+def test_summary_fits_a_terminal(shift: float) -> None:
+    run = example_run(
+        60,
+        blocks=30,
+        tower="lm",
+        pools=("last", "mean:text"),
+        prompts=("bare", "city", "a question about its coordinates, at some length"),
+        splits=("kfold", "group:country"),
+        shift=shift,
+    )
+    summary = run.summary()
+    assert max(map(len, summary.splitlines())) <= 100
+    assert "Folds by country" in summary
+    best = run.rows_of("group:country")["r2"].max()
+    assert f"{best:.3f} ± 0.021" in summary
+    assert "nan" not in summary
+    assert "honest best" in summary.lower()
+
+
+def test_summary_rows_are_the_best_of_each_pool_with_the_control_beside() -> None:
+    run = example_run()
+    table = text.summary_table(run, "kfold")
+    assert table.headers == [
+        "pool",
+        "best site",
+        "R² ± se",
+        "lat",
+        "lon",
+        "median km",
+        "raw pixels",
+    ]
+    for pool, cells in zip(("cls", "mean:patch"), table.cells, strict=True):
+        rows = run.rows_of("kfold")
+        top = rows[rows["pool"] == pool].sort_values("r2").iloc[-1]
+        r2 = f"{top['r2']:.3f} ± {top['r2_se']:.3f}"
+        parts = [f"{top['r2_latitude']:.3f}", f"{top['r2_longitude']:.3f}"]
+        assert cells == [pool, top["site"], r2, *parts, f"{top['median_km']:,.0f}", "0.200"]
+
+
+def test_summary_without_kilometres_controls_or_errors() -> None:
+    run = example_run(60)
+    run.layers = run.layers[run.layers["control"] == ""].drop(columns=["median_km", "r2_se"])
+    run.info["honest"] = {}
+    assert text.summary_table(run, "kfold").headers == [
+        "pool",
+        "best site",
+        "R² ± se",
+        "lat",
+        "lon",
+    ]
+    summary = run.summary()
+    assert " km" not in summary
+    assert "optimistic" in summary
+
+
+def test_control_of_the_same_pool_is_preferred() -> None:
+    run = example_run(60, splits=("kfold",))
+    random = run.layers[run.layers["control"] == ""].copy()
+    random["control"] = "random weights"
+    random["r2"] = np.where(random["pool"] == "cls", 0.3, 0.1)
+    run.layers = pd.concat([run.layers, random], ignore_index=True)
+    table = text.summary_table(run, "kfold")
+    assert table.headers[-1] == "controls"
+    # The raw pixels have no pool, so they stand beside both: 0.2 beats 0.1, not 0.3.
+    assert [row[-1] for row in table.cells] == ["0.300", "0.200"]
+
+
+def test_layer_table_has_a_row_per_site_and_a_column_per_pool() -> None:
+    run = example_run(30, blocks=3, prompts=("bare", "city"))
+    lines = run.layer_table("kfold").splitlines()
+    assert lines[2].split("  ")[0] == "site"
+    assert [line.split()[0] for line in lines[4:]] == list(run.rows_of("kfold")["site"].unique())
+    rows = run.rows_of("kfold")
+    first = rows[rows["site"] == "vision.embed"]["r2"]
+    assert lines[4].split()[1:] == [f"{v:.3f}" for v in first]
+
+
+def test_tables_as_text_and_markdown() -> None:
+    table = Table(["pool", "R²"], [["a|b", "0.5"], ["c", "-0.25"]], 1)
+    assert table.text() == "pool     R²\n----  -----\na|b     0.5\nc     -0.25"
+    assert table.markdown() == "| pool | R² |\n| --- | ---: |\n| a\\|b | 0.5 |\n| c | -0.25 |"
+
+
+def test_numbers_have_no_negative_zero() -> None:
+    assert text.number(-0.0001) == "0.000"
+    assert text.number(-0.0006) == "-0.001"
+    assert text.number(float("nan")) == text.number(None) == ""
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_pictures_show_what_they_should(saved: Path) -> None:
+    layers, world = saved / "layers.png", saved / "map.png"
+    for picture in (layers, world):
+        image = Image.open(picture)
+        assert image.width == 1600
+        assert np.asarray(image.convert("L")).std() > 20
+    for name, colour in PALETTE.items():
+        assert share(layers, colour) > 2e-4, name
+    assert share(layers, "#FFFFFF") > 0.6
+    assert 0.15 < share(world, "#DBDBDB") < 0.35  # land
+    assert share(world, "#440154") > 1e-3  # errors of more than 5,000 km
+
+
+def test_a_small_error_looks_unlike_a_large_one(tmp_path: Path) -> None:
+    run = example_run(splits=("kfold",))
+    predictions = run.predictions
+    for column in ("latitude", "longitude"):
+        predictions[f"{column}_predicted"] = predictions[column] + 0.1
+    predictions["error_km"] = 15.0
+    figures.save(map_of_predictions(run), tmp_path / "map.png")
+    # The legend has every colour; the dots have only one.
+    assert share(tmp_path / "map.png", "#440154") < 6e-3
+    assert share(tmp_path / "map.png", "#addc30", 12) > 8e-3
+
+
+def test_layer_curve_says_the_finding_and_marks_the_honest_best() -> None:
+    run = example_run()
+    figure = layer_curve(run)
+    assert finding(run)[0].rstrip(".") == figure.get_suptitle().replace("\n", " ")
+    first, second = figure.axes
+    assert "mean of latitude and longitude" in first.get_ylabel()
+    assert first.get_xlabel() == "layer (vision)"
+    assert "honest best R²" in first.get_title(loc="left")
+    assert second.get_title(loc="left").startswith("15-degree blocks")
+    stars = [line for line in first.lines if line.get_marker() == "*"]
+    honest = run.info["honest"]["kfold"]
+    assert [float(v) for v in stars[0].get_ydata()] == [honest["r2"]]
+    sites = list(run.rows_of("kfold")["site"].unique())
+    assert [int(v) for v in stars[0].get_xdata()] == [sites.index(honest["site"])]
+    curve = next(line for line in first.lines if line.get_label() == "cls, mean")
+    rows = run.rows_of("kfold")
+    np.testing.assert_array_equal(curve.get_ydata(), rows[rows["pool"] == "cls"]["r2"])
+
+
+@pytest.mark.parametrize("shift", [-0.5, -2.0, -60.0])
+def test_negative_curves_are_cut_with_every_best_in_sight(shift: float) -> None:
+    run = example_run(shift=shift)
+    run.layers.loc[0, "r2"] = -1e6
+    axes = layer_curve(run).axes[0]
+    low, high = axes.get_ylim()
+    for split in run.splits:
+        assert low < run.best_layer(split).optimistic.r2 < high
+    assert low > -100
+    assert "(cut at" in axes.get_ylabel()
+    assert "(cut at" not in layer_curve(example_run()).axes[0].get_ylabel()
+
+
+def test_layer_curve_of_many_towers_branches_splits_and_controls() -> None:
+    run = example_run(60, splits=("kfold", "blocks15", "group:country"), blocks=4)
+    lm = example_run(60, splits=("kfold", "blocks15", "group:country"), blocks=4, tower="lm")
+    branch = run.layers[run.layers["layer"].notna()].copy()
+    branch["site"] += ".attn"
+    random = run.layers[run.layers["control"] == ""].assign(control="random weights", r2=0.1)
+    run.layers = pd.concat([run.layers, branch, lm.layers, random], ignore_index=True)
+    figure = layer_curve(run)
+    assert [axes.get_visible() for axes in figure.axes] == [True, True, True, False]
+    ticks = [label.get_text() for label in figure.axes[2].get_xticklabels()]
+    assert ticks[0] == "embed"
+    assert ticks.count("embed") == 2
+    assert figure.axes[2].get_xlabel() == "layer (vision, then lm)"
+    (legend,) = figure.legends
+    labels = [t.get_text() for t in legend.get_texts()]
+    assert {"cls", "cls attn", "control: random weights"} <= set(labels)
+
+
+def test_map_needs_places() -> None:
+    run = example_run(30)
+    run.predictions = run.predictions.drop(columns="error_km")
+    assert not figures.has_map(run)
+    with pytest.raises(ValueError, match="no held-out predictions of latitude and longitude"):
+        map_of_predictions(run)
+
+
+def test_predicted_places_are_clipped_and_wrapped_as_their_errors_are() -> None:
+    latitude, longitude = figures.on_map(
+        np.array([95.0, -91, 10, 10, 10, 10]), np.array([0.0, 0, 190, -181, 540, 180])
+    )
+    assert latitude.tolist() == [90, -90, 10, 10, 10, 10]
+    assert longitude.tolist() == [0, 0, -170, 179, -180, -180]
+    rng = np.random.default_rng(0)
+    guess = rng.uniform(-200, 200, (2, 50))
+    mapped = figures.on_map(guess[0], guess[1])
+    expected = great_circle_km(0.0, 0.0, np.clip(guess[0], -90, 90), guess[1])
+    np.testing.assert_allclose(great_circle_km(0.0, 0.0, *mapped), expected, rtol=1e-9)
+
+
+def test_map_shows_at_most_400_samples_and_the_short_way_round() -> None:
+    run = example_run(1000, blocks=1, splits=("kfold",))
+    run.predictions.loc[0, ["longitude", "longitude_predicted"]] = [170.0, 200.0]
+    axes = map_of_predictions(run).axes[0]
+    *lines, dots = axes.collections
+    assert len(dots.get_offsets()) == 400
+    ends = np.array(lines[1].get_segments())[:, :, 0]
+    assert np.abs(np.diff(ends)).max() <= 180
+    assert [170.0, 200.0] in ends.tolist()
+
+
+def test_map_closes_in_on_a_region() -> None:
+    whole = pd.Series([-170.0, 170.0]), pd.Series([-60.0, 60.0])
+    assert figures._window(*whole) == (-180, -90, 360)
+    brazil = pd.Series([-73.0, -35.0]), pd.Series([-33.0, 5.0])
+    west, south, width = figures._window(*brazil)
+    assert width == 1.5 * 2 * 38
+    assert west < -73
+    assert west + width > -35
+    assert south < -33
+    assert south + width / 2 > 5
+    pole = pd.Series([175.0, 179.0]), pd.Series([84.0, 88.0])
+    assert figures._window(*pole) == (150, 75, 30)
+
+
+def test_land_is_where_land_is() -> None:
+    land = np.asarray(Image.open(figures.LAND))
+    assert land.shape == (720, 1440)
+    assert figures.LAND.stat().st_size < 20_000
+
+    def at(latitude: float, longitude: float) -> bool:
+        return bool(land[int((90 - latitude) * 4), int((longitude + 180) * 4)])
+
+    dry = {"Paris": (48.8, 2.3), "Manaus": (-3, -60), "Greenland": (72, -40)}
+    dry |= {"South Pole": (-89, 0), "Sydney": (-33.5, 150.5), "Yakutsk": (62, 129)}
+    wet = {"Pacific": (0, -140), "Atlantic": (30, -40), "Arctic": (88, 0)}
+    wet |= {"Caspian": (42, 50.5), "Hudson": (58, -85), "Superior": (47.7, -87.5)}
+    assert {name for name, place in dry.items() if not at(*place)} == set()
+    assert {name for name, place in wet.items() if at(*place)} == set()
+    area = np.cos(np.radians(90 - (np.arange(720) + 0.5) / 4))
+    assert 0.28 < (land.mean(axis=1) * area).sum() / area.sum() < 0.30  # 29.2 % of the Earth
+
+
+# ---------------------------------------------------------------- pages
+
+
+def test_html_stands_alone(saved: Path) -> None:
+    html = (saved / "report.html").read_text(encoding="utf-8")
+    words = re.sub(r"base64,[^\"]*", "", html)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|<script|<link|<iframe", words)
+    sources = re.findall(r"""(?:src|href)=["']([^"']{0,30})""", html)
+    assert len(sources) == 2
+    assert all(s.startswith("data:image/png;base64,") for s in sources)
+    run = geofast.run.open(saved)
+    assert all(f'<td class="word">{site}</td>' in html for site in run.layers["site"].unique())
+    assert run.summary().splitlines()[0] in html
+    assert "finding where a person is" in html
+    assert ".partial-" not in html
+
+
+def test_readme_shows_the_pictures_and_how_to_open_the_run(saved: Path) -> None:
+    readme = (saved / "README.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"\]\(([^)]+)\)", readme)
+    assert pictures == ["layers.png", "map.png"]
+    assert all((saved / name).exists() for name in pictures)
+    assert 'run = gf.open("dino")' in readme
+    assert "by exact leave-one-out" in readme
+    assert "5 (15-degree blocks)" in readme
+    assert "aggregate" in readme or "many samples at once" in readme
+    run = geofast.run.open(saved)
+    assert " ".join(finding(run)) in readme
+
+
+def test_pages_escape_what_users_named(tmp_path: Path) -> None:
+    run = example_run(40, blocks=1, prompts=("<b>|{city}|</b>",), splits=("kfold",))
+    run.info["data"] = "<script>alert(1)</script>"
+    run.predictions = pd.DataFrame()
+    path = run.save(tmp_path / "r")
+    html = (path / "report.html").read_text(encoding="utf-8")
+    assert "<script>" not in html
+    assert "&lt;b&gt;|{city}|&lt;/b&gt;" in html
+    assert "<b>\\|{city}\\|</b>" in (path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_failing_picture_warns_and_keeps_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: Run) -> None:
+        raise ZeroDivisionError("drawn by nobody")
+
+    monkeypatch.setattr(figures, "layer_curve", fail)
+    run = example_run(40, blocks=1)
+    with pytest.warns(
+        UserWarning, match=r"layers\.png could not be made: ZeroDivisionError: drawn"
+    ):
+        path = run.save(tmp_path / "r")
+    again = geofast.run.open(path)
+    assert again.info["warnings"] == [
+        "layers.png could not be made: ZeroDivisionError: drawn by nobody"
+    ]
+    assert not (path / "layers.png").exists()
+    assert (path / "map.png").exists()
+    assert "drawn by nobody" in (path / "README.md").read_text(encoding="utf-8")
+
+
+def test_without_matplotlib_all_but_the_pictures_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [m for m in sys.modules if m.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = example_run(40, blocks=1)
+    with pytest.raises(ImportError, match=r"pip install 'geofast\[plot\]'"):
+        layer_curve(run)
+    with pytest.warns(UserWarning, match=r"no pictures: .*pip install 'geofast\[plot\]'") as caught:
+        path = run.save(tmp_path / "r")
+    assert len(caught) == 1
+    assert not list(path.glob("*.png"))
+    assert (path / "report.html").exists()
+    assert "geofast[plot]" in geofast.run.open(path).info["warnings"][0]
+
+
+def test_pages_say_only_what_is_known(tmp_path: Path) -> None:
+    run = example_run(40, blocks=1)
+    run.info.clear()
+    run.predictions = pd.DataFrame()
+    page.write_report(run, tmp_path)
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert readme.startswith("# the model on the data: 40 samples, 2 sites")
+    assert "It ran with" not in readme
+    assert "penalty" not in readme
+    assert "None" not in readme
+    assert "nan" not in readme
+
+
+def test_import_is_light_and_drawing_leaves_pyplot_alone() -> None:
+    script = (
+        "import sys, geofast.report\n"
+        "assert not {'matplotlib', 'transformers', 'triton'} & set(sys.modules)\n"
+        "from test_run import example_run\n"
+        "import matplotlib\n"
+        "before = matplotlib.rcParams.copy()  # reading them all would load pyplot\n"
+        "geofast.report.layer_curve(example_run(30, blocks=1))\n"
+        "geofast.report.map_of_predictions(example_run(30, blocks=1))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+        "assert matplotlib.rcParams.copy() == before\n"
+    )
+    here = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

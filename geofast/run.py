@@ -18,6 +18,7 @@ from . import _folder
 if TYPE_CHECKING:
     from .gram import Gram
 
+_PAGES = 1_500_000  # bytes of the two pictures and of the page that embeds them
 _PARTS = ("layers", "samples", "predictions")
 _ID = ("site", "pool", "prompt")
 _T = TypeVar("_T")
@@ -361,13 +362,14 @@ def _choice(row: Any) -> Choice:
 
 
 def _nbytes(run: Run) -> int:
-    """Count what the files will take, about: exact for tensors."""
+    """Count what the files will take, about: exact for tensors, a guess for text and pictures."""
     tensors = [*(run.rows or {}).values()]
     tensors += [t for p in run.probes.values() for t in (p.coef, p.intercept)]
     for gram in (run.grams or {}).values():
         tensors += [gram.matrix] if gram.shift is None else [gram.matrix, gram.shift]
     frames = [run.layers, run.samples, run.predictions]
-    return sum(t.nbytes for t in tensors) + sum(int(f.memory_usage().sum()) for f in frames)
+    text = sum(2 * int(f.memory_usage().sum()) for f in frames)  # 17 digits are 8 bytes in memory
+    return _PAGES + text + sum(t.nbytes for t in tensors)
 
 
 def _write(run: Run, folder: Path) -> None:

@@ -481,7 +481,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     run = fast_run()
     run.rows = {"vision.layers.0/cls": torch.zeros(1000, 1000)}
-    pattern = r"No space left on device\. It needs about 4\.0 MB and 0\.0 MB are free"
+    pattern = r"No space left on device\. It needs about 5\.5 MB and 0\.0 MB are free"
     with pytest.raises(OSError, match=pattern):
         run.save(tmp_path / "a" / "r")
     assert list((tmp_path / "a").iterdir()) == []

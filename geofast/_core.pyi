@@ -26,3 +26,29 @@ def project_t(
     rows: Tensor | None = None,
     isa: str | None = None,
 ) -> None: ...
+def gram(
+    x: Tensor,
+    shift: Tensor,
+    z: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    *,
+    products: str = "float64",
+    isa: str | None = None,
+) -> None: ...
+def training_matrix(
+    total: Tensor, held: Tensor, alpha: Tensor, out: Tensor, *, isa: str | None = None
+) -> None: ...
+def cholesky(a: Tensor, info: Tensor, *, isa: str | None = None) -> None: ...
+def solve_lower(l: Tensor, b: Tensor, transpose: bool, *, isa: str | None = None) -> None: ...
+def inverse_trace(l: Tensor, out: Tensor, *, isa: str | None = None) -> None: ...
+def leverage(
+    l: Tensor,
+    x: Tensor,
+    center: Tensor,
+    rows: Tensor,
+    out: Tensor,
+    *,
+    isa: str | None = None,
+) -> None: ...

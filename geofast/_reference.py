@@ -104,3 +104,133 @@ def project_t(
     """
     taken = x if rows is None else x[rows]
     out.copy_(r.T @ (taken.double() - shift))
+
+
+def gram(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    z: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    products: str = "float64",
+) -> None:
+    """Add [x - shift, z]' [x - shift, z] over the rows of every cell to its lower triangle.
+
+    Parameters
+    ----------
+    x
+        [n, dim], any floating-point dtype.
+    shift, z
+        float64 [dim] and [n, q].
+    order, offsets
+        int64; cell c holds the rows order[offsets[c]:offsets[c + 1]], repeats allowed.
+    out
+        float64 [cells, dim + q, dim + q]; the upper triangle is left alone.
+    products
+        `float32` allows an implementation to round x - shift and the products of x with x to
+        float32, in sums of at most 128 rows; the reference does not.
+    """
+    for c in range(len(out)):
+        rows = order[offsets[c] : offsets[c + 1]]
+        a = torch.cat([x[rows].double() - shift, z[rows]], 1)
+        out[c] += (a.T @ a).tril()
+
+
+def training_matrix(
+    total: torch.Tensor, held: torch.Tensor, alpha: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Write out[m] = A - s s' / n + alpha[m] I for the rows that held[m] leaves, lower triangle.
+
+    A, s and n are the products of x, its sums and the count: the leading block, row `dim` and the
+    corner at [dim, dim] of total - held[m], where z begins with a column of ones.
+
+    Parameters
+    ----------
+    total, held
+        float64 [p, p] and [m, p, p], as `gram` writes them.
+    alpha
+        float64 [m].
+    out
+        [m, dim, dim], float32 or float64; the upper triangle is left alone.
+    """
+    d = out.shape[-1]
+    part = total - held
+    n, sums = part[:, d, d], part[:, d, :d]
+    a = part[:, :d, :d] - sums[:, :, None] * (sums / n[:, None])[:, None]
+    a += alpha[:, None, None] * torch.eye(d, dtype=a.dtype, device=a.device)
+    out.copy_(a.tril().to(out.dtype) + out.triu(1))
+
+
+def cholesky(a: torch.Tensor, info: torch.Tensor) -> None:
+    """Replace the lower triangle of every matrix by its Cholesky factor.
+
+    Parameters
+    ----------
+    a
+        [m, dim, dim], float32 or float64; the upper triangle is neither read nor written.
+    info
+        int32 [m]: 0, or the number (from 1) of the first pivot that is not a positive finite
+        number; the lower triangle of that matrix is then unspecified.
+    """
+    factor, found = torch.linalg.cholesky_ex(a.double())
+    a.copy_(factor.tril().to(a.dtype) + a.triu(1))
+    info.copy_(found)
+
+
+def solve_lower(l: torch.Tensor, b: torch.Tensor, transpose: bool) -> None:  # noqa: E741
+    """Replace every row x of b[m] by L^-1 x, or by L^-T x with `transpose`.
+
+    Parameters
+    ----------
+    l
+        [m, dim, dim], float32 or float64; only the lower triangle is read.
+    b
+        [m, sides, dim], the same dtype.
+    """
+    factor = l.double().tril()
+    factor = factor.mT if transpose else factor
+    x = torch.linalg.solve_triangular(factor, b.double().mT, upper=transpose)
+    b.copy_(x.mT)
+
+
+def inverse_trace(l: torch.Tensor, out: torch.Tensor) -> None:  # noqa: E741
+    """Write trace((L L')^-1) = ||L^-1||_F^2 of every matrix.
+
+    Parameters
+    ----------
+    l
+        [m, dim, dim], float32 or float64; only the lower triangle is read.
+    out
+        float64 [m].
+    """
+    eye = torch.eye(l.shape[-1], dtype=torch.float64, device=l.device).expand(l.shape)
+    inverse = torch.linalg.solve_triangular(l.double().tril(), eye, upper=False)
+    out.copy_(inverse.square().sum((1, 2)))
+
+
+def leverage(
+    l: torch.Tensor,  # noqa: E741
+    x: torch.Tensor,
+    center: torch.Tensor,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Write out[i] = ||L^-1 (x[rows[i]] - center)||^2.
+
+    Parameters
+    ----------
+    l
+        [dim, dim], float32 or float64; only the lower triangle is read.
+    x
+        [n, dim], any floating-point dtype.
+    center
+        float64 [dim].
+    rows
+        int64 row numbers of x in any order, repeats allowed.
+    out
+        float64 [len(rows)].
+    """
+    b = (x[rows].double() - center).T
+    out.copy_(torch.linalg.solve_triangular(l.double().tril(), b, upper=False).square().sum(0))

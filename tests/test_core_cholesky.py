@@ -26,7 +26,7 @@ def matrices(m: int, d: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 def factors(m: int, d: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     found = torch.linalg.cholesky(matrices(m, d, torch.float64, seed).tril())
-    return (found + torch.full_like(found, SENTINEL).triu(1)).to(dtype)
+    return (found + torch.full_like(found, SENTINEL).triu(1)).to(dtype).contiguous()
 
 
 def residual(a: torch.Tensor, factor: torch.Tensor) -> float:
@@ -61,7 +61,7 @@ def test_cholesky(d: int, m: int, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("d", [513, 1030])
 def test_cholesky_of_large_matrices(d: int, dtype: torch.dtype) -> None:
     a = matrices(3, d, dtype)
-    assert residual(a, factored(a, _core.detected_isa())) < 8 * torch.finfo(dtype).eps
+    assert residual(a, factored(a, _core.detected_isa())) < 16 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -76,12 +76,15 @@ def test_badly_scaled_diagonals(dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_nearly_collinear_columns(dtype: torch.dtype, isa: str) -> None:
-    """The residual stays small although a diagonal block is all but singular."""
+    """Ninety columns with one huge common part: LAPACK's float32 needs three times this ridge."""
     eps = torch.finfo(dtype).eps
-    x = torch.randn(400, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    x[:, 1:90] = x[:, :1] * 1000 + x[:, 1:90]
-    a = (x.T @ x + 1e8 * eps * 400 * torch.eye(100)).to(dtype)[None]
-    assert residual(a, factored(a, isa)) < 8 * eps
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(300, 100, dtype=torch.float64, generator=generator)
+        x[:, 1:90] += 1000 * x[:, :1]
+        a = x.T @ x
+        a = (a + 5 * eps * a.diagonal().max() * torch.eye(100)).to(dtype)[None]
+        assert residual(a, factored(a, isa)) < 16 * eps
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -19,7 +19,8 @@ Isa isa_from_name(const char*);  // nullptr: the best; throws std::invalid_argum
 
 // GEOFAST_SELECT(isa, pool) is the pointer to that instruction set's `pool`.
 #if defined(__x86_64__)
-#define GEOFAST_SELECT(isa, function) ((isa) == ::geofast::Isa::avx2 ? ::geofast::avx2::function : ::geofast::baseline::function)
+#define GEOFAST_SELECT(isa, function) \
+    ((isa) == ::geofast::Isa::avx2 ? ::geofast::avx2::function : ::geofast::baseline::function)
 #else
 #define GEOFAST_SELECT(isa, function) ((void)(isa), ::geofast::baseline::function)
 #endif

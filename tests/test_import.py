@@ -14,9 +14,9 @@ print(sorted(heavy & set(sys.modules)))
 """
 
 
-def test_importing_is_light():
+def test_importing_is_light(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

@@ -8,7 +8,6 @@
 #include "cholesky.h"
 
 #include <omp.h>
-#include <sched.h>
 
 #include "gemm.h"
 
@@ -182,15 +181,6 @@ int64_t factor(T* panel, int64_t s, Reciprocal<T>* inverse) {
 // threads go through the columns side by side, so that there is other work while a diagonal tile,
 // which everything below waits for, is made.
 
-GEOFAST_INLINE void wait_until(const int32_t* counter, int32_t value) {
-    for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++spins) {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-        if (spins > 4000) sched_yield();  // more threads than cores
-    }
-}
-
 template <class T>
 class Factorisation {
 public:
@@ -243,8 +233,8 @@ private:
     void make_tile(int64_t m, int64_t i, int64_t j) {
         if (m >= slots_) wait_until(finished(m - slots_), static_cast<int32_t>(tiles_));
         if (!__atomic_load_n(failed(m), __ATOMIC_ACQUIRE)) compute_tile(m, i, j);
-        __atomic_store_n(done(m, i, j), 1, __ATOMIC_RELEASE);
-        __atomic_fetch_add(finished(m), 1, __ATOMIC_ACQ_REL);
+        count_up(done(m, i, j));
+        count_up(finished(m));
     }
 
     void compute_tile(int64_t m, int64_t i, int64_t j) {
@@ -270,7 +260,7 @@ private:
                 const int64_t bad = factor(panel(m, s), s, inverse(m));
                 if (bad >= 0) {
                     info_[m] = static_cast<int32_t>(bad + 1);
-                    __atomic_store_n(failed(m), 1, __ATOMIC_RELEASE);
+                    count_up(failed(m));
                     return;
                 }
                 for (int64_t r = s + 1; r < j1; ++r) solve(panel(m, s), inverse(m), s, j0 * kWide<T>, panel(m, r));
@@ -299,7 +289,7 @@ void factor_all(Batch<T> a, int32_t* info) {
     const bool small = a.count * a.d * a.d * a.d < 1000000;
     int64_t next = 0;
 #pragma omp parallel num_threads(static_cast<int>(small ? 1 : smaller(threads, all.tasks())))
-    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < all.tasks();) all.run(task);
+    for (int64_t task; (task = take_task(&next)) < all.tasks();) all.run(task);
 }
 
 // ------ many right-hand sides: inverse_trace and leverage

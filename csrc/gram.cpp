@@ -1,9 +1,11 @@
 // G += [x - shift, z]^T [x - shift, z] for every cell, lower triangle only.
 //
-// The triangle of a cell is cut into square tiles of a few panels; a task is one tile of one cell, and
-// it packs the rows it needs by itself: gather, widen and shift happen while packing, once per tile
-// and 192 multiply-adds per number. So threads share nothing but the list of tasks, cells need no
-// barrier between them, and a tile of G is read and written once, however many rows there are.
+// Rows are taken in blocks of one cell, a block in chunks of at most kDepth rows. A chunk is packed
+// once: gather, widen and shift happen there, so their cost is that of a read. Then the lower
+// triangle of G is cut into square tiles, and a tile adds up the products of all chunks of the block.
+//
+// Packing and tiles are tasks of one list, and blocks overlap: while the tiles of one are made, the
+// next is packed. Nothing waits at a barrier, neither between cells nor between blocks.
 #include "gram.h"
 
 #include <omp.h>
@@ -13,35 +15,37 @@
 namespace geofast::GEOFAST_ISA {
 namespace {
 
-constexpr int64_t kDepth = 128;       // rows multiplied before the sum goes to float64; see PERF in the notes of gemm.h
-constexpr int64_t kTilePanels = 8;    // of floats: 192 columns, a 288 KB tile of float64 in the second-level cache
-constexpr int64_t kDirectRows = 256;  // fewer rows go straight to G: zeroing a tile and adding it would cost as much
+constexpr int64_t kDepth = 128;           // rows in one float32 sum: see PERF; and two panels of 12 KB fit in L1
+constexpr int64_t kTileColumns = 144;     // small enough to share evenly, large enough to reuse what is read
+constexpr int64_t kBlockBytes = 6 << 20;  // packed rows of a block; three are alive, in the third-level cache
+constexpr int64_t kBlockRows = 1024;      // at least, so that reading and writing G stays below a few per cent
+constexpr int64_t kSlots = 3;
 constexpr int64_t kPrefetchRows = 4;
 
+// A panel of a chunk. The extra line keeps panels from falling into the same sets of the cache.
 template <class T>
-constexpr int64_t kPanel = kDepth * kWide<T> + 64 / static_cast<int64_t>(sizeof(T));  // not a multiple of 4 KB
+constexpr int64_t kPanel = kDepth * kWide<T> + 64 / static_cast<int64_t>(sizeof(T));
 
 using PackStripe = void (*)(const Rows&, const int64_t* order, int64_t rows, int64_t first, int64_t columns, Shift,
                             void* to);
 
 // Columns [first, first + columns) of the listed rows as panels; columns past the last are zero.
-template <class S, class T>
+template <class E, class T>
 void pack_stripe(const Rows& x, const int64_t* order, int64_t rows, int64_t first, int64_t columns, Shift shift,
                  void* to) {
     constexpr int64_t wide = kWide<T>;
-    const S* base = static_cast<const S*>(x.data) + first;
-    const int64_t bytes = columns * static_cast<int64_t>(sizeof(S));
+    const E* base = static_cast<const E*>(x.data) + first;
+    const int64_t bytes = columns * static_cast<int64_t>(sizeof(E));
     for (int64_t r = 0; r < rows; ++r) {
-        const char* ahead =
-            reinterpret_cast<const char*>(base + order[smaller(r + kPrefetchRows, rows - 1)] * x.stride);
-        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(ahead + b);
-        const S* row = base + order[r] * x.stride;
+        const E* ahead = base + order[smaller(r + kPrefetchRows, rows - 1)] * x.stride;
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(ahead) + b);
+        const E* row = base + order[r] * x.stride;
         T* line = static_cast<T*>(to) + r * wide;
         int64_t c = 0;
         for (; c + wide <= columns; c += wide, line += kPanel<T>) pack_line(row + c, shift.from(first + c), line);
         if (c < columns) {
-            S tail[kWide<T>] = {};
-            std::memcpy(tail, row + c, static_cast<size_t>(columns - c) * sizeof(S));
+            E tail[kWide<T>] = {};
+            std::memcpy(tail, row + c, static_cast<std::size_t>(columns - c) * sizeof(E));
             pack_line(tail, shift.from(first + c), line);
         }
     }
@@ -61,198 +65,242 @@ PackStripe pack_for(RowType type) {
     }
 }
 
-// Where the sums of a tile go: `to` is element (row, column) of G; rows from `end` on are not there.
-struct Target {
-    double* to;
-    int64_t stride, row, column, end;
-    double* at(int64_t r, int64_t c) const { return to + (r - row) * stride + c - column; }
-};
-
-// The sums of left panels times right panels, over `depth` lines, onto the target. The panels begin
-// at these columns of x.
-template <class T>
-void multiply_tile(const T* left, int64_t left_first, int64_t left_panels, const T* right, int64_t right_first,
-                   int64_t right_panels, int64_t depth, Target target) {
-    constexpr int64_t wide = kWide<T>;
-    for (int64_t a = 0; a < left_panels; ++a)
-        for (int64_t b = 0; b < right_panels; ++b) {
-            const int64_t column = right_first + b * wide;
-            if (column > left_first + a * wide) break;
-            for (int64_t row = left_first + a * wide; row < left_first + (a + 1) * wide; row += kHigh) {
-                double* to = target.at(row, column);
-                GEOFAST_UNROLL for (int64_t i = 0; i < kHigh; ++i) for (int64_t j = 0; j < wide; j += 8)
-                    __builtin_prefetch(to + i * target.stride + j, 1);
-                Vector<T> acc[kHigh][kVectors] = {};
-                multiply(depth, left + a * kPanel<T> + row - left_first - a * wide, 1, wide, right + b * kPanel<T>,
-                         wide, acc);
-                alignas(64) T sums[kHigh][kWide<T>];
-                for (int i = 0; i < kHigh; ++i)
-                    for (int j = 0; j < kVectors; ++j) store(&sums[i][j * kLanes<T>], acc[i][j]);
-                if (row >= column + wide && row + kHigh <= target.end) {
-                    for (int i = 0; i < kHigh; ++i)
-                        for (int j = 0; j < wide; ++j) to[i * target.stride + j] += static_cast<double>(sums[i][j]);
-                } else {
-                    for (int64_t i = 0; i < kHigh && row + i < target.end; ++i)
-                        for (int64_t j = 0; j < smaller(wide, row + i - column + 1); ++j)
-                            to[i * target.stride + j] += static_cast<double>(sums[i][j]);
-                }
-            }
-        }
+GEOFAST_INLINE void add(double* to, Doubles sum) { store(to, load(to) + sum); }
+GEOFAST_INLINE void add(double* to, Floats sum) {
+    add(to, half_of<0>(sum));
+    add(to + kDoubles, half_of<1>(sum));
 }
 
-GEOFAST_INLINE Vector<double> widen(const double* from) { return load(from); }
-GEOFAST_INLINE Vector<double> widen(const float* from) {
+// G[row + i, column + j] += the product of kHigh columns of `left` and the panel `right`; rows from
+// `end` on are not there, and nothing above the diagonal is touched. `next` is read next.
+template <class T>
+GEOFAST_INLINE void multiply_step(const T* left, const T* right, const T* next, int64_t depth, int64_t row,
+                                  int64_t column, int64_t end, double* g, int64_t stride) {
+    constexpr int64_t wide = kWide<T>;
+    double* to = g + row * stride + column;
+    GEOFAST_UNROLL for (int64_t i = 0; i < kHigh; ++i) for (int64_t j = 0; j < wide; j += 8)
+        __builtin_prefetch(to + i * stride + j, 1);
+    Vector<T> acc[kHigh][kVectors] = {};
+    multiply_panels(depth, left, right, next, acc);
+    if (row >= column + wide && row + kHigh <= end) {
+        GEOFAST_UNROLL for (int i = 0; i < kHigh; ++i) GEOFAST_UNROLL for (int v = 0; v < kVectors; ++v)
+            add(to + i * stride + v * kLanes<T>, acc[i][v]);
+        return;
+    }
+    alignas(64) T sums[kHigh][kWide<T>];
+    for (int i = 0; i < kHigh; ++i)
+        for (int v = 0; v < kVectors; ++v) store(&sums[i][v * kLanes<T>], acc[i][v]);
+    for (int64_t i = 0; i < kHigh && row + i < end; ++i)
+        for (int64_t j = 0; j < smaller(wide, row + i - column + 1); ++j)
+            to[i * stride + j] += static_cast<double>(sums[i][j]);
+}
+
+GEOFAST_INLINE Doubles widen(const double* from) { return load(from); }
+GEOFAST_INLINE Doubles widen(const float* from) {
     typedef float Halves __attribute__((vector_size(kVectorBytes / 2)));
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
     return __builtin_convertvector(halves, Doubles);
 }
 
-// to[j, :] += z_j^T panels in float64; z has `z_wide` columns, a multiple of kHigh.
+// G[row + j, column + c] += z_j^T panel in float64, for j < q and the columns before `end`; z has
+// z_wide columns, a multiple of kHigh.
 template <class T>
-void multiply_targets(const double* z, int64_t z_wide, const T* panels, int64_t count, int64_t depth, double* to,
-                      int64_t stride) {
-    for (int64_t panel = 0; panel < count; ++panel)
-        for (int64_t part = 0; part < kWide<T>; part += kWide<double>)
-            for (int64_t j = 0; j < z_wide; j += kHigh) {
-                Vector<double> acc[kHigh][kVectors] = {};
-                const T* line = panels + panel * kPanel<T> + part;
-                for (int64_t k = 0; k < depth; ++k, line += kWide<T>) {
-                    Vector<double> right[kVectors];
-                    GEOFAST_UNROLL for (int v = 0; v < kVectors; ++v) right[v] = widen(line + v * kLanes<double>);
-                    GEOFAST_UNROLL for (int i = 0; i < kHigh; ++i) {
-                        const double left = z[k * z_wide + j + i];
-                        GEOFAST_UNROLL for (int v = 0; v < kVectors; ++v) acc[i][v] += left * right[v];
-                    }
+void multiply_targets(const double* z, int64_t z_wide, int64_t q, const T* panel, int64_t depth, int64_t row,
+                      int64_t column, int64_t end, double* g, int64_t stride) {
+    for (int64_t part = 0; part < kWide<T>; part += kWide<double>)
+        for (int64_t j = 0; j < q; j += kHigh) {
+            Doubles acc[kHigh][kVectors] = {};
+            const T* line = panel + part;
+            for (int64_t k = 0; k < depth; ++k, line += kWide<T>) {
+                Doubles right[kVectors];
+                GEOFAST_UNROLL for (int v = 0; v < kVectors; ++v) right[v] = widen(line + v * kLanes<double>);
+                GEOFAST_UNROLL for (int i = 0; i < kHigh; ++i) {
+                    const double left = z[k * z_wide + j + i];
+                    GEOFAST_UNROLL for (int v = 0; v < kVectors; ++v) acc[i][v] += left * right[v];
                 }
-                for (int i = 0; i < kHigh; ++i)
-                    for (int v = 0; v < kVectors; ++v) {
-                        double* at = to + (j + i) * stride + panel * kWide<T> + part + v * kLanes<double>;
-                        store(at, load(at) + acc[i][v]);
-                    }
             }
+            alignas(64) double sums[kHigh][kWide<double>];
+            for (int i = 0; i < kHigh; ++i)
+                for (int v = 0; v < kVectors; ++v) store(&sums[i][v * kLanes<double>], acc[i][v]);
+            for (int64_t i = 0; i < smaller(kHigh, q - j); ++i)
+                for (int64_t c = 0; c < smaller(kWide<double>, end - column - part); ++c)
+                    g[(row + j + i) * stride + column + part + c] += sums[i][c];
+        }
 }
 
-// One thread's memory.
-template <class T>
-struct Workspace {
-    T *left, *right;  // packed panels of a chunk of rows
-    double *z, *z_sums, *zz, *tile;
-
-    static int64_t bytes(int64_t panels, int64_t z_wide) {
-        const int64_t columns = panels * kWide<T>;
-        return 2 * cache_lines(panels * kPanel<T> * static_cast<int64_t>(sizeof(T))) +
-               cache_lines((kDepth * z_wide + z_wide * columns + z_wide * z_wide + columns * columns) * 8);
-    }
-    Workspace(char* at, int64_t panels, int64_t z_wide) {
-        const int64_t columns = panels * kWide<T>,
-                      packed = cache_lines(panels * kPanel<T> * static_cast<int64_t>(sizeof(T)));
-        left = reinterpret_cast<T*>(at);
-        right = reinterpret_cast<T*>(at + packed);
-        tile = reinterpret_cast<double*>(at + 2 * packed);
-        z = tile + columns * columns;
-        z_sums = z + kDepth * z_wide;
-        zz = z_sums + z_wide * columns;
-    }
+// Rows of one cell that are packed together.
+struct RowBlock {
+    int64_t cell, first, rows;  // first: where in order
+    int64_t chunks() const { return blocks(rows, kDepth); }
+    int64_t chunk_rows() const { return blocks(rows, chunks()); }
 };
 
 template <class T>
-struct Plan {
-    const GramJob& job;
-    PackStripe pack;
-    Shift shift;
-    int64_t panels, stripes, z_wide;
-
-    int64_t first_panel(int64_t stripe) const { return stripe * panels / stripes; }
-    // No stripe is more than one panel wider than another.
-    int64_t widest() const { return blocks(panels, stripes); }
-    int64_t first(int64_t stripe) const { return first_panel(stripe) * kWide<T>; }
-    int64_t end(int64_t stripe) const { return smaller(first(stripe + 1), job.x.width); }
-    int64_t tasks() const { return job.cells * stripes * (stripes + 1) / 2; }
-
-    // Tiles off the diagonal come first: they are the larger ones, and the small ones fill the end.
-    void run(int64_t task, Workspace<T>& work) const {
-        const int64_t full = stripes * (stripes - 1) / 2;
-        if (task >= job.cells * full) {
-            task -= job.cells * full;
-            return tile(task / stripes, task % stripes, task % stripes, work);
-        }
-        int64_t i = 1, rest = task % full;
-        for (; rest >= i; ++i) rest -= i;
-        tile(task / full, i, rest, work);
-    }
-
-    void tile(int64_t cell, int64_t i, int64_t j, Workspace<T>& work) const {
-        const int64_t begin = job.offsets[cell], rows = job.offsets[cell + 1] - begin, p = job.x.width + job.q;
-        if (rows == 0) return;
-        const int64_t *order = job.order + begin, left_panels = first_panel(i + 1) - first_panel(i),
-                      right_panels = first_panel(j + 1) - first_panel(j), wide = widest() * kWide<T>;
-        const bool diagonal = i == j, direct = rows <= kDirectRows;
-        double* out = job.out + cell * p * p;
-        Target target{out, p, 0, 0, job.x.width};
-        if (!direct) {
-            std::memset(work.tile, 0, static_cast<size_t>(wide * wide) * sizeof(double));
-            target = {work.tile, wide, first(i), first(j), first(i + 1)};
-        }
-        if (diagonal) std::memset(work.z_sums, 0, static_cast<size_t>(z_wide * (wide + z_wide)) * sizeof(double));
-        const int64_t chunk = blocks(rows, blocks(rows, kDepth));
-        for (int64_t r = 0; r < rows; r += chunk) {
-            const int64_t depth = smaller(chunk, rows - r);
-            pack(job.x, order + r, depth, first(i), end(i) - first(i), shift, work.left);
-            if (!diagonal) pack(job.x, order + r, depth, first(j), end(j) - first(j), shift, work.right);
-            multiply_tile<T>(work.left, first(i), left_panels, diagonal ? work.left : work.right, first(j),
-                             right_panels, depth, target);
-            if (diagonal && job.q) targets(order + r, depth, left_panels, i == 0, work);
-        }
-        if (!direct)
-            for (int64_t row = first(i); row < end(i); ++row)
-                for (int64_t c = first(j); c < smaller(end(j), row + 1); ++c) out[row * p + c] += *target.at(row, c);
-        if (diagonal) {
-            for (int64_t k = 0; k < job.q; ++k)
-                for (int64_t c = first(i); c < end(i); ++c)
-                    out[(job.x.width + k) * p + c] += work.z_sums[k * wide + c - first(i)];
-            if (i == 0)
-                for (int64_t k = 0; k < job.q; ++k)
-                    for (int64_t l = 0; l <= k; ++l)
-                        out[(job.x.width + k) * p + job.x.width + l] += work.zz[k * z_wide + l];
+class Update {
+public:
+    Update(const GramJob& job, int64_t threads)
+        : job_(job),
+          pack_(pack_for<T>(job.x.type)),
+          panels_(blocks(job.x.width, kWide<T>)),
+          stripes_(count_stripes(panels_, threads)),
+          tiles_(stripes_ * (stripes_ + 1) / 2),
+          z_wide_(blocks(job.q, kHigh) * kHigh),
+          shape_(shape(job, panels_)),
+          chunk_bytes_(cache_lines(panels_ * kPanel<T> * kSize + kDepth * z_wide_ * 8)),
+          slots_(smaller(kSlots, shape_.count) * shape_.chunks * chunk_bytes_, true),
+          table_(shape_.count * static_cast<int64_t>(sizeof(RowBlock))),
+          counters_(shape_.count * (tiles_ + 2) * static_cast<int64_t>(sizeof(int32_t))),
+          shift_(panels_ * kWide<T> * 16) {
+        std::memset(counters_.data(), 0, static_cast<std::size_t>(shape_.count * (tiles_ + 2)) * sizeof(int32_t));
+        about_ = make_shift(job.shift, job.x.width, panels_ * kWide<T>, shift_.data());
+        RowBlock* to = reinterpret_cast<RowBlock*>(table_.data());
+        for (int64_t cell = 0; cell < job.cells; ++cell) {
+            const int64_t rows = job.offsets[cell + 1] - job.offsets[cell], parts = blocks(rows, row_limit(panels_));
+            for (int64_t part = 0; part < parts; ++part, ++to) {
+                const int64_t first = part * rows / parts;
+                *to = {cell, job.offsets[cell] + first, (part + 1) * rows / parts - first};
+            }
         }
     }
 
-    void targets(const int64_t* order, int64_t depth, int64_t left_panels, bool with_zz, Workspace<T>& work) const {
-        for (int64_t r = 0; r < depth; ++r)
-            for (int64_t k = 0; k < z_wide; ++k) work.z[r * z_wide + k] = k < job.q ? job.z[order[r] * job.q + k] : 0;
-        multiply_targets<T>(work.z, z_wide, work.left, left_panels, depth, work.z_sums, widest() * kWide<T>);
-        if (!with_zz) return;
-        for (int64_t r = 0; r < depth; ++r)
-            for (int64_t k = 0; k < job.q; ++k)
-                for (int64_t l = 0; l <= k; ++l)
-                    work.zz[k * z_wide + l] += work.z[r * z_wide + k] * work.z[r * z_wide + l];
+    // Takes tasks until none is left. The list: pack block 0; then for every block, pack the next one
+    // and make the tiles of this one.
+    void work() {
+        const int64_t last = shape_.count ? 2 * shape_.count : -1;
+        int64_t segment = 0, begin = 0;
+        for (;;) {
+            const int64_t task = take_task(&next_);
+            while (segment <= last && task >= begin + length(segment)) begin += length(segment++);
+            if (segment > last) return;
+            if (segment == 0 || segment % 2 == 1)
+                pack((segment + 1) / 2, task - begin);
+            else
+                tile(segment / 2 - 1, task - begin);
+        }
     }
+    int64_t first_tasks() const { return shape_.count ? larger(packs(0), tiles_) : 0; }
+
+private:
+    static constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
+    struct Shape {
+        int64_t count, chunks;  // of blocks; of the largest
+    };
+
+    static int64_t row_limit(int64_t panels) { return larger(kBlockRows, kBlockBytes / (panels * kWide<T> * kSize)); }
+    static Shape shape(const GramJob& job, int64_t panels) {
+        Shape s{0, 0};
+        for (int64_t c = 0; c < job.cells; ++c) {
+            const int64_t rows = job.offsets[c + 1] - job.offsets[c], parts = blocks(rows, row_limit(panels));
+            s.count += parts;
+            if (parts) s.chunks = larger(s.chunks, blocks(blocks(rows, parts), kDepth));
+        }
+        return s;
+    }
+    // Enough tiles for all threads, however narrow the rows.
+    static int64_t count_stripes(int64_t panels, int64_t threads) {
+        int64_t stripes = blocks(panels, kTileColumns / kWide<T>);
+        while (stripes < panels && stripes * (stripes + 1) < 6 * threads) ++stripes;
+        return stripes;
+    }
+
+    const RowBlock& block(int64_t b) const { return reinterpret_cast<const RowBlock*>(table_.data())[b]; }
+    int64_t packs(int64_t b) const { return block(b).chunks() * stripes_; }
+    // Segments 0 and 2 b - 1 pack, 2 b + 2 makes the tiles of block b. There is nothing to pack in the last but one.
+    int64_t length(int64_t segment) const {
+        if (segment == 0) return packs(0);
+        if (segment % 2 == 0) return tiles_;
+        return (segment + 1) / 2 < shape_.count ? packs((segment + 1) / 2) : 0;
+    }
+    int64_t first_panel(int64_t stripe) const { return stripe * panels_ / stripes_; }
+    char* chunk_at(int64_t b, int64_t chunk) const {
+        return slots_.data() + (b % kSlots * shape_.chunks + chunk) * chunk_bytes_;
+    }
+    T* panel_at(int64_t b, int64_t chunk, int64_t panel) const {
+        return reinterpret_cast<T*>(chunk_at(b, chunk)) + panel * kPanel<T>;
+    }
+    double* z_at(int64_t b, int64_t chunk) const {
+        return reinterpret_cast<double*>(chunk_at(b, chunk) + panels_ * kPanel<T> * kSize);
+    }
+    int32_t* packed(int64_t b) const { return reinterpret_cast<int32_t*>(counters_.data()) + b * (tiles_ + 2); }
+    int32_t* finished(int64_t b) const { return packed(b) + 1; }
+    int32_t* made(int64_t b, int64_t tile) const { return packed(b) + 2 + tile; }
+
+    void pack(int64_t b, int64_t task) {
+        if (b >= kSlots) wait_until(finished(b - kSlots), static_cast<int32_t>(tiles_));
+        const RowBlock& rows = block(b);
+        const int64_t chunk = task / stripes_, stripe = task % stripes_;
+        const int64_t from = chunk * rows.chunk_rows(), depth = smaller(rows.chunk_rows(), rows.rows - from);
+        const int64_t *order = job_.order + rows.first + from, first = first_panel(stripe) * kWide<T>;
+        const int64_t end = smaller(first_panel(stripe + 1) * kWide<T>, job_.x.width);
+        pack_(job_.x, order, depth, first, end - first, about_, panel_at(b, chunk, first_panel(stripe)));
+        if (stripe == 0) {
+            double* z = z_at(b, chunk);
+            for (int64_t r = 0; r < depth; ++r)
+                for (int64_t k = 0; k < z_wide_; ++k) *z++ = k < job_.q ? job_.z[order[r] * job_.q + k] : 0.0;
+        }
+        count_up(packed(b));
+    }
+
+    void tile(int64_t b, int64_t task) {
+        wait_until(packed(b), static_cast<int32_t>(packs(b)));
+        if (b && block(b - 1).cell == block(b).cell) wait_until(made(b - 1, task), 1);
+        const RowBlock& rows = block(b);
+        // Tiles off the diagonal come first: they are the larger ones, and the small ones fill the end.
+        const int64_t full = stripes_ * (stripes_ - 1) / 2;
+        int64_t i = task - full, j = task - full;
+        if (task < full) {
+            i = 1;
+            for (j = task; j >= i; ++i) j -= i;
+        }
+        for (int64_t chunk = 0; chunk < rows.chunks(); ++chunk) {
+            const int64_t depth = smaller(rows.chunk_rows(), rows.rows - chunk * rows.chunk_rows());
+            multiply_chunk(b, chunk, depth, i, j);
+        }
+        count_up(made(b, task));
+        count_up(finished(b));
+    }
+
+    void multiply_chunk(int64_t b, int64_t chunk, int64_t depth, int64_t i, int64_t j) {
+        constexpr int64_t wide = kWide<T>;
+        const int64_t d = job_.x.width, p = d + job_.q;
+        double* g = job_.out + block(b).cell * p * p;
+        for (int64_t l = first_panel(i); l < first_panel(i + 1); ++l) {
+            const T* left = panel_at(b, chunk, l);
+            const int64_t end = smaller(first_panel(j + 1), l + 1);
+            for (int64_t r = first_panel(j); r < end; ++r) {
+                const T* next = panel_at(b, chunk, r + 1 < end ? r + 1 : l + 1);
+                for (int64_t t = 0; t < wide; t += kHigh, next += kPanel<T> * kHigh / wide)
+                    multiply_step(left + t, panel_at(b, chunk, r), next, depth, l * wide + t, r * wide, d, g, p);
+            }
+            if (i == j && job_.q) multiply_targets(z_at(b, chunk), z_wide_, job_.q, left, depth, d, l * wide, d, g, p);
+        }
+        if (i == 0) {
+            const double* z = z_at(b, chunk);
+            for (int64_t r = 0; r < depth; ++r, z += z_wide_)
+                for (int64_t k = 0; k < job_.q; ++k)
+                    for (int64_t l = 0; l <= k; ++l) g[(d + k) * p + d + l] += z[k] * z[l];
+        }
+    }
+
+    const GramJob& job_;
+    PackStripe pack_;
+    int64_t panels_, stripes_, tiles_, z_wide_;
+    Shape shape_;
+    int64_t chunk_bytes_;
+    Scratch slots_, table_, counters_, shift_;
+    Shift about_{};
+    int64_t next_ = 0;
 };
 
 template <class T>
 void gram_as(const GramJob& job) {
-    const int64_t d = job.x.width, panels = blocks(d, kWide<T>), padded = panels * kWide<T>,
-                  threads = omp_get_max_threads();
-    // Enough tiles for all threads, even when one small cell is all there is.
-    int64_t stripes = blocks(panels, kTilePanels * kWide<float> / kWide<T>);
-    while (stripes < panels && job.cells * stripes * stripes < 4 * threads) ++stripes;
-    const int64_t z_wide = blocks(job.q, kHigh) * kHigh;
-
-    Scratch shifts(padded * 16);
-    const Shift shift = make_shift(job.shift, d, padded, shifts.data());
-    const Plan<T> plan{job, pack_for<T>(job.x.type), shift, panels, stripes, z_wide};
-
-    const int64_t rows = job.offsets[job.cells] - job.offsets[0], tasks = plan.tasks();
-    const bool small = static_cast<double>(rows) * static_cast<double>(d) * static_cast<double>(d) < 5e5;  // 10 us
-    const int64_t team = small ? 1 : smaller(threads, tasks), each = Workspace<T>::bytes(plan.widest(), z_wide);
-    Scratch memory(team * each);
-    int64_t next = 0;
-#pragma omp parallel num_threads(static_cast<int>(team))
-    {
-        Workspace<T> work(memory.data() + omp_get_thread_num() * each, plan.widest(), z_wide);
-        for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;) plan.run(task, work);
-    }
+    const double rows = static_cast<double>(job.offsets[job.cells] - job.offsets[0]),
+                 d = static_cast<double>(job.x.width);
+    const int64_t threads = rows * d * d < 5e5 ? 1 : omp_get_max_threads();  // 10 us of work
+    Update<T> update(job, threads);
+#pragma omp parallel num_threads(static_cast<int>(larger(1, smaller(threads, update.first_tasks()))))
+    update.work();
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ namespace geofast::GEOFAST_ISA {
 namespace {
 
 constexpr int64_t kDepth = 128;           // rows in one float32 sum: see PERF; and two panels of 12 KB fit in L1
-constexpr int64_t kTileColumns = 144;     // small enough to share evenly, large enough to reuse what is read
+constexpr int64_t kTileColumns = 192;     // small enough to share evenly, large enough to reuse what is read
 constexpr int64_t kBlockBytes = 6 << 20;  // packed rows of a block; three are alive, in the third-level cache
 constexpr int64_t kBlockRows = 1024;      // at least, so that reading and writing G stays below a few per cent
 constexpr int64_t kSlots = 3;
@@ -103,30 +103,29 @@ GEOFAST_INLINE Doubles widen(const float* from) {
     return __builtin_convertvector(halves, Doubles);
 }
 
-// G[row + j, column + c] += z_j^T panel in float64, for j < q and the columns before `end`; z has
-// z_wide columns, a multiple of kHigh.
-template <class T>
-void multiply_targets(const double* z, int64_t z_wide, int64_t q, const T* panel, int64_t depth, int64_t row,
-                      int64_t column, int64_t end, double* g, int64_t stride) {
-    for (int64_t part = 0; part < kWide<T>; part += kWide<double>)
-        for (int64_t j = 0; j < q; j += kHigh) {
-            Doubles acc[kHigh][kVectors] = {};
-            const T* line = panel + part;
-            for (int64_t k = 0; k < depth; ++k, line += kWide<T>) {
-                Doubles right[kVectors];
-                GEOFAST_UNROLL for (int v = 0; v < kVectors; ++v) right[v] = widen(line + v * kLanes<double>);
-                GEOFAST_UNROLL for (int i = 0; i < kHigh; ++i) {
-                    const double left = z[k * z_wide + j + i];
-                    GEOFAST_UNROLL for (int v = 0; v < kVectors; ++v) acc[i][v] += left * right[v];
-                }
+// G[row + j, column + c] += z_j^T panel in float64 for Count of the columns of z, which are `z_wide`
+// apart from line to line, and for the columns of the panel before `end`.
+template <int Count, class T>
+void multiply_targets(const double* z, int64_t z_wide, const T* panel, int64_t depth, int64_t row, int64_t column,
+                      int64_t end, double* g, int64_t stride) {
+    for (int64_t part = 0; part < kWide<T>; part += kWide<double>) {
+        Doubles acc[Count][kVectors] = {};
+        const T* line = panel + part;
+        for (int64_t k = 0; k < depth; ++k, line += kWide<T>) {
+            Doubles right[kVectors];
+            GEOFAST_UNROLL for (int v = 0; v < kVectors; ++v) right[v] = widen(line + v * kDoubles);
+            GEOFAST_UNROLL for (int i = 0; i < Count; ++i) {
+                const double left = z[k * z_wide + i];
+                GEOFAST_UNROLL for (int v = 0; v < kVectors; ++v) acc[i][v] += left * right[v];
             }
-            alignas(64) double sums[kHigh][kWide<double>];
-            for (int i = 0; i < kHigh; ++i)
-                for (int v = 0; v < kVectors; ++v) store(&sums[i][v * kLanes<double>], acc[i][v]);
-            for (int64_t i = 0; i < smaller(kHigh, q - j); ++i)
-                for (int64_t c = 0; c < smaller(kWide<double>, end - column - part); ++c)
-                    g[(row + j + i) * stride + column + part + c] += sums[i][c];
         }
+        alignas(64) double sums[Count][kWide<double>];
+        for (int i = 0; i < Count; ++i)
+            for (int v = 0; v < kVectors; ++v) store(&sums[i][v * kDoubles], acc[i][v]);
+        for (int64_t i = 0; i < Count; ++i)
+            for (int64_t c = 0; c < smaller(kWide<double>, end - column - part); ++c)
+                g[(row + i) * stride + column + part + c] += sums[i][c];
+    }
 }
 
 // Rows of one cell that are packed together.
@@ -145,9 +144,8 @@ public:
           panels_(blocks(job.x.width, kWide<T>)),
           stripes_(count_stripes(panels_, threads)),
           tiles_(stripes_ * (stripes_ + 1) / 2),
-          z_wide_(blocks(job.q, kHigh) * kHigh),
           shape_(shape(job, panels_)),
-          chunk_bytes_(cache_lines(panels_ * kPanel<T> * kSize + kDepth * z_wide_ * 8)),
+          chunk_bytes_(cache_lines(panels_ * kPanel<T> * kSize + kDepth * job.q * 8)),
           slots_(smaller(kSlots, shape_.count) * shape_.chunks * chunk_bytes_, true),
           table_(shape_.count * static_cast<int64_t>(sizeof(RowBlock))),
           counters_(shape_.count * (tiles_ + 2) * static_cast<int64_t>(sizeof(int32_t))),
@@ -237,7 +235,7 @@ private:
         if (stripe == 0) {
             double* z = z_at(b, chunk);
             for (int64_t r = 0; r < depth; ++r)
-                for (int64_t k = 0; k < z_wide_; ++k) *z++ = k < job_.q ? job_.z[order[r] * job_.q + k] : 0.0;
+                for (int64_t k = 0; k < job_.q; ++k) *z++ = job_.z[order[r] * job_.q + k];
         }
         count_up(packed(b));
     }
@@ -273,19 +271,29 @@ private:
                 for (int64_t t = 0; t < wide; t += kHigh, next += kPanel<T> * kHigh / wide)
                     multiply_step(left + t, panel_at(b, chunk, r), next, depth, l * wide + t, r * wide, d, g, p);
             }
-            if (i == j && job_.q) multiply_targets(z_at(b, chunk), z_wide_, job_.q, left, depth, d, l * wide, d, g, p);
+            if (i == j) add_targets(b, chunk, left, depth, l * wide);
         }
         if (i == 0) {
             const double* z = z_at(b, chunk);
-            for (int64_t r = 0; r < depth; ++r, z += z_wide_)
+            for (int64_t r = 0; r < depth; ++r, z += job_.q)
                 for (int64_t k = 0; k < job_.q; ++k)
                     for (int64_t l = 0; l <= k; ++l) g[(d + k) * p + d + l] += z[k] * z[l];
         }
     }
 
+    void add_targets(int64_t b, int64_t chunk, const T* panel, int64_t depth, int64_t column) {
+        const int64_t d = job_.x.width, p = d + job_.q, q = job_.q;
+        const double* z = z_at(b, chunk);
+        double* g = job_.out + block(b).cell * p * p;
+        int64_t k = 0;
+        for (; k + 3 <= q; k += 3) multiply_targets<3>(z + k, q, panel, depth, d + k, column, d, g, p);
+        if (q - k == 2) multiply_targets<2>(z + k, q, panel, depth, d + k, column, d, g, p);
+        if (q - k == 1) multiply_targets<1>(z + k, q, panel, depth, d + k, column, d, g, p);
+    }
+
     const GramJob& job_;
     PackStripe pack_;
-    int64_t panels_, stripes_, tiles_, z_wide_;
+    int64_t panels_, stripes_, tiles_;
     Shape shape_;
     int64_t chunk_bytes_;
     Scratch slots_, table_, counters_, shift_;

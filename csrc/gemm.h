@@ -10,10 +10,10 @@
 #pragma once
 
 #include <sched.h>
-#include <sys/mman.h>
 
 #include <new>
 
+#include "pages.h"
 #include "rows.h"
 #include "simd.h"
 
@@ -99,7 +99,7 @@ GEOFAST_INLINE void multiply_panels(int64_t depth, const T* left, const T* right
 // Large blocks ask for large pages: the walk over small ones cost a tenth of the Gram's speed. With
 // `keep`, a thread keeps its largest block up to kKeptBytes for the next call, because fresh pages
 // cost a fault and their zeros, 2 to 4 ms for the panels of one Gram call of 20 ms.
-constexpr int64_t kKeptBytes = int64_t{64} << 20, kLargePage = int64_t{2} << 20;
+constexpr int64_t kKeptBytes = int64_t{64} << 20;
 
 struct Block {
     char* data = nullptr;
@@ -108,9 +108,7 @@ struct Block {
     Block() = default;
     explicit Block(int64_t n) : bytes(blocks(n, align(n)) * align(n)) {
         data = static_cast<char*>(::operator new(static_cast<std::size_t>(bytes), std::align_val_t(align(n))));
-#if defined(MADV_HUGEPAGE)
-        if (bytes >= 2 * kLargePage) madvise(data, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);
-#endif
+        ask_for_large_pages(data, bytes);
     }
     ~Block() {
         if (data) ::operator delete(data, std::align_val_t(align(bytes)));

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu.h"
+#include "pages.h"
+#include "tensor.h"
 
 namespace py = pybind11;
 
@@ -16,6 +18,11 @@ void bind_cholesky(py::module_& m);
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.attr("__version__") = GEOFAST_VERSION;
     m.def("detected_isa", [] { return geofast::isa_name(geofast::detected_isa()); });
+    m.def("large_pages", [](py::handle x) {
+        const geofast::TensorView view("x", x);
+        view.require_contiguous();
+        geofast::ask_for_large_pages(view.data<void>(), view.bytes());
+    });
     geofast::bind_pool(m);
     geofast::bind_project(m);
     geofast::bind_gram(m);

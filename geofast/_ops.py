@@ -12,10 +12,20 @@ import torch
 
 from . import _core, _reference
 
+_CPU = torch.device("cpu")
+
 
 def backend(device: torch.device) -> ModuleType:
     """Return the module whose operations run on `device`."""
     return _core if device.type == "cpu" else _reference
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device = _CPU) -> torch.Tensor:
+    """Return an uninitialised tensor; on the CPU in large pages, because fresh ones cost time."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if out.is_cpu:
+        _core.large_pages(out)
+    return out
 
 
 def describe(device: torch.device) -> str:

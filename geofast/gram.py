@@ -50,7 +50,7 @@ class Gram:
             raise ValueError(f"products must be one of {PRODUCTS}; got {products!r}")
         self.dim, self.targets, self.cells, self.products = dim, targets, cells, products
         p = dim + 1 + targets
-        self.matrix = torch.zeros(cells, p, p, dtype=torch.float64)
+        self.matrix = _ops.empty(cells, p, p, dtype=torch.float64).zero_()
         self.shift: torch.Tensor | None = None
 
     def update(self, x: torch.Tensor, y: torch.Tensor, cell: torch.Tensor | None = None) -> Gram:

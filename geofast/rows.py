@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from . import _ops
+
 
 class Rows(Mapping[str, torch.Tensor]):
     """Float32 rows that grow as batches come; `rows[key]` is [n, d].
@@ -74,6 +76,6 @@ class Rows(Mapping[str, torch.Tensor]):
     @torch.inference_mode(False)
     def _allocate(self, key: str, n: int, dim: int) -> torch.Tensor:
         if self._folder is None:
-            return torch.empty(n, dim)
+            return _ops.empty(n, dim, dtype=torch.float32)
         path = self._folder / f"{key.replace('/', '_')}.rows"
         return torch.from_file(str(path), shared=True, size=n * dim).view(n, dim)

@@ -14,20 +14,8 @@ _PROBES = 6  # random sign vectors for the trace
 _TIE = 1e-3  # closer than this, plus 4 standard errors of the ratio: exact traces decide
 
 
-def select_gcv(
-    train: Training, alphas: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the index of the alpha of least GCV [M], and the factors there [M, d, d]."""
-    pole = torch.full((len(train.n),), len(alphas) // 2)
-    if len(pole) > 1:
-        # One training set shows where the others' minimum will be: most then need one factor.
-        first = slice(1)
-        pole[:] = _walk_gcv(subset(train, first), alphas, dtype, pole[first]).pole
-    return _settle_ties(train, alphas, _walk_gcv(train, alphas, dtype, pole))
-
-
 @dataclass(frozen=True)
-class _Walk:
+class Walk:
     """Where moving each pole to the minimum of its own curve came to rest."""
 
     pole: torch.Tensor  # [M]
@@ -36,9 +24,17 @@ class _Walk:
     noise: torch.Tensor  # [M, A]: standard error of curve / curve at the pole
 
 
-def _walk_gcv(
-    train: Training, alphas: torch.Tensor, dtype: torch.dtype, pole: torch.Tensor
-) -> _Walk:
+def walk_gcv(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Walk:
+    """Move each pole to the minimum of its own GCV curve."""
+    pole = torch.full((len(train.n),), len(alphas) // 2)
+    if len(pole) > 1:
+        # One training set shows where the others' minimum will be: most then need one factor.
+        first = slice(1)
+        pole[:] = _walk(subset(train, first), alphas, dtype, pole[first]).pole
+    return _walk(train, alphas, dtype, pole)
+
+
+def _walk(train: Training, alphas: torch.Tensor, dtype: torch.dtype, pole: torch.Tensor) -> Walk:
     m, held, pole = len(pole), train.stats.held, pole.clone()
     signs = torch.randint(0, 2, (_PROBES, train.dim), generator=torch.Generator().manual_seed(0))
     signs = (2.0 * signs - 1.0).to(dtype)
@@ -61,15 +57,16 @@ def _walk_gcv(
         moves = ~visited[todo, best]
         todo = todo[moves]
         pole[todo] = best[moves]
-    return _Walk(pole, factor, curve, noise)
+    return Walk(pole, factor, curve, noise)
 
 
-def _settle_ties(
-    train: Training,
-    alphas: torch.Tensor,
-    walk: _Walk,
+def settle_ties(
+    train: Training, alphas: torch.Tensor, walk: Walk
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a second alpha is too close for the estimated trace, compare exact ones."""
+    """Return the index of the alpha of least GCV [M], and the factors there [M, d, d].
+
+    Where a second alpha is too close for the estimated trace, compare exact ones.
+    """
     pole, factor = walk.pole, walk.factor
     sets = torch.arange(len(pole))
     gap = walk.curve / walk.curve[sets, pole][:, None] - 1.0

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from ..gram import Gram, Totals, totals
-from .gcv import select_gcv
+from .gcv import settle_ties, walk_gcv
 from .inner import inner_at, inner_folds, path
 from .loo import select_loo
 from .refine import refine
@@ -181,16 +181,15 @@ def _solve_in(
         curve, table = inner_folds(train, alphas)
         chosen = curve.argmin(1)
         factor = train.factor(train.stats.held, alphas[chosen], dtype)
+        w, projected = refine(train, factor, alphas[chosen], rows)
+    elif select == "gcv":
+        chosen, factor = settle_ties(train, alphas, walk_gcv(train, alphas, dtype))
+        w, projected = refine(train, factor, alphas[chosen], rows)
     else:
-        chosen, factor = select_gcv(train, alphas, dtype)
-        if select == "loo":
-            if rows is None:
-                raise ValueError(
-                    "select='loo' needs the rows; from statistics use 'gcv' or 'folds'"
-                )
-            chosen, factor = select_loo(train, alphas, dtype, rows, chosen, factor)
+        if rows is None:
+            raise ValueError("select='loo' needs the rows; from statistics use 'gcv' or 'folds'")
+        chosen, w, projected = select_loo(train, alphas, rows, walk_gcv(train, alphas, dtype))
     alpha = alphas[chosen]
-    w, projected = refine(train, factor, alpha, rows)
     inner_r2 = None
     if inner:
         inner_r2 = (

@@ -30,7 +30,7 @@ class Training:
     def factor(self, held: torch.Tensor, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Cholesky factors of A + alpha I, lower, [M, d, d]; raises NotPositiveError."""
         ops = _ops.backend(held.device)
-        a = torch.empty(len(held), self.dim, self.dim, dtype=dtype)
+        a = _ops.empty(len(held), self.dim, self.dim, dtype=dtype, device=held.device)
         ops.training_matrix(self.stats.total, held, alpha, a)
         info = torch.zeros(len(held), dtype=torch.int32)
         ops.cholesky(a, info)
@@ -71,6 +71,8 @@ def refuse_constant(constant: torch.Tensor) -> None:
 
 
 def subset(train: Training, sets: torch.Tensor | slice) -> Training:
+    if isinstance(sets, torch.Tensor) and len(sets) == len(train.n):
+        return train  # all, ascending: no copy of the largest tensors
     fields = {f: getattr(train, f)[sets] for f in ("n", "mean", "y_mean", "b", "yy")}
     return replace(train, stats=replace(train.stats, held=train.stats.held[sets]), **fields)
 

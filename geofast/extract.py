@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .capture import NonFiniteError, Pools, capture
-from .data import Samples
-from .data.samples import Skipped
+from .data import SampleError, Samples, Skipped
 from .data.stream import batches
 from .gram import Gram
 from .models import Model
@@ -45,24 +45,23 @@ class Storage:
     """float64 [n, k] of all samples; statistics need them during the pass."""
     cell: torch.Tensor
     """int64 [n]: the cell of every sample, negative for none."""
-    folder: Path | None = None
-    """Rows too large for memory are mapped to files here."""
+    room: torch.Tensor | None = None
+    """Float32 [prompts, m] on disk, for rows too large for memory."""
 
 
 def extract(
     model: Model,
-    samples: Samples,
+    inputs: Mapping[str, Samples],
     storage: Storage,
     *,
     sites: str | Sequence[str] | None,
     pool: Pools,
-    prompts: Sequence[str],
     batch_size: int,
     workers: int,
     strict: bool,
     progress: bool,
 ) -> Extracted:
-    """Run the model once over every sample and prompt.
+    """Run the model once over every sample and prompt; `inputs` is what `worded` returns.
 
     Raises
     ------
@@ -71,15 +70,15 @@ def extract(
     FloatingPointError
         For NaN or infinite activations, naming site, sample and dtype.
     """
-    labels = prompts if len(prompts) > 1 else [""]
     bar = tqdm(
-        total=len(samples) * len(prompts), unit="sample", disable=not progress, desc=model.name,
+        total=sum(map(len, inputs.values())), unit="sample", disable=not progress, desc=model.name,
         mininterval=0.2 if sys.stderr.isatty() else 15,  # a log file needs no animation
     )  # fmt: skip
     found: Extracted | None = None
     with bar:
-        for prompt, label in zip(prompts, labels, strict=True):
-            one = _Pass(model, samples, storage, batch_size, workers, strict, prompt, label)
+        for i, (label, samples) in enumerate(inputs.items()):
+            room = None if storage.room is None else storage.room[i]
+            one = _Pass(model, samples, storage, room, batch_size, workers, strict, label)
             part = one.run(sites, pool, bar)
             found = part if found is None else _join(found, part)
     assert found is not None
@@ -87,7 +86,7 @@ def extract(
 
 
 def _join(a: Extracted, b: Extracted) -> Extracted:
-    # Every prompt goes over the same inputs, so the same samples are kept and skipped.
+    # Several prompts mean text, and `usable` has seen to it that every text goes through.
     rows = None if a.rows is None else {**a.rows, **(b.rows or {})}
     grams = None if a.grams is None else {**a.grams, **(b.grams or {})}
     return Extracted(a.kept, rows, grams, a.skipped)
@@ -98,55 +97,40 @@ class _Pass:
     model: Model
     samples: Samples
     storage: Storage
+    room: torch.Tensor | None
     batch_size: int
     workers: int
     strict: bool
-    prompt: str
     label: str
 
     def run(self, sites: str | Sequence[str] | None, pool: Pools, bar: Any) -> Extracted:
         text = self.samples.kind == "text"
-        inputs = self._worded() if text else self.samples
-        order = self._longest_first(inputs) if text else np.arange(len(inputs))
-        capacity = _FLUSH + self.batch_size if self.storage.kind == "gram" else len(inputs)
-        rows = Rows(capacity, self.storage.folder)
+        order = self._longest_first() if text else np.arange(len(self.samples))
+        capacity = _FLUSH + self.batch_size if self.storage.kind == "gram" else len(self.samples)
+        rows = Rows(capacity, self.room)
         grams: dict[str, Gram] = {}
         pending: list[int] = []
         kept: list[int] = []
         skipped: list[Skipped] = []
         stream = batches(
-            inputs, order, self.batch_size,
+            self.samples, order, self.batch_size,
             transform=self.model.transform, workers=self.workers, strict=self.strict,
         )  # fmt: skip
         with capture(self.model, sites, pool, rows=rows):
             for batch in stream:
                 skipped += batch.skipped
                 if len(batch.index):
-                    self._forward(batch.inputs, batch.index)
+                    forward(self.model, self.samples, batch.index, batch.inputs)
                     pending += batch.index.tolist()
                 if self.storage.kind == "gram" and rows.n >= _FLUSH:
                     self._flush(rows, grams, pending, kept)
                 bar.update(len(batch.index) + len(batch.skipped))
-        if not pending and not kept:
-            first = f"; the first: {skipped[0].where}: {skipped[0].reason}" if skipped else ""
-            raise ValueError(f"none of the {len(inputs)} samples could be read{first}")
         if self.storage.kind == "gram":
             self._flush(rows, grams, pending, kept)
             return Extracted(np.sort(kept), None, grams, skipped)
         if text:
             rows.reorder(torch.from_numpy(np.argsort(pending, kind="stable")))
         return Extracted(np.sort(pending), {self._key(k): rows[k] for k in rows}, None, skipped)
-
-    def _forward(self, inputs: list[object], index: np.ndarray) -> None:
-        try:
-            self.model.forward(self.model.to_device(self.model.collate(inputs)))
-        except NonFiniteError as error:
-            error.add_note(f"That is sample {self.samples.table['id'].iloc[index[error.sample]]}.")
-            raise
-        except ValueError as error:
-            ids = self.samples.table["id"].iloc[index[[0, -1]]]
-            error.add_note(f"The batch went from sample {ids.iloc[0]} to {ids.iloc[1]}.")
-            raise
 
     def _flush(
         self, rows: Rows, grams: dict[str, Gram], pending: list[int], kept: list[int]
@@ -167,30 +151,154 @@ class _Pass:
     def _key(self, key: str) -> str:
         return f"{key}/{self.label}" if self.label else key
 
-    def _worded(self) -> Samples:
-        return word(self.samples, self.prompt)
-
-    def _longest_first(self, inputs: Samples) -> np.ndarray:
+    def _longest_first(self) -> np.ndarray:
         # Batches of like length waste little on padding, and the largest comes first: if it fits,
         # all do.
-        lengths = [len(str(text)) for text in inputs.inputs]
+        lengths = [len(str(text)) for text in self.samples.inputs]
         return np.argsort(lengths, kind="stable")[::-1].copy()
 
 
-def word(samples: Samples, prompt: str) -> Samples:
-    """Put every sample into the words of `prompt`, which names columns: "The city of {name}".
+# ------ one batch
+
+
+def forward(
+    model: Model, samples: Samples, index: NDArray[np.int64], inputs: Sequence[Any]
+) -> None:
+    """Run the model over the transformed inputs of the samples at `index`.
+
+    Raises
+    ------
+    FloatingPointError, ValueError
+        As `capture` and the model's `collate` do, with the sample named.
+    """
+    try:
+        model.forward(model.to_device(model.collate(list(inputs))))
+    except NonFiniteError as error:
+        add_sentence(error, f"That is {samples.where(index[error.sample])}.")
+        raise
+    except ValueError as error:
+        add_sentence(error, _blame(samples, index, inputs))
+        raise
+
+
+def first(model: Model, samples: Samples) -> tuple[NDArray[np.int64], list[Any]]:
+    """Return the index [1] and the transformed input [1] of the first sample that can be read.
 
     Raises
     ------
     ValueError
-        When the prompt names a column that the samples lack.
+        When there is none.
     """
-    from dataclasses import replace
+    stream = batches(samples, range(len(samples)), 1, transform=model.transform)
+    batch = next(batch for batch in stream if batch.inputs)
+    stream.close()
+    return batch.index, batch.inputs
 
+
+def _blame(samples: Samples, index: NDArray[np.int64], inputs: Sequence[Any]) -> str:
+    """Say which samples of a batch that was refused are unlike the others, or which it held."""
+    # An array has a shape, a PIL image a size.
+    sizes = [getattr(x, "shape", getattr(x, "size", None)) for x in inputs]
+    usual = Counter(sizes).most_common(1)[0][0]
+    odd = [i for i, size in enumerate(sizes) if size != usual]
+    if odd:
+        names = [f"{samples.where(index[i])} ({_size(sizes[i])})" for i in odd]
+        return f"Most of the batch is {_size(usual)}, but not {_some(names)}."
+    return f"The batch held {_some([samples.where(i) for i in index])}."
+
+
+def _size(size: Any) -> str:
+    return " x ".join(map(str, size))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def add_sentence(error: Exception, sentence: str) -> None:
+    """Lengthen an error's message. `add_note` needs Python 3.11, and `str` does not show it."""
+    error.args = (f"{str(error).rstrip('.')}. {sentence}", *error.args[1:])
+
+
+# ------ text
+
+
+def worded(samples: Samples, prompts: str | Sequence[str] | None) -> dict[str, Samples]:
+    """Put text into the words of every prompt; by the prompt, or by "" where there is one.
+
+    Raises
+    ------
+    ValueError
+        For prompts with images, no prompt, one twice, or one that cannot be filled in.
+    """
+    if samples.kind == "image":
+        if prompts is not None:
+            raise ValueError(f"prompts are for text; {samples.source} holds images: leave them out")
+        return {"": samples}
+    many = ["{text}"] if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+    twice = [p for p, times in Counter(many).items() if times > 1]
+    if twice:
+        raise ValueError(f"the prompt {twice[0]!r} is given twice; leave one out")
+    if not many:
+        raise ValueError("prompts= is empty; give one, such as '{text}', or leave it out")
+    return {prompt if len(many) > 1 else "": _word(samples, prompt) for prompt in many}
+
+
+def _word(samples: Samples, prompt: str) -> Samples:
+    """Put every sample into the words of `prompt`, which names columns: "The city of {name}"."""
     table = samples.table.assign(text=list(samples.inputs))
+    columns = ", ".join(map(str, table.columns))
     try:
         texts = [prompt.format(**row) for row in table.to_dict("records")]
     except (KeyError, IndexError) as error:
-        msg = f"the prompt {prompt!r} names {error}; the samples have {', '.join(table.columns)}"
+        msg = f"the prompt {prompt!r} names {error}; the samples have {columns}"
+        raise ValueError(msg) from error
+    except (AttributeError, TypeError, ValueError) as error:
+        msg = (
+            f"the prompt {prompt!r} cannot be filled in: {error}; write {{column}} with one of "
+            f"{columns}, and {{{{ or }}}} for a brace"
+        )
         raise ValueError(msg) from error
     return replace(samples, inputs=texts)
+
+
+def usable(
+    model: Model, inputs: Mapping[str, Samples], batch_size: int, strict: bool
+) -> tuple[NDArray[np.int64], tuple[Skipped, ...]]:
+    """Positions of the texts that the model takes with every prompt, and why not the others.
+
+    A text without a token, or longer than the model's context, would stop a whole batch.
+
+    Raises
+    ------
+    SampleError
+        With `strict`, at the first that it does not take.
+    ValueError
+        When it takes none.
+    """
+    reasons: dict[int, str] = {}
+    for samples in inputs.values():
+        for i, reason in _refused(model, samples.inputs, batch_size):
+            if strict:
+                raise SampleError(samples.where(i), reason)
+            reasons.setdefault(i, reason)
+    samples = next(iter(inputs.values()))
+    skipped = tuple(Skipped(samples.where(i), reasons[i]) for i in sorted(reasons))
+    if len(reasons) == len(samples):
+        raise ValueError(f"none of the {len(samples)} samples could be used; {skipped[0]}")
+    return np.setdiff1d(np.arange(len(samples)), list(reasons)), skipped
+
+
+def _refused(model: Model, texts: Sequence[str], batch_size: int) -> Iterator[tuple[int, str]]:
+    for start in range(0, len(texts), batch_size):
+        part = list(texts[start : start + batch_size])
+        part = [model.transform(text) for text in part] if model.transform else part
+        try:
+            model.collate(part)
+        except ValueError:
+            for i, text in enumerate(part, start):
+                try:
+                    model.collate([text])
+                except ValueError as error:
+                    yield i, str(error)

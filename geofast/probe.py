@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from . import _ops
 from .capture import Pools
 from .data import Samples, read
-from .extract import Extracted, Storage, extract, word
+from .extract import Extracted, Storage, add_sentence, extract, usable, worded
 from .geo import Split, fold_scores, great_circle_km
 from .geo.folds import KFold, as_split
 from .models import Model, load
+from .plan import Task, make_plan, make_tasks, with_cells, without_skipped
 from .ridge import ALPHAS, Select, Solution, cross_validate, fit, solve
-from .run import Probe, Run
-
-_MEMORY_SHARE = 0.25  # of the machine's memory, for pooled rows
+from .rows import on_disk
+from .run import Probe, Run, key
 
 
 def probe(
@@ -34,16 +34,17 @@ def probe(
     *,
     sites: str | Sequence[str] | None = None,
     pool: Pools = None,
-    prompts: Sequence[str] = ("{text}",),
+    prompts: str | Sequence[str] | None = None,
     split: Split | Any | Sequence[Split | Any] = KFold(),  # noqa: B008 - frozen
     group: str | None = None,
     alphas: Sequence[float] = ALPHAS,
     select: Select | None = None,
     storage: Literal["auto", "rows", "gram"] = "auto",
-    targets: Sequence[str] = ("latitude", "longitude"),
+    targets: str | Sequence[str] = ("latitude", "longitude"),
     baselines: Mapping[str, torch.Tensor] | None = None,
     batch_size: int = 16,
     workers: int | None = None,
+    scratch: str | Path | None = None,
     strict: bool = False,
     progress: bool = False,
 ) -> Run:
@@ -60,19 +61,21 @@ def probe(
     pool
         A pool or several, or a mapping from tower to such; None for each tower's default.
     prompts
-        For text: templates that name columns, `{text}` being the input itself.
+        For text: one template or several that name columns, `{text}` being the input itself,
+        which is what None takes.
     split
         One or several ways to make folds: ours (`KFold`, `Blocks`, `GroupKFold`) or any
         scikit-learn splitter.
     group
-        A column; each of its values is also probed on its own, with folds of its own.
+        A column; each of its values is also probed on its own, with folds of its own. Values that
+        cannot be scored are left out with a warning in `Run.info`.
     alphas, select
         Penalties, and how one is chosen: `loo`, `gcv` or `folds`. None takes `loo` where rows are
         kept and `gcv` where only statistics are.
     storage
         `rows`, `gram`, or `auto`: rows while they fit a quarter of the machine's memory, else
         whichever of rows on disk and statistics is smaller. Kilometres, MAE, Spearman and `loo`
-        need rows.
+        need rows. Rows on disk are not in the run's folder.
     targets
         Numeric columns to regress, degrees or any other unit.
     baselines
@@ -80,8 +83,10 @@ def probe(
     batch_size, workers
         Samples in a forward pass, and processes that decode ahead of it (None: one for images
         on files, none for the rest).
+    scratch
+        Folder for rows that memory is too small for; None takes the system's temporary one.
     strict
-        Stop at the first sample that cannot be read instead of counting it as skipped.
+        Stop at the first sample that cannot be used instead of counting it as skipped.
     progress
         Print the plan, and a bar with the time left.
 
@@ -96,85 +101,110 @@ def probe(
         For bad data, splits, sites, pools or targets; the message says what to do.
     FloatingPointError
         For NaN or infinite activations, naming site, sample and dtype.
+    OSError
+        When rows must go to disk and `scratch` has no room.
     """
     clock = _Clock()
-    samples = data if isinstance(data, Samples) else read(data)
+    samples = data if isinstance(data, Samples) else read(data, strict=strict)
     splits = _as_splits(split)
-    y = _targets(samples, targets)
-    tasks = _tasks(samples.table, splits, group)  # fails before the model is loaded
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    given = _Given(samples, _targets(samples, targets), dict(baselines or {}))
+    _check_options(given, alphas, select, storage)
+    inputs = worded(samples, prompts)
+    tasks, warned = _tasks(given, splits, group, targets, select)  # before the model is loaded
     model = load(model)
-    if samples.kind != model.kind:
-        raise ValueError(f"{model.name} reads {model.kind}; {samples.source} holds {samples.kind}")
+    _check_model(model, samples, pool)
+    if samples.kind == "text":
+        good, unfit = usable(model, inputs, batch_size, strict)
+        if unfit:
+            given, inputs = given.take(good), {k: s.take(good) for k, s in inputs.items()}
+            given = replace(given, samples=given.samples.skipping(unfit))
+            tasks, warned = _tasks(given, splits, group, targets, select)
     clock.lap("load")
 
-    cells, fold_of_cell = _cells(tasks)
-    plan = _plan(model, samples, sites, pool, prompts, y.shape[1], int(cells.max()) + 1, storage)
+    cells, tasks = with_cells(tasks)
+    plan = make_plan(
+        model, inputs, sites, pool, targets=len(targets), cells=int(cells.max()) + 1,
+        storage=storage, select=select,
+    )  # fmt: skip
     if progress:
         print(plan.sentence, flush=True)
-    with TemporaryDirectory(prefix="geofast-rows-") as folder:
-        store = Storage(plan.kind, y, cells, Path(folder) if plan.on_disk else None)
-        found = extract(
-            model, samples, store, sites=sites, pool=pool, prompts=prompts, batch_size=batch_size,
-            workers=_workers(samples, workers), strict=strict, progress=progress,
-        )  # fmt: skip
-        clock.lap("forward")
-        if len(found.kept) < len(samples):
-            samples = samples.take(found.kept)
-            y = y[found.kept]
-            tasks = _tasks(samples.table, splits, group)
-            baselines = {k: v[found.kept] for k, v in (baselines or {}).items()}
-        select = select or ("loo" if found.rows is not None else "gcv")
-        solved = _solve_all(found, baselines or {}, y, tasks, fold_of_cell, alphas, select)
-        probes = _probes(found, y, targets, alphas, select)
-        clock.lap("solve")
+    room = None
+    if plan.on_disk:
+        folder = Path(scratch or tempfile.gettempdir())
+        room = on_disk(folder, plan.floats * len(inputs)).view(len(inputs), plan.floats)
+    found = extract(
+        model, inputs, Storage(plan.kind, given.y, cells, room), sites=sites, pool=pool,
+        batch_size=batch_size, workers=_workers(samples, workers), strict=strict, progress=progress,
+    )  # fmt: skip
+    clock.lap("forward")
+    if len(found.kept) < len(given.samples):
+        kept = given.take(found.kept)
+        if found.rows is not None:
+            tasks, warned = _tasks(kept, splits, group, targets, select)
+        else:
+            tasks, more = without_skipped(tasks, found.kept, given.y, targets)
+            warned = warned + more
+        given = replace(kept, samples=kept.samples.skipping(found.skipped))
+    select = select or ("loo" if found.rows is not None else "gcv")
+    solved = _solve_all(found, given, tasks, targets, alphas, select)
+    probes = _probes(found, given.y, targets, alphas, select)
+    clock.lap("solve")
 
-    layers = _table(solved, tasks, y, targets)
+    layers = _table(solved, tasks, given.y, targets)
     info = {
         "model": model.name,
         "data": samples.source,
         "arguments": {
-            "sites": sites, "pool": pool, "prompts": list(prompts), "group": group,
-            "split": [s.name for s in splits], "alphas": [float(a) for a in alphas],
-            "select": select, "storage": plan.kind, "targets": list(targets),
-            "batch_size": batch_size, "workers": _workers(samples, workers),
+            "sites": sites, "pool": pool, "prompts": [prompts] if isinstance(prompts, str) else prompts, "group": group,
+            "split": {s.name: repr(s) for s in splits},
+            "alphas": [float(a) for a in alphas], "select": select, "storage": plan.kind,
+            "targets": targets, "baselines": [*given.baselines], "batch_size": batch_size,
+            "workers": _workers(samples, workers),
         },
+        "seeds": {s.name: s.seed for s in splits if hasattr(s, "seed")},
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "backend": _ops.describe(model.device),
         "methods": sorted({s.solution.method for s in solved}),
         "storage": plan.sentence,
         "counts": {
-            "read": len(samples),
-            "skipped": len(found.skipped) + len(samples.skipped),
-            "why": [f"{s.where}: {s.reason}" for s in [*samples.skipped, *found.skipped]],
+            "read": len(given.samples),
+            "skipped": len(given.samples.skipped),
+            "why": [str(s) for s in given.samples.skipped],
         },
         "seconds": clock.seconds,
         "versions": _versions(),
         "honest": _honest(solved, layers),
-        "warnings": [],
+        "warnings": warned,
     }  # fmt: skip
     return Run(
         info=info,
         layers=layers,
-        samples=_samples_table(samples, tasks, targets),
+        samples=_samples_table(given.samples, tasks),
         probes=probes,
-        predictions=_predictions(solved, tasks, samples, y, targets),
+        predictions=_predictions(solved, tasks, given, targets),
         rows=found.rows if not plan.on_disk else None,
         grams=found.grams,
     )
 
 
-# ------ what is to be done
+# ------ what is given
 
 
 @dataclass(frozen=True)
-class _Task:
-    """One cross-validation: a split, of everybody or of one group."""
+class _Given:
+    """The samples and what goes with each of them."""
 
-    split: str
-    group: str
-    fold: torch.Tensor
-    """int64 [n]; -1 outside the group."""
+    samples: Samples
+    y: torch.Tensor
+    """float64 [n, k]."""
+    baselines: dict[str, torch.Tensor]
+
+    def take(self, indices: NDArray[np.int64]) -> _Given:
+        """Keep some samples, in the order of `indices`."""
+        baselines = {name: x[torch.from_numpy(indices)] for name, x in self.baselines.items()}
+        return _Given(self.samples.take(indices), self.y[torch.from_numpy(indices)], baselines)
 
 
 def _as_splits(split: Any) -> list[Split]:
@@ -190,6 +220,8 @@ def _as_splits(split: Any) -> list[Split]:
 
 def _targets(samples: Samples, names: Sequence[str]) -> torch.Tensor:
     table = samples.table
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"targets= needs one column or several, each once; got {list(names)}")
     for name in names:
         if name not in table or not pd.api.types.is_numeric_dtype(table[name]):
             numeric = [c for c in table if pd.api.types.is_numeric_dtype(table[c])]
@@ -209,89 +241,54 @@ def _targets(samples: Samples, names: Sequence[str]) -> torch.Tensor:
     return torch.from_numpy(table[list(names)].to_numpy(np.float64, copy=True))
 
 
-def _tasks(table: pd.DataFrame, splits: Sequence[Split], group: str | None) -> list[_Task]:
-    tasks = [_Task(s.name, "", torch.from_numpy(s.assign(table))) for s in splits]
-    if group is None:
-        return tasks
-    if group not in table:
-        raise ValueError(
-            f"there is no column {group!r} to group by; the samples have {', '.join(table)}"
-        )
-    for value in sorted(table[group].dropna().unique(), key=str):
-        member = (table[group] == value).to_numpy(copy=True)
-        for split in splits:
-            fold = torch.full((len(table),), -1)
-            fold[torch.from_numpy(member)] = torch.from_numpy(split.assign(table[member]))
-            tasks.append(_Task(split.name, str(value), fold))
-    return tasks
-
-
-def _cells(tasks: Sequence[_Task]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the cell of every sample [n], and for each task the fold of every cell."""
-    folds = torch.stack([t.fold for t in tasks], 1)
-    combinations, cell = folds.unique(dim=0, return_inverse=True)
-    return cell, list(combinations.unbind(1))
-
-
-@dataclass(frozen=True)
-class _Plan:
-    kind: Literal["rows", "gram"]
-    on_disk: bool
-    sentence: str
-
-
-def _plan(
-    model: Model,
-    samples: Samples,
-    sites: Any,
-    pool: Pools,
-    prompts: Sequence[str],
-    targets: int,
-    cells: int,
-    storage: str,
-) -> _Plan:
-    """Choose where pooled rows go, from their widths in a pass over one sample."""
-    from .capture import capture
-
-    first = word(samples.take(np.arange(1)), prompts[0]) if samples.kind == "text" else samples
-    with capture(model, sites, pool) as rows:
-        model.forward(model.prepare([_first(first)]))
-    widths = [rows[key].shape[1] for key in rows for _ in prompts]
-    as_rows = 4 * len(samples) * sum(widths)
-    as_grams = 8 * cells * sum((w + 1 + targets) ** 2 for w in widths)
-    budget = int(_MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    kind: Literal["rows", "gram"]
-    if storage == "auto":
-        kind = "rows" if as_rows <= max(budget, as_grams) else "gram"
-        why = (
-            f"chosen: rows need {_mb(as_rows)}, statistics {_mb(as_grams)}, "
-            f"memory for them is {_mb(budget)}"
-        )
-    elif storage in ("rows", "gram"):
-        kind = "gram" if storage == "gram" else "rows"
-        why = f"as asked: {_mb(as_rows if kind == 'rows' else as_grams)}"
-    else:
+def _check_options(
+    given: _Given, alphas: Sequence[float], select: str | None, storage: str
+) -> None:
+    """Refuse what would only fail after the forward pass."""
+    if storage not in ("auto", "rows", "gram"):
         raise ValueError(f"storage must be auto, rows or gram; got {storage!r}")
-    on_disk = kind == "rows" and as_rows > budget
-    where = {"gram": "statistics (Gram matrices)", "rows": "pooled rows"}[kind]
-    sentence = (
-        f"{model.name}: {len(rows)} site x pool, {len(samples)} samples, {len(prompts)} prompt(s); "
-        f"keeping {where}{' on disk' if on_disk else ''} ({why})"
-    )
-    return _Plan(kind, on_disk, sentence)
+    if select not in (None, "loo", "gcv", "folds"):
+        raise ValueError(f"select must be loo, gcv or folds; got {select!r}")
+    if select == "loo" and storage == "gram":
+        raise ValueError("select='loo' needs rows: use storage='rows', or select='gcv' or 'folds'")
+    if not len(alphas) or not all(0 < a < float("inf") for a in alphas):
+        raise ValueError(f"alphas must be positive numbers; got {list(alphas)}")
+    for name, x in given.baselines.items():
+        if x.ndim != 2 or len(x) != len(given.samples):
+            msg = (
+                f"baseline {name!r} has shape {list(x.shape)} for {len(given.samples)} samples; "
+                "give one row for each"
+            )
+            raise ValueError(msg)
+        if not torch.isfinite(x).all():
+            raise ValueError(f"baseline {name!r} has NaN or infinite values; replace them")
 
 
-def _first(samples: Samples) -> Any:
-    for i in range(len(samples)):
-        try:
-            return samples.load(i)
-        except (OSError, ValueError):
-            continue
-    raise ValueError(f"none of the {len(samples)} samples of {samples.source} could be read")
+def _check_model(model: Model, samples: Samples, pool: Pools) -> None:
+    if samples.kind != model.kind:
+        raise ValueError(f"{model.name} reads {model.kind}; {samples.source} holds {samples.kind}")
+    towers = [t.name for t in model.towers]
+    for name in pool if isinstance(pool, Mapping) else ():
+        if name not in towers:
+            raise ValueError(f"pool= names a tower {name!r}; {model.name} has {', '.join(towers)}")
 
 
-def _mb(n: int) -> str:
-    return f"{n / 2**20:,.0f} MB" if n < 2**30 else f"{n / 2**30:,.1f} GB"
+def _tasks(
+    given: _Given,
+    splits: Sequence[Split],
+    group: str | None,
+    targets: Sequence[str],
+    select: str | None,
+) -> tuple[list[Task], list[str]]:
+    tasks, warned = make_tasks(given.samples.table, splits, group, given.y, targets)
+    few = [t for t in tasks if t.folds < 3]
+    if select == "folds" and few:
+        msg = (
+            f"select='folds' needs at least 3 folds, and split {few[0].split!r} has "
+            f"{few[0].folds}; take more folds, or select='loo' or 'gcv'"
+        )
+        raise ValueError(msg)
+    return tasks, warned
 
 
 def _workers(samples: Samples, workers: int | None) -> int:
@@ -328,57 +325,56 @@ class _Solved:
 
 def _solve_all(
     found: Extracted,
-    baselines: Mapping[str, torch.Tensor],
-    y: torch.Tensor,
-    tasks: Sequence[_Task],
-    fold_of_cell: Sequence[torch.Tensor],
+    given: _Given,
+    tasks: Sequence[Task],
+    targets: Sequence[str],
     alphas: Sequence[float],
     select: Select,
 ) -> list[_Solved]:
     solved = []
     for t, task in enumerate(tasks):
-        inner = int(task.fold.max()) >= 2
-        for key, x in (found.rows or {}).items():
-            solved.append(_solve_rows(key, "", x, y, t, task, alphas, select, inner))
-        for key, gram in (found.grams or {}).items():
-            if select == "loo":
-                raise ValueError(
-                    "select='loo' needs rows: use storage='rows', or select='gcv' or 'folds'"
-                )
-            solution = solve(gram, alphas, folds=fold_of_cell[t], select=select, inner=inner)
-            solved.append(_Solved(*_parts(key), "", t, gram.dim, solution, None))
-        for name, x in baselines.items():
-            solved.append(_solve_rows(f"input/{name}", name, x, y, t, task, alphas, "loo", inner))
+        inner = task.folds >= 3
+        sources = [(*_parts(name), "", x) for name, x in (found.rows or {}).items()]
+        controls = [("input", name, "", name, x) for name, x in given.baselines.items()]
+        for name, gram in (found.grams or {}).items():
+            solution = solve(
+                gram, alphas, folds=task.fold_of_cell, select=_of_grams(select), inner=inner
+            )
+            solved.append(_Solved(*_parts(name), "", t, gram.dim, solution, None))
+        for site, pool, prompt, control, x in [*sources, *controls]:
+            try:
+                solution, member = _solve_rows(x, given.y, task.fold, alphas, select, inner)
+            except ValueError as error:
+                who = f", group {task.group!r}" if task.group else ""
+                where = f"{key(site, pool, prompt)}, split {task.split!r}{who}"
+                add_sentence(error, f"While solving {where}, targets {', '.join(targets)}.")
+                raise
+            solved.append(_Solved(site, pool, prompt, control, t, x.shape[1], solution, member))
     return solved
 
 
 def _solve_rows(
-    key: str,
-    control: str,
     x: torch.Tensor,
     y: torch.Tensor,
-    t: int,
-    task: _Task,
+    fold: torch.Tensor,
     alphas: Sequence[float],
     select: Select,
     inner: bool,
-) -> _Solved:
+) -> tuple[Solution, torch.Tensor | None]:
     member = None
-    fold = task.fold
     if bool((fold < 0).any()):
         member = (fold >= 0).nonzero()[:, 0]
         x, y, fold = x[member], y[member], fold[member]
-    try:
-        solution = cross_validate(x, y, fold, alphas, select=select, inner=inner)
-    except ValueError as error:
-        group = f", group {task.group}" if task.group else ""
-        error.add_note(f"While solving {key}, split {task.split}{group}.")
-        raise
-    return _Solved(*_parts(key), control, t, x.shape[1], solution, member)
+    return cross_validate(x, y, fold, alphas, select=select, inner=inner), member
 
 
-def _parts(key: str) -> tuple[str, str, str]:
-    site, pool, *prompt = key.split("/", 2)
+def _of_grams(select: Select) -> Literal["gcv", "folds"]:
+    assert select != "loo"  # refused before the model was loaded
+    return select
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    site, pool, *prompt = name.split("/", 2)
     return site, pool, prompt[0] if prompt else ""
 
 
@@ -391,12 +387,13 @@ def _probes(
 ) -> dict[str, Probe]:
     """Fit every site on all samples; alpha as in the folds, where it needs none."""
     way: Any = "gcv" if select == "folds" else select
-    solutions = {key: fit(x, y, alphas, select=way) for key, x in (found.rows or {}).items()}
-    for key, gram in (found.grams or {}).items():
-        solutions[key] = solve(gram, alphas, folds=torch.zeros(gram.cells, dtype=torch.int64))
+    solutions = {name: fit(x, y, alphas, select=way) for name, x in (found.rows or {}).items()}
+    for name, gram in (found.grams or {}).items():
+        everyone = torch.zeros(gram.cells, dtype=torch.int64)
+        solutions[name] = solve(gram, alphas, folds=everyone)
     return {
-        key: Probe(*_parts(key), tuple(targets), float(s.alpha[0]), s.coef[0], s.intercept[0])
-        for key, s in solutions.items()
+        name: Probe(*_parts(name), tuple(targets), float(s.alpha[0]), s.coef[0], s.intercept[0])
+        for name, s in solutions.items()
     }
 
 
@@ -404,7 +401,7 @@ def _probes(
 
 
 def _table(
-    solved: Sequence[_Solved], tasks: Sequence[_Task], y: torch.Tensor, targets: Sequence[str]
+    solved: Sequence[_Solved], tasks: Sequence[Task], y: torch.Tensor, targets: Sequence[str]
 ) -> pd.DataFrame:
     rows = []
     for s in solved:
@@ -435,7 +432,7 @@ def _table(
 
 
 def _row_scores(
-    s: _Solved, task: _Task, y: torch.Tensor, targets: Sequence[str]
+    s: _Solved, task: Task, y: torch.Tensor, targets: Sequence[str]
 ) -> dict[str, float]:
     """Scores that need predictions; none without."""
     if s.solution.predictions is None:
@@ -476,7 +473,7 @@ def _honest(solved: Sequence[_Solved], layers: pd.DataFrame) -> dict[str, dict[s
         outer = torch.stack([c.r2 for c in candidates])
         chosen = inner.nan_to_num(-torch.inf).argmax(0)
         r2 = outer[chosen, torch.arange(len(chosen))]
-        names = [f"{candidates[int(i)].site}/{candidates[int(i)].pool}" for i in chosen]
+        names = [key(c.site, c.pool, c.prompt) for c in (candidates[int(i)] for i in chosen)]
         most = candidates[int(chosen.mode().values)]
         honest[split] = {
             "site": most.site,
@@ -491,19 +488,16 @@ def _honest(solved: Sequence[_Solved], layers: pd.DataFrame) -> dict[str, dict[s
 
 def _predictions(
     solved: Sequence[_Solved],
-    tasks: Sequence[_Task],
-    samples: Samples,
-    y: torch.Tensor,
+    tasks: Sequence[Task],
+    given: _Given,
     targets: Sequence[str],
 ) -> pd.DataFrame:
     """Held-out predictions of the best probe of every split."""
-    tables = [
-        _best_predictions(s, tasks[s.task], samples, y, targets) for s in _bests(solved, tasks)
-    ]
+    tables = [_best_predictions(s, tasks[s.task], given, targets) for s in _bests(solved, tasks)]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def _bests(solved: Sequence[_Solved], tasks: Sequence[_Task]) -> Iterator[_Solved]:
+def _bests(solved: Sequence[_Solved], tasks: Sequence[Task]) -> Iterator[_Solved]:
     for t, task in enumerate(tasks):
         real = [
             s
@@ -515,15 +509,15 @@ def _bests(solved: Sequence[_Solved], tasks: Sequence[_Task]) -> Iterator[_Solve
 
 
 def _best_predictions(
-    s: _Solved, task: _Task, samples: Samples, y: torch.Tensor, targets: Sequence[str]
+    s: _Solved, task: Task, given: _Given, targets: Sequence[str]
 ) -> pd.DataFrame:
     assert s.solution.predictions is not None
     guess = s.solution.predictions.numpy()
-    table = pd.DataFrame({"split": task.split, "id": samples.table["id"].to_numpy()})
+    table = pd.DataFrame({"split": task.split, "id": given.samples.table["id"].to_numpy()})
     table["site"], table["pool"], table["prompt"] = s.site, s.pool, s.prompt
     table["fold"] = task.fold.numpy()
     for i, name in enumerate(targets):
-        table[name], table[f"{name}_predicted"] = y[:, i].numpy(), guess[:, i]
+        table[name], table[f"{name}_predicted"] = given.y[:, i].numpy(), guess[:, i]
     if {"latitude", "longitude"} <= set(targets):
         table["error_km"] = great_circle_km(
             table["latitude"], table["longitude"],
@@ -532,9 +526,7 @@ def _best_predictions(
     return table
 
 
-def _samples_table(
-    samples: Samples, tasks: Sequence[_Task], targets: Sequence[str]
-) -> pd.DataFrame:
+def _samples_table(samples: Samples, tasks: Sequence[Task]) -> pd.DataFrame:
     table = samples.table.copy()
     for task in tasks:
         if not task.group:

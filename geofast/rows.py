@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from . import _ops
+
+_BLOCK = 1 << 24  # bytes written at once where space cannot be reserved by a call
 
 
 class Rows(Mapping[str, torch.Tensor]):
@@ -17,14 +22,14 @@ class Rows(Mapping[str, torch.Tensor]):
     ----------
     capacity
         How many rows to make room for at first; the room doubles when it is full.
-    folder
-        Keep the rows in memory-mapped files of this folder instead of in memory. They need
-        `capacity`, and cannot grow beyond it.
+    room
+        Float32 [m], of `on_disk`: keep the rows there instead of in memory. They need `capacity`,
+        and cannot grow beyond it.
     """
 
-    def __init__(self, capacity: int = 256, folder: Path | None = None) -> None:
+    def __init__(self, capacity: int = 256, room: torch.Tensor | None = None) -> None:
         self._capacity = capacity
-        self._folder = folder
+        self._room = room
         self._store: dict[str, torch.Tensor] = {}
         self.n = 0
 
@@ -42,15 +47,15 @@ class Rows(Mapping[str, torch.Tensor]):
         store = self._store.get(key)
         need = self.n + batch
         if store is None:
-            store = self._store[key] = self._allocate(key, max(self._capacity, need), dim)
+            store = self._store[key] = self._allocate(max(self._capacity, need), dim)
         elif store.shape[1] != dim:
             msg = f"rows of {key!r} have width {store.shape[1]}; a batch came with width {dim}"
             raise ValueError(msg)
         elif need > len(store):
-            if self._folder is not None:
+            if self._room is not None:
                 msg = f"rows on disk cannot grow: {need} rows came where {len(store)} fit"
                 raise ValueError(msg)
-            grown = self._allocate(key, max(2 * len(store), need), dim)
+            grown = self._allocate(max(2 * len(store), need), dim)
             grown[: self.n] = store[: self.n]
             store = self._store[key] = grown
         return store[self.n : need]
@@ -68,14 +73,50 @@ class Rows(Mapping[str, torch.Tensor]):
         for store in self._store.values():
             store[: self.n] = store[order]
 
-    def nbytes(self) -> int:
-        """Bytes that the stored rows take."""
-        return sum(4 * self.n * store.shape[1] for store in self._store.values())
-
     # Rows made inside a forward pass are written to after it, which inference tensors forbid.
     @torch.inference_mode(False)
-    def _allocate(self, key: str, n: int, dim: int) -> torch.Tensor:
-        if self._folder is None:
+    def _allocate(self, n: int, dim: int) -> torch.Tensor:
+        if self._room is None:
             return _ops.empty(n, dim, dtype=torch.float32)
-        path = self._folder / f"{key.replace('/', '_')}.rows"
-        return torch.from_file(str(path), shared=True, size=n * dim).view(n, dim)
+        part, self._room = self._room.tensor_split([n * dim])
+        return part.view(n, dim)
+
+
+def on_disk(folder: Path, count: int) -> torch.Tensor:
+    """Map `count` float32 numbers to a file in `folder`; the file goes when the tensor does.
+
+    All of its space is taken at once: a disk that fills up under a mapped file would end the
+    process without a word.
+
+    Raises
+    ------
+    OSError
+        When the folder cannot take them; nothing is left behind.
+    """
+    path = None
+    try:
+        handle, path = tempfile.mkstemp(prefix=".geofast-rows-", dir=folder)
+        try:
+            _take_space(handle, 4 * count)
+        finally:
+            os.close(handle)
+        return torch.from_file(path, shared=True, size=count)
+    except OSError as error:
+        msg = (
+            f"cannot keep {4 * count:,} bytes of pooled rows in {folder}: "
+            f"{os.strerror(error.errno or 0)}. Nothing was left behind; make room, write the run "
+            "to another disk, or keep statistics instead (storage='gram')"
+        )
+        raise OSError(error.errno, msg) from error
+    finally:
+        # What is mapped stays; without a name it cannot outlive the process.
+        if path is not None:
+            os.unlink(path)
+
+
+def _take_space(handle: int, nbytes: int) -> None:
+    if sys.platform == "linux":
+        os.posix_fallocate(handle, 0, nbytes)
+    else:
+        for start in range(0, nbytes, _BLOCK):
+            os.write(handle, bytes(min(_BLOCK, nbytes - start)))

@@ -1,3 +1,8 @@
+import errno
+import os
+import re
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -164,8 +169,46 @@ def test_bad_samples_are_counted_and_left_out(vision, tmp_path):
     keep = [i for i in range(40) if i not in (7, 9)]
     clean = gf.probe(vision, samples.take(np.array(keep)))
     np.testing.assert_allclose(found.layers["r2"], clean.layers["r2"], atol=1e-6)
+    with pytest.raises(ValueError, match=r"photos\.csv row 10: latitude 91"):
+        gf.probe(vision, tmp_path / "photos.csv", strict=True)
+    rows[9]["latitude"] = 9
+    pd.DataFrame(rows).to_csv(tmp_path / "photos.csv", index=False)
     with pytest.raises(ValueError, match=r"7\.png"):
         gf.probe(vision, tmp_path / "photos.csv", strict=True)
+
+
+def test_statistics_keep_their_folds_when_samples_are_skipped(vision):
+    """The published folds and groups are those that the numbers come from."""
+    whole = painted()
+    images = [whole.load(i) for i in range(60)]
+    bad = [*range(5), 17]
+    samples = from_arrays(
+        [b"no image" if i in bad else image for i, image in enumerate(images)],
+        whole.table["latitude"], whole.table["longitude"],
+        zone=["a"] * 5 + ["b"] * 25 + ["c"] * 30,
+    )  # fmt: skip
+    found = gf.probe(
+        vision, samples, sites="vision.layers.2", storage="gram", group="zone",
+        split=gf.KFold(2),
+    )  # fmt: skip
+    assert set(found.layers["group"]) == {"", "b", "c"}
+    assert "Groups left out: a (kfold)" in found.info["warnings"][0]
+    good = [i for i in range(60) if i not in bad]
+    with gf.capture(vision, "vision.layers.2") as rows:
+        vision.forward(vision.prepare([images[i] for i in good]))
+    x = rows["vision.layers.2/cls"]
+    y = torch.tensor(whole.table[["latitude", "longitude"]].to_numpy()[good])
+    folds = torch.tensor(found.samples["fold_kfold"].to_numpy())
+    expected = gf.cross_validate(x, y, folds, select="gcv").r2.mean().item()
+    assert found.layers.query("group == ''")["r2"].item() == pytest.approx(expected, abs=1e-5)
+    for zone, start, stop in (("b", 5, 30), ("c", 30, 60)):
+        fold = gf.KFold(2).assign(samples.table.iloc[start:stop])
+        of = {i: f for i, f in zip(range(start, stop), fold, strict=True) if i not in bad}
+        member = torch.tensor([good.index(i) for i in of])
+        alone = gf.cross_validate(x[member], y[member], torch.tensor([*of.values()]), select="gcv")
+        row = found.layers.query(f"group == '{zone}'").iloc[0]
+        assert row["r2"] == pytest.approx(alone.r2.mean().item(), abs=1e-5)
+        assert row["n"] == len(of)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +245,123 @@ def test_prompts_and_order(language):
     )
 
 
+@pytest.mark.parametrize("prompts", [None, ["{text}", "w9 {text} w8 {country}"]])
+def test_rows_on_disk_are_those_in_memory(language, monkeypatch, tmp_path, prompts):
+    options = {"prompts": prompts, "storage": "rows", "batch_size": 7}
+    inside = gf.probe(language, named(), **options)
+    monkeypatch.setattr("geofast.plan._MEMORY_SHARE", 0)
+    outside = gf.probe(language, named(), scratch=tmp_path, **options)
+    assert "pooled rows on disk" in outside.info["storage"]
+    pd.testing.assert_frame_equal(outside.layers, inside.layers, check_exact=True)
+    pd.testing.assert_frame_equal(outside.predictions, inside.predictions, check_exact=True)
+    for name, probe in inside.probes.items():
+        assert torch.equal(outside.probes[name].coef, probe.coef)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_rows_is_told_before_the_pass(language, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr("geofast.plan._MEMORY_SHARE", 0)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(sys.modules["geofast.probe"], "extract", None)
+    needed = f"{4 * 40 * 4 * 32:,} bytes of pooled rows in {tmp_path}"
+    with pytest.raises(OSError, match=needed):
+        gf.probe(language, named(), storage="rows", scratch=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_that_cannot_be_used_are_counted(language):
+    samples = named()
+    texts = [*samples.inputs]
+    texts[3], texts[30] = " ", "w1 " * 70
+    options = {"prompts": ["{text}", "w9 {text}"], "sites": "lm.layers.2"}
+    table = samples.table
+    bad = from_arrays(texts, table["latitude"], table["longitude"])
+    with pytest.raises(ValueError, match=r"arrays, id 3: the text ' ' has no token"):
+        gf.probe(language, bad, sites="lm.layers.2", strict=True)
+    kept = [i for i in range(40) if i not in (3, 30)]
+    clean = gf.probe(language, samples.take(kept), **options)
+    for storage in ("rows", "gram"):
+        found = gf.probe(language, bad, storage=storage, select="gcv", **options)
+        assert found.info["counts"]["read"] == 38
+        assert found.info["counts"]["skipped"] == 2
+        assert "has 70 tokens; the model takes 64" in found.info["counts"]["why"][1]
+        folds = found.samples["fold_kfold"].to_numpy()
+        np.testing.assert_array_equal(folds, clean.samples["fold_kfold"])
+
+
+@pytest.mark.parametrize("storage", ["rows", "gram"])
+def test_infinite_activations_name_the_file(vision, tmp_path, storage):
+    samples = painted(20)
+    paths = []
+    for i in range(20):
+        paths.append(tmp_path / f"{i}.png")
+        samples.load(i).save(paths[-1])
+    data = from_arrays(paths, samples.table["latitude"], samples.table["longitude"])
+
+    def spoiled(which):
+        def prepare(images):
+            batch = pixels(images)
+            for i, image in enumerate(images):
+                if np.array_equal(image, samples.load(which)):
+                    batch["pixel_values"][i] = np.inf
+            return batch
+
+        return gf.load(vision.module, prepare=prepare)
+
+    for which in (0, 13):  # the first is met by the run that plans
+        pattern = rf"NaN or infinite activations in float32\. That is .*/{which}\.png"
+        with pytest.raises(FloatingPointError, match=pattern):
+            gf.probe(spoiled(which), data, storage=storage)
+
+
+def test_one_string_is_one_prompt_and_one_target(language):
+    found = gf.probe(
+        language, named(), sites="lm.layers.2", prompts="w9 {text}", targets="latitude"
+    )
+    listed = gf.probe(
+        language, named(), sites="lm.layers.2", prompts=["w9 {text}"], targets=["latitude"]
+    )
+    assert found.targets == ("latitude",)
+    assert found.info["arguments"]["prompts"] == ["w9 {text}"]
+    assert len(found.layers) == 1
+    pd.testing.assert_frame_equal(found.layers, listed.layers)
+
+
+def test_run_json_says_how_to_make_the_folds_again(language):
+    splits = [gf.KFold(10, seed=1), gf.Blocks(30, 4, seed=7), ShuffledKFold(4, shuffle=True)]
+    found = gf.probe(language, named(), sites="lm.layers.2", split=splits)
+    assert found.info["arguments"]["split"] == {
+        "kfold": "KFold(folds=10, seed=1)",
+        "blocks30": "Blocks(degrees=30, folds=4, seed=7)",
+        "shuffledkfold": "SklearnSplit(splitter=ShuffledKFold(n_splits=4, random_state=None, "
+        "shuffle=True), label='shuffledkfold', groups=None)",
+    }
+    assert found.info["seeds"] == {"kfold": 1, "blocks30": 7}
+
+
+class ShuffledKFold(KFold):
+    """scikit-learn's, by another name."""
+
+
+def test_the_honest_choice_names_its_prompt(language):
+    prompts = ["{text}", "w9 {text}"]
+    found = gf.probe(language, named(), prompts=prompts)
+    assert set(found.info["honest"]["kfold"]["chosen"]) <= set(found.probes)
+
+
+def test_baselines_are_chosen_as_the_rest(vision):
+    noise = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
+    found = gf.probe(
+        vision, painted(), sites="vision.layers.1", select="folds", baselines={"a/b": noise}
+    )
+    assert all(method.startswith("folds") for method in found.info["methods"])
+    control = found.layers.query("control == 'a/b'").iloc[0]
+    assert (control["site"], control["pool"], control["prompt"]) == ("input", "a/b", "")
+
+
 def test_group_folds_keep_groups_together(language):
     found = gf.probe(language, named(), split=gf.GroupKFold("country"))
     folds = found.samples.groupby("country")["fold_group:country"].nunique()
@@ -227,11 +387,39 @@ def test_storage_is_chosen_and_said(language, capsys):
         ({"group": "region"}, "no column 'region' to group by"),
         ({"storage": "disk"}, "storage must be auto, rows or gram; got 'disk'"),
         ({"pool": "median"}, "unknown pool 'median'"),
+        ({"pool": {"vision": "cls"}}, "pool= names a tower 'vision'; LlamaForCausalLM has lm"),
+        ({"prompts": ["{text}", "{town}"]}, "names 'town'"),
+        ({"split": gf.KFold(40)}, "fold 0 of split 'kfold' has too few samples (1)"),
+        ({"split": gf.KFold(2), "select": "folds"}, "needs at least 3 folds, and split 'kfold'"),
+        ({"select": "aic"}, "select must be loo, gcv or folds; got 'aic'"),
+        ({"alphas": [0, 1]}, "alphas must be positive numbers; got [0, 1]"),
+        ({"alphas": [float("nan")]}, "alphas must be positive numbers; got [nan]"),
+        ({"alphas": []}, "alphas must be positive"),
+        ({"targets": []}, "targets= needs one column or several"),
+        ({"baselines": {"b": torch.zeros(45, 4)}}, "baseline 'b' has shape [45, 4] for 40 sampl"),
+        ({"baselines": {"b": torch.full((40, 4), torch.nan)}}, "baseline 'b' has NaN"),
     ],
 )
 def test_bad_arguments(language, change, message):
-    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         gf.probe(language, named(), **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompts": ["{text}", "{town}"]},
+        {"split": gf.KFold(40)},
+        {"split": gf.KFold(2), "select": "folds"},
+        {"select": "loo", "storage": "gram"},
+        {"storage": "disk"},
+        {"alphas": [-1]},
+    ],
+)
+def test_what_can_be_known_is_told_before_the_model_loads(change):
+    with pytest.raises(ValueError, match=r"(?i)prompt|fold|rows|storage|alphas") as told:
+        gf.probe("/no/such/model", named(), **change)
+    assert not isinstance(told.value, FileNotFoundError)
 
 
 def test_a_constant_target_is_named(language):

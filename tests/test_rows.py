@@ -1,7 +1,11 @@
+import errno
+import os
+import resource
+
 import pytest
 import torch
 
-from geofast.rows import Rows
+from geofast.rows import Rows, on_disk
 
 
 def fill(rows, parts, dim=3):
@@ -18,12 +22,45 @@ def test_rows_grow(capacity):
 
 
 def test_rows_on_disk(tmp_path):
-    x = torch.randn(40, 3)
-    rows = fill(Rows(40, tmp_path), x.split(7))
+    x, y = torch.randn(40, 3), torch.randn(40, 5)
+    rows = Rows(40, on_disk(tmp_path, 40 * 8))
+    for part, other in zip(x.split(7), y.split(7), strict=True):
+        rows.reserve("a/last", 3, len(part)).copy_(part)
+        rows.reserve("a_last", 5, len(other)).copy_(other)
+        rows.commit(len(part))
     assert torch.equal(rows["a/last"], x)
-    assert (tmp_path / "a_last.rows").stat().st_size == 40 * 3 * 4
+    assert torch.equal(rows["a_last"], y)
     with pytest.raises(ValueError, match="rows on disk cannot grow: 41 rows came where 40 fit"):
         rows.reserve("a/last", 3, 1)
+    assert list(tmp_path.iterdir()) == []  # without a name it cannot outlive the process
+
+
+def test_a_full_disk_is_told_before_the_first_row(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"keep 4,000 bytes .* No space left on device") as told:
+        on_disk(tmp_path, 1000)
+    assert str(tmp_path) in str(told.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_on_files_is_told(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot keep 4,000 bytes .* File too large"):
+            on_disk(tmp_path, 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+    assert on_disk(tmp_path, 1000).shape == (1000,)
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(OSError, match=r"rows in .*none: No such file"):
+        on_disk(tmp_path / "none", 10)
 
 
 def test_reserved_rows_count_only_when_committed():

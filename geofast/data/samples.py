@@ -157,6 +157,10 @@ class Samples:
         table = self.table.iloc[chosen].reset_index(drop=True)
         return replace(self, table=table, inputs=inputs)
 
+    def skipping(self, more: Iterable[Skipped]) -> Samples:
+        """Return the same samples with `more` in `skipped`."""
+        return replace(self, skipped=(*self.skipped, *more))
+
 
 def decode(item: Any) -> Image.Image:
     """Make an upright RGB image of a path, encoded bytes, a PIL image or a uint8 array.

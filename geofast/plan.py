@@ -1,0 +1,195 @@
+"""What a probe will do: its cross-validations, and where the pooled rows go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from .capture import Pools, capture
+from .data import Samples
+from .extract import first, forward
+from .geo import Split
+from .models import Model
+
+_MEMORY_SHARE = 0.25  # of the machine's memory, for pooled rows
+
+
+@dataclass(frozen=True)
+class Task:
+    """One cross-validation: a split, of everybody or of one group."""
+
+    split: str
+    group: str
+    fold: torch.Tensor
+    """int64 [n]; -1 outside the group."""
+    fold_of_cell: torch.Tensor | None = None
+    """int64 [cells]; -1 outside the group."""
+
+    @property
+    def folds(self) -> int:
+        """Number of folds; a sample that was skipped does not change it."""
+        return int((self.fold if self.fold_of_cell is None else self.fold_of_cell).max()) + 1
+
+
+def make_tasks(
+    table: pd.DataFrame,
+    splits: Sequence[Split],
+    group: str | None,
+    y: torch.Tensor,
+    targets: Sequence[str],
+) -> tuple[list[Task], list[str]]:
+    """Return every split of everybody, then of every group, and warnings of groups left out.
+
+    Raises
+    ------
+    ValueError
+        When there is no such column, or a split of everybody cannot be scored.
+    """
+    tasks = [Task(s.name, "", torch.from_numpy(s.assign(table))) for s in splits]
+    for task in tasks:
+        _require_scores(task, y, targets)
+    if group is None:
+        return tasks, []
+    if group not in table:
+        raise ValueError(
+            f"there is no column {group!r} to group by; the samples have {', '.join(table)}"
+        )
+    left_out = {}
+    for value in sorted(table[group].dropna().unique(), key=str):
+        member = (table[group] == value).to_numpy(copy=True)
+        for split in splits:
+            fold = torch.full((len(table),), -1)
+            try:
+                fold[torch.from_numpy(member)] = torch.from_numpy(split.assign(table[member]))
+                task = Task(split.name, str(value), fold)
+                _require_scores(task, y, targets)
+            except ValueError as error:
+                left_out[f"{value} ({split.name})"] = str(error)
+            else:
+                tasks.append(task)
+    return tasks, _warnings(left_out)
+
+
+def without_skipped(
+    tasks: Sequence[Task], kept: NDArray[np.int64], y: torch.Tensor, targets: Sequence[str]
+) -> tuple[list[Task], list[str]]:
+    """Return the tasks of the samples that went through, in the folds they had.
+
+    The statistics were gathered in those folds; other folds would be others' numbers.
+    """
+    good, left_out = [], {}
+    for task in tasks:
+        task = replace(task, fold=task.fold[torch.from_numpy(kept)])
+        try:
+            _require_scores(task, y[torch.from_numpy(kept)], targets)
+        except ValueError as error:
+            if not task.group:
+                raise
+            left_out[f"{task.group} ({task.split})"] = str(error)
+        else:
+            good.append(task)
+    return good, _warnings(left_out)
+
+
+def _require_scores(task: Task, y: torch.Tensor, targets: Sequence[str]) -> None:
+    """Refuse folds without an R2: of fewer than two samples, or where a target never varies."""
+    for f in range(task.folds):
+        part = y[task.fold == f]
+        if len(part) < 2:
+            msg = (
+                f"fold {f} of split {task.split!r} has too few samples ({len(part)}), R2 needs "
+                "two; take fewer folds or more samples"
+            )
+            raise ValueError(msg)
+        constant = (part == part[0]).all(0).nonzero()[:, 0].tolist()
+        if constant:
+            name, value = targets[constant[0]], float(part[0, constant[0]])
+            msg = (
+                f"target {name!r} is {value:g} for all {len(part)} samples of fold {f} of split "
+                f"{task.split!r}, so it has no R2; take fewer folds or another split, or leave "
+                "the target out"
+            )
+            raise ValueError(msg)
+
+
+def _warnings(left_out: Mapping[str, str]) -> list[str]:
+    if not left_out:
+        return []
+    names = [*left_out]
+    some = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return [f"Groups left out: {some}; the first, because {left_out[names[0]]}."]
+
+
+def with_cells(tasks: Sequence[Task]) -> tuple[torch.Tensor, list[Task]]:
+    """Return the cell of every sample [n], and the tasks with the fold of every cell."""
+    folds = torch.stack([t.fold for t in tasks], 1)
+    combinations, cell = folds.unique(dim=0, return_inverse=True)
+    fold_of_cell = combinations.unbind(1)
+    return cell, [
+        replace(t, fold_of_cell=f.clone()) for t, f in zip(tasks, fold_of_cell, strict=True)
+    ]
+
+
+# ------ storage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the pooled rows go, and why."""
+
+    kind: Literal["rows", "gram"]
+    on_disk: bool
+    floats: int
+    """Numbers that the rows of one prompt take."""
+    sentence: str
+
+
+def make_plan(
+    model: Model,
+    inputs: Mapping[str, Samples],
+    sites: str | Sequence[str] | None,
+    pool: Pools,
+    *,
+    targets: int,
+    cells: int,
+    storage: str,
+    select: str | None,
+) -> Plan:
+    """Choose where pooled rows go, from their widths in a pass over one sample."""
+    samples = next(iter(inputs.values()))
+    index, example = first(model, samples)
+    with capture(model, sites, pool) as rows:
+        forward(model, samples, index, example)
+    widths = [rows[key].shape[1] for key in rows]
+    floats = len(samples) * sum(widths)
+    as_rows = 4 * floats * len(inputs)
+    as_grams = 8 * cells * sum((w + 1 + targets) ** 2 for w in widths) * len(inputs)
+    budget = int(_MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    kind: Literal["rows", "gram"] = "gram" if storage == "gram" else "rows"
+    why = f"as asked: {_mb(as_grams if kind == 'gram' else as_rows)}"
+    if storage == "auto" and select == "loo":
+        why = f"select='loo' needs them: {_mb(as_rows)}"
+    elif storage == "auto":
+        kind = "rows" if as_rows <= max(budget, as_grams) else "gram"
+        why = (
+            f"chosen: rows need {_mb(as_rows)}, statistics {_mb(as_grams)}, "
+            f"memory for them is {_mb(budget)}"
+        )
+    on_disk = kind == "rows" and as_rows > budget
+    where = {"gram": "statistics (Gram matrices)", "rows": "pooled rows"}[kind]
+    sentence = (
+        f"{model.name}: {len(rows)} site x pool, {len(samples)} samples, {len(inputs)} prompt(s); "
+        f"keeping {where}{' on disk' if on_disk else ''} ({why})"
+    )
+    return Plan(kind, on_disk, floats, sentence)
+
+
+def _mb(n: int) -> str:
+    return f"{n / 2**20:,.0f} MB" if n < 2**30 else f"{n / 2**30:,.1f} GB"

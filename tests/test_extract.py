@@ -1,0 +1,103 @@
+"""What is said of a bad prompt, a bad text and a bad batch."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import geofast as gf
+from geofast.data import SampleError, from_arrays
+from geofast.extract import first, forward, usable, worded
+from geofast.models.model import Model, stack_images, text_collate
+
+
+def texts(*words, **columns):
+    return from_arrays(list(words), np.arange(len(words)), np.arange(len(words)), **columns)
+
+
+@pytest.fixture(scope="module")
+def language():
+    module = tiny.llama()
+    return gf.load(module, prepare=text_collate(tiny.tokenizer(), module.base_model))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "prompts= is empty"),
+        (["{text}", "a", "{text}"], "'{text}' is given twice"),
+        ("{town}", "names 'town'; the samples have id, latitude, longitude, country, text"),
+        ("{}", "names .* the samples have"),
+        ("{text.x}", "cannot be filled in: 'str' object has no attribute 'x'; write {column}"),
+        ("{text[a]}", "cannot be filled in"),
+        ("{", "cannot be filled in: Single '{'"),
+    ],
+)
+def test_bad_prompts(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        worded(texts("w1", "w2", country=["a", "b"]), prompts)
+
+
+def test_prompts_are_put_into_words():
+    samples = texts("w1", "w2", country=["a", "b"])
+    assert [*worded(samples, None)[""].inputs] == ["w1", "w2"]
+    assert [*worded(samples, "in {country}")[""].inputs] == ["in a", "in b"]
+    two = worded(samples, ["{text}", "{country} {text}"])
+    assert {p: [*s.inputs] for p, s in two.items()} == {
+        "{text}": ["w1", "w2"],
+        "{country} {text}": ["a w1", "b w2"],
+    }
+
+
+def test_prompts_are_for_text():
+    images = from_arrays([np.zeros((4, 4, 3), np.uint8)], [0], [0])
+    assert list(worded(images, None)) == [""]
+    with pytest.raises(ValueError, match="prompts are for text; arrays holds images"):
+        worded(images, ["a", "b"])
+
+
+def test_texts_that_the_model_cannot_take_are_found(language):
+    samples = texts("w1", " ", "w2", "w1 " * 70, "w3 " * 63)
+    inputs = worded(samples, ["{text}", "{text} w9 w9"])
+    good, skipped = usable(language, inputs, 2, False)
+    assert good.tolist() == [0, 2]
+    assert [s.where for s in skipped] == [f"arrays, id {i}" for i in (1, 3, 4)]
+    assert "has no token" in skipped[0].reason
+    assert "has 70 tokens; the model takes 64" in skipped[1].reason
+    assert "has 65 tokens" in skipped[2].reason  # with the second prompt only
+    with pytest.raises(SampleError, match=r"arrays, id 1: .* has no token"):
+        usable(language, inputs, 2, True)
+    with pytest.raises(ValueError, match="none of the 2 samples could be used; arrays, id 0: "):
+        usable(language, worded(texts(" ", ""), None), 2, False)
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+@pytest.fixture(scope="module")
+def vision():
+    module = tiny.dinov2()
+    model = gf.load(module, prepare=stack_images)
+    return Model(model.name, module, module, model.towers, "image", to_tensor, stack_images)
+
+
+def test_images_of_another_size_are_named(vision):
+    arrays = [np.zeros((28, 42 if i in (2, 5) else 28, 3), np.uint8) for i in range(8)]
+    samples = from_arrays(arrays, np.arange(8), np.arange(8), ids=list("abcdefgh"))
+    inputs = [to_tensor(a) for a in arrays]
+    with pytest.raises(ValueError, match="different sizes in one batch") as told:
+        forward(vision, samples, np.arange(8), inputs)
+    assert "Most of the batch is 3 x 28 x 28, but not arrays, id c (3 x 28 x 42), arrays, id f" in (
+        str(told.value)
+    )
+    assert "id a" not in str(told.value)
+
+
+def test_the_first_sample_that_can_be_read(vision):
+    arrays = [b"no image", np.full((28, 28, 3), 7, np.uint8), np.zeros((28, 28, 3), np.uint8)]
+    index, (image,) = first(vision, from_arrays(arrays, np.arange(3), np.arange(3)))
+    assert index.tolist() == [1]
+    assert float(image.mean()) == 7
+    with pytest.raises(ValueError, match="not one of the samples of arrays could be loaded"):
+        first(vision, from_arrays([b"no image"], [0], [0]))

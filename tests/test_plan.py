@@ -1,0 +1,80 @@
+"""Which cross-validations a probe does, and what it leaves out."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import geofast as gf
+from geofast.plan import make_tasks, with_cells, without_skipped
+
+TARGETS = ("latitude", "longitude")
+KFOLD = gf.KFold()
+
+
+def places(n=30, **columns):
+    r = np.random.default_rng(0)
+    return pd.DataFrame(
+        {
+            "id": [str(i) for i in range(n)],
+            "latitude": r.uniform(-80, 80, n),
+            "longitude": r.uniform(-170, 170, n),
+            **columns,
+        }
+    )
+
+
+def tasks_of(table, splits=(KFOLD,), group=None):
+    y = torch.tensor(table[list(TARGETS)].to_numpy())
+    return make_tasks(table, splits, group, y, TARGETS)
+
+
+def test_a_fold_needs_two_samples():
+    with pytest.raises(ValueError, match=r"fold 4 of split 'kfold' has too few samples \(1\)"):
+        tasks_of(places(9))
+    assert len(tasks_of(places(10))[0]) == 1
+
+
+def test_a_target_that_is_constant_in_a_fold_is_named():
+    table = places(35, city=list("abcde") * 7)
+    for city, value in zip("abcde", range(5), strict=True):
+        table.loc[table["city"] == city, "longitude"] = float(value)
+    pattern = r"target 'longitude' is \d for all 7 samples of fold \d of split 'group:city'"
+    with pytest.raises(ValueError, match=pattern):
+        tasks_of(table, [gf.GroupKFold("city")])
+    assert len(tasks_of(table)[0]) == 1
+
+
+def test_groups_that_cannot_be_scored_are_left_out_with_a_warning():
+    zone = ["few"] * 4 + ["b"] * 12 + ["same"] * 14
+    table = places(30, zone=zone)
+    table.loc[table["zone"] == "same", "latitude"] = 7.5
+    tasks, (warning,) = tasks_of(table, group="zone")
+    assert [t.group for t in tasks] == ["", "b"]
+    assert "Groups left out: few (kfold), same (kfold)" in warning
+    assert "4 samples cannot fill 5 folds" in warning
+    assert tasks_of(table)[1] == []
+
+
+def test_skipped_samples_keep_the_folds_they_were_gathered_in():
+    table = places(30, zone=["a"] * 6 + ["b"] * 11 + ["c"] * 13)
+    tasks, _ = tasks_of(table, [gf.KFold(3)], "zone")
+    cells, tasks = with_cells(tasks)
+    y = torch.tensor(table[list(TARGETS)].to_numpy())
+    kept = np.array([i for i in range(30) if i not in (2, 9)])
+    after, warned = without_skipped(tasks, kept, y, TARGETS)
+    assert [t.group for t in after] == ["", "b", "c"]
+    assert "a (kfold)" in warned[0]
+    for task, before in zip(after, [tasks[0], tasks[2], tasks[3]], strict=True):
+        assert torch.equal(task.fold, before.fold[kept])
+        assert torch.equal(task.fold, task.fold_of_cell[cells[kept]])
+
+
+def test_a_split_that_lost_a_fold_is_refused():
+    table = places(10)
+    tasks, _ = tasks_of(table)
+    _, tasks = with_cells(tasks)
+    y = torch.tensor(table[list(TARGETS)].to_numpy())
+    kept = (tasks[0].fold < 4).nonzero()[:, 0].numpy()
+    with pytest.raises(ValueError, match=r"fold 4 of split 'kfold' has too few samples \(0\)"):
+        without_skipped(tasks, kept, y, TARGETS)

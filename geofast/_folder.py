@@ -26,7 +26,17 @@ FORMAT = 1  # raised when an older geofast could misread a newer folder
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Refuse a target that is there, unless it is empty or a run that may be replaced."""
+    """Refuse a target that is there, unless it is empty or a run that may be replaced.
+
+    Also one that could not be made. `target` is absolute.
+    """
+    place = above(target)
+    if not place.is_dir():
+        msg = f"{target} cannot be made: {place} is not a folder; choose another path"
+        raise NotADirectoryError(msg)
+    if not os.access(place, os.W_OK):
+        msg = f"{target} cannot be made: {place} may not be written to; choose another path"
+        raise PermissionError(msg)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     try:
@@ -35,7 +45,10 @@ def check_free(target: Path, overwrite: bool) -> None:
         msg = f"{target} is there and is not a run's folder; choose another path or remove it"
         raise FileExistsError(msg) from None
     if not overwrite:
-        msg = f"{target} holds a run already; pass overwrite=True, or choose another path"
+        msg = (
+            f"{target} holds a run already; pass overwrite=True (--overwrite), or choose another "
+            "path"
+        )
         raise FileExistsError(msg)
     strangers = sorted({p.name for p in target.iterdir()} - {"run.json", *listed})
     if strangers:
@@ -44,6 +57,11 @@ def check_free(target: Path, overwrite: bool) -> None:
             "the run is replaced, or choose another path"
         )
         raise FileExistsError(msg)
+
+
+def above(target: Path) -> Path:
+    """Return the nearest parent that is there."""
+    return next(p for p in target.parents if p.exists())
 
 
 @contextmanager
@@ -167,8 +185,7 @@ def _raise_unwritten(err: Exception, target: Path, needed: int) -> NoReturn:
     # safetensors reports the system's error as text only: "... (os error 28)".
     found = re.search(r"os error (\d+)", str(err))
     code = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
-    place = next(p for p in target.parents if p.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(above(target)).free
     reason = os.strerror(code) if code else str(err)
     msg = (
         f"could not write the run to {target}: {reason}. It needs about {_size(needed)} and "
@@ -184,10 +201,26 @@ def _size(nbytes: int) -> str:
 # ---------------------------------------------------------------- reading
 
 
+_AGAIN = "copy the folder again, or run the probe again"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into one sentence with its name."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, KeyError, TypeError, ValueError) as err:
+        msg = f"{path} is damaged ({type(err).__name__}: {err}); {_AGAIN}"
+        raise ValueError(msg) from err
+
+
 def _load_json(path: Path) -> dict[str, Any]:
-    about = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(about, dict) or "geofast_run" not in about:
-        msg = f"{path} is not a geofast run's"
+    with reading(path):
+        about = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(about, dict) or not {"geofast_run", "tables", "files"} <= about.keys():
+        msg = f"{path} is not a geofast run's, or not all of it; {_AGAIN}"
         raise ValueError(msg)
     return about
 
@@ -209,16 +242,15 @@ def read_info(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
         msg = f"{folder} was written in format {version}; this geofast reads {FORMAT}: upgrade it"
         raise ValueError(msg)
     tables, files = info.pop("tables"), info.pop("files")
-    advice = "copy the folder again, or run the probe again"
     for name, size in files.items():
         if not name.endswith((".csv", ".safetensors")):
             continue  # pages and pictures are for people, who may edit or remove them
         if not (folder / name).exists():
-            msg = f"{folder / name} is missing, though run.json lists it; {advice}"
+            msg = f"{folder / name} is missing, though run.json lists it; {_AGAIN}"
             raise FileNotFoundError(msg)
         found = (folder / name).stat().st_size
         if found != size:
-            msg = f"{folder / name} has {found} bytes where run.json says {size}; {advice}"
+            msg = f"{folder / name} has {found} bytes where run.json says {size}; {_AGAIN}"
             raise ValueError(msg)
     return info, tables
 
@@ -226,8 +258,13 @@ def read_info(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
 def read_table(path: Path, kinds: Mapping[str, str]) -> pd.DataFrame:
     """Read a table exactly as it was; missing text comes back as empty text."""
     # All as text first: "" must stay empty text, "NA" a country, and floats keep their last bit.
-    with path.open(encoding="utf-8", newline="") as file:
-        frame = pd.read_csv(file, dtype=str, keep_default_na=False, lineterminator="\n")
+    with reading(path):
+        with path.open(encoding="utf-8", newline="") as file:
+            frame = pd.read_csv(file, dtype=str, keep_default_na=False, lineterminator="\n")
+        return _with_kinds(frame, kinds)
+
+
+def _with_kinds(frame: pd.DataFrame, kinds: Mapping[str, str]) -> pd.DataFrame:
     for name, kind in kinds.items():
         text = frame[name]
         if kind.lower().startswith(("int", "uint")):

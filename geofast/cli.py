@@ -19,8 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _ERRORS as error:
         if options.traceback:
             raise
-        notes = " ".join(getattr(error, "__notes__", ()))
-        print(f"geofast: {error} {notes}".rstrip(), file=sys.stderr)
+        print(f"geofast: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("geofast: stopped; nothing was written", file=sys.stderr)
@@ -41,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("name", choices=["satellite", "cities"])
     demo.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
-    demo.add_argument("--samples", type=int, help="fewer samples, for a quick look")
+    demo.add_argument("--samples", type=_count, help="fewer samples, for a quick look")
     demo.set_defaults(run=_demo)
 
     probe = commands.add_parser("probe", help="probe a model on geotagged samples")
@@ -65,6 +64,7 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
     data = probe.add_argument_group("data")
     data.add_argument("--image", help="column of image paths")
     data.add_argument("--text", help="column of texts")
+    data.add_argument("--id", help="column that names each sample (default: id, or the row)")
     data.add_argument("--latitude", default="latitude", help="column (default: %(default)s)")
     data.add_argument("--longitude", default="longitude", help="column (default: %(default)s)")
     data.add_argument("--targets", nargs="+", metavar="COLUMN", help="regress these instead")
@@ -81,58 +81,53 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
         "--split", nargs="+", default=["kfold"],
         help="kfold, kfold:10, blocks:15, group:COLUMN (default: %(default)s)",
     )  # fmt: skip
+    how.add_argument("--alphas", nargs="+", type=float, help="penalties (default: 12, 0.1 to 1e4)")
     how.add_argument("--select", choices=["loo", "gcv", "folds"], help="how alpha is chosen")
     how.add_argument("--storage", choices=["auto", "rows", "gram"], default="auto")
     run = probe.add_argument_group("running")
     run.add_argument("--device")
     run.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
-    run.add_argument("--batch-size", type=int, default=16)
+    run.add_argument("--batch-size", type=_count, default=16)
     run.add_argument("--workers", type=int, help="processes that decode images ahead of the model")
     run.add_argument("--overwrite", action="store_true", help="replace the run folder")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
 
 
 def _probe(o: argparse.Namespace) -> None:
     import torch
 
+    from . import _folder
     from .data import read
-    from .geo import parse_split
-    from .models import load
     from .probe import probe
 
-    _refuse_taken(o.out, o.overwrite)
+    out = o.out.expanduser().resolve()
+    _folder.check_free(out, o.overwrite)  # before the forward pass, not after it
     samples = read(
-        o.data,
-        image=o.image,
-        text=o.text,
-        latitude=o.latitude,
-        longitude=o.longitude,
+        o.data, image=o.image, text=o.text, latitude=o.latitude, longitude=o.longitude, id=o.id,
         strict=o.strict,
-    )
-    optional: dict[str, Any] = {}
-    if o.targets:
-        optional["targets"] = o.targets
-    if o.prompt:
-        optional["prompts"] = o.prompt
-    model = load(o.model, device=o.device, dtype=getattr(torch, o.dtype) if o.dtype else None)
-    run = probe(
-        model, samples, sites=o.sites, pool=o.pool, split=[parse_split(s) for s in o.split],
-        group=o.group, select=o.select, storage=o.storage, batch_size=o.batch_size,
-        workers=o.workers, strict=o.strict, progress=True, **optional,
     )  # fmt: skip
-    run.save(o.out, overwrite=o.overwrite)
+    optional = {"targets": o.targets, "alphas": o.alphas}
+    run = probe(
+        o.model, samples, sites=o.sites, pool=o.pool, prompts=o.prompt, split=o.split,
+        group=o.group, select=o.select, storage=o.storage, device=o.device,
+        dtype=getattr(torch, o.dtype) if o.dtype else None, batch_size=o.batch_size,
+        workers=o.workers, scratch=_folder.above(out), strict=o.strict, progress=True,
+        **{name: value for name, value in optional.items() if value},
+    )  # fmt: skip
+    run.save(out, overwrite=o.overwrite)
     _print(run, o.out)
 
 
-def _refuse_taken(out: Path, overwrite: bool) -> None:
-    # Before the forward pass, not after it.
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} is there already; choose another --out, or pass --overwrite")
-
-
 def _demo(o: argparse.Namespace) -> None:
-    from . import demo
+    from . import _folder, demo
 
     out = o.out or Path("runs") / o.name
+    _folder.check_free(out.expanduser().resolve(), True)
     run = getattr(demo, o.name)(o.samples)
     run.save(out, overwrite=True)
     _print(run, out)
@@ -152,9 +147,11 @@ def _show(o: argparse.Namespace) -> None:
 
 def _print(run: Any, folder: Path) -> None:
     print(f"\n{run.summary()}\n")
-    skipped = run.info["counts"]["skipped"]
-    if skipped:
-        print(f"Skipped {skipped} samples, the first: {run.info['counts']['why'][0]}")
+    counts = run.info.get("counts", {})
+    if counts.get("skipped"):
+        print(f"Skipped {counts['skipped']} samples, the first: {counts['why'][0]}")
+    for warning in run.info.get("warnings", []):
+        print(f"Warning: {warning}")
     pictures = sorted(folder.glob("*.png"))
     for path in [*pictures, folder / "report.html"]:
         if path.exists():

@@ -42,6 +42,8 @@ def probe(
     storage: Literal["auto", "rows", "gram"] = "auto",
     targets: str | Sequence[str] = ("latitude", "longitude"),
     baselines: Mapping[str, torch.Tensor] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
     batch_size: int = 16,
     workers: int | None = None,
     scratch: str | Path | None = None,
@@ -80,6 +82,8 @@ def probe(
         Numeric columns to regress, degrees or any other unit.
     baselines
         Named features [n, d] of the same samples, probed beside the model as controls.
+    device, dtype
+        What `load` takes.
     batch_size, workers
         Samples in a forward pass, and processes that decode ahead of it (None: one for images
         on files, none for the rest).
@@ -112,7 +116,7 @@ def probe(
     _check_options(given, alphas, select, storage)
     inputs = worded(samples, prompts)
     tasks, warned = _tasks(given, splits, group, targets, select)  # before the model is loaded
-    model = load(model)
+    model = load(model, device=device, dtype=dtype)
     _check_model(model, samples, pool)
     if samples.kind == "text":
         good, unfit = usable(model, inputs, batch_size, strict)
@@ -156,7 +160,8 @@ def probe(
         "model": model.name,
         "data": samples.source,
         "arguments": {
-            "sites": sites, "pool": pool, "prompts": [prompts] if isinstance(prompts, str) else prompts, "group": group,
+            "sites": sites, "pool": pool, "group": group,
+            "prompts": [prompts] if isinstance(prompts, str) else prompts,
             "split": {s.name: repr(s) for s in splits},
             "alphas": [float(a) for a in alphas], "select": select, "storage": plan.kind,
             "targets": targets, "baselines": [*given.baselines], "batch_size": batch_size,

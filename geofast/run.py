@@ -158,9 +158,11 @@ class Run:
     ----------
     info : dict
         What run.json keeps: `model`, `data`, `arguments`, `versions`, `device`, `backend`,
-        `dtype`, `seeds`, `counts` (`skipped` among them: reason -> number), `seconds` per stage,
-        `warnings` (a list of sentences), `honest` (split -> site, pool, prompt, r2, r2_se of the
-        best layer, chosen on inner folds and scored on outer ones).
+        `dtype`, `seeds` (by split), `counts` (samples `read`, samples `skipped`, and `why`: a
+        sentence for each of those), `seconds` per stage, `warnings` (a list of sentences),
+        `honest` (split -> site, pool, prompt, r2, r2_se of the best layer, chosen on inner folds
+        and scored on outer ones, and `chosen`: the probe of every fold). `arguments["split"]`
+        has every split in full, with folds, seed and cell size.
     layers : DataFrame
         One row per site x pool x prompt x group x split, controls among them: `site, tower,
         layer, pool, prompt, group, split, control, n, d, alpha, r2, r2_se, r2_<target>, ...`.
@@ -312,7 +314,7 @@ def open(path: str | Path) -> Run:
     FileNotFoundError
         When the folder, its run.json or a file that run.json lists is missing.
     ValueError
-        When a file has another size than run.json says, or run.json is not a run's.
+        When a file is damaged or has another size than run.json says, or run.json is not a run's.
     """
     folder = Path(path).expanduser().resolve()
     info, tables = _folder.read_info(folder)
@@ -411,7 +413,7 @@ def _write_probes(probes: Mapping[str, Probe], path: Path) -> None:
 def _read_probes(path: Path) -> dict[str, Probe]:
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
+    with _folder.reading(path), safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["geofast.probes"])
         return {
             name: Probe(
@@ -431,11 +433,11 @@ def _stored_rows(path: Path) -> Mapping[str, torch.Tensor]:
     from safetensors import safe_open
 
     def read(name: str) -> torch.Tensor:
-        with safe_open(path, "pt") as file:
+        with _folder.reading(path), safe_open(path, "pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
-    with safe_open(path, "pt") as file:
+    with _folder.reading(path), safe_open(path, "pt") as file:
         return _Stored(file.keys(), read)
 
 
@@ -448,10 +450,11 @@ def _stored_grams(path: Path) -> Mapping[str, Gram]:
 
     def read(name: str) -> Gram:
         if not loaded:
-            loaded.update(gram.load(path))
+            with _folder.reading(path):
+                loaded.update(gram.load(path))
         return loaded[name]
 
-    with safe_open(path, "pt") as file:
+    with _folder.reading(path), safe_open(path, "pt") as file:
         suffix = "/matrix"
         names = [n[: -len(suffix)] for n in file.keys() if n.endswith(suffix)]  # noqa: SIM118
     return _Stored(names, read)

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -41,12 +42,12 @@ def test_probe_writes_a_run_and_prints_it(job, tmp_path, capsys):
     assert str(out / "map.png") in printed
     info = json.loads((out / "run.json").read_text())
     assert info["counts"]["read"] == 30
-    assert info["arguments"]["split"] == ["kfold", "blocks30"]
+    assert list(info["arguments"]["split"]) == ["kfold", "blocks30"]
     assert len(pd.read_csv(out / "layers.csv")) == 4 * 2 * 2
     assert main(["show", str(out)]) == 0
     assert "vision.layers" in capsys.readouterr().out
     assert main([*arguments, *options]) == 1
-    assert "is there already; choose another --out, or pass --overwrite" in capsys.readouterr().err
+    assert "holds a run already; pass overwrite=True (--overwrite)" in capsys.readouterr().err
 
 
 def test_sites(job, capsys):
@@ -63,6 +64,12 @@ def test_sites(job, capsys):
         (["--split", "kfold:40"], "40"),
         (["--latitude", "lat"], "lat"),
         (["--targets", "height"], "height"),
+        (["--split", "kfold:30"], "too few samples (1), R2 needs two"),
+        (["--split", "kfold:2", "--select", "folds"], "needs at least 3 folds, and split 'kfold'"),
+        (["--device", "cuda"], "no GPU for device='cuda'"),
+        (["--alphas", "0", "1"], "alphas must be positive numbers; got [0.0, 1.0]"),
+        (["--id", "photo"], "has no column 'photo'"),
+        (["--prompt", "in {image}"], "prompts are for text"),
     ],
 )
 def test_an_error_is_one_line_and_leaves_nothing(job, tmp_path, capsys, change, message):
@@ -94,3 +101,74 @@ def test_a_missing_model_and_a_missing_table(job, tmp_path, capsys):
         == 1
     )
     assert "a.csv" in capsys.readouterr().err
+
+
+def test_ids_alphas_and_groups_reach_the_run(job, tmp_path, capsys):
+    table = pd.read_csv(job / "photos.csv")
+    table.assign(id="same", name=[f"p{i}" for i in range(30)], zone=["few"] * 3 + ["many"] * 27)[
+        ["id", "name", "image", "latitude", "longitude", "zone"]
+    ].to_csv(job / "named.csv", index=False)
+    out = tmp_path / "run"
+    arguments = ["probe", str(job / "model"), str(job / "named.csv"), "--out", str(out)]
+    options = ["--sites", "vision.layers.2", "--workers", "0", "--group", "zone"]
+    assert main([*arguments, *options]) == 1
+    assert "choose another column with id=... (--id)" in capsys.readouterr().err
+    assert main([*arguments, *options, "--id", "name", "--alphas", "1", "100"]) == 0
+    assert "Warning: Groups left out: few (kfold)" in capsys.readouterr().out
+    info = json.loads((out / "run.json").read_text())
+    assert info["arguments"]["alphas"] == [1, 100]
+    assert pd.read_csv(out / "samples.csv")["id"].tolist()[:2] == ["p0", "p1"]
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda out: (out.mkdir(), (out / "mine.txt").write_text("x")), "is not a run's folder"),
+        (lambda out: out.write_text("x"), "is not a run's folder"),
+        (lambda out: out.parent.write_text("x"), "cannot be made: .*below is not a folder"),
+    ],
+)
+def test_an_out_that_cannot_be_is_refused_before_anything_is_read(
+    tmp_path, capsys, make, message, options
+):
+    out = tmp_path / "below" / "run"
+    if "cannot be made" not in message:
+        out.parent.mkdir()
+    make(out)
+    code = main(["probe", "no model", str(tmp_path / "no.csv"), "--out", str(out), *options])
+    assert code == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_an_empty_out_is_free(job, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    options = ["--out", str(out), "--sites", "vision.layers.2", "--workers", "0"]
+    assert main(["probe", str(job / "model"), str(job / "photos.csv"), *options]) == 0
+    assert (out / "run.json").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "x", "1.5"])
+@pytest.mark.parametrize(
+    "command", [["demo", "cities", "--samples"], ["probe", "m", "d", "--out", "o", "--batch-size"]]
+)
+def test_counts_are_whole_numbers_from_one(capsys, command, value):
+    with pytest.raises(SystemExit):
+        main([*command, value])
+    assert f"must be a whole number from 1, got {value!r}" in capsys.readouterr().err
+
+
+def test_a_damaged_run_is_one_line(job, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--out", str(out), "--sites", "vision.layers.2", "--workers", "0"]
+    assert main(["probe", str(job / "model"), str(job / "photos.csv"), *options]) == 0
+    capsys.readouterr()
+    probes = bytearray((out / "probe.safetensors").read_bytes())
+    probes[8:40] = bytes(32)
+    (out / "probe.safetensors").write_bytes(probes)
+    assert main(["show", str(out)]) == 1
+    assert "probe.safetensors is damaged" in capsys.readouterr().err
+    (out / "run.json").write_text('{"geofast_run": 1}')
+    assert main(["show", str(out)]) == 1
+    assert "run.json is not a geofast run's, or not all of it" in capsys.readouterr().err

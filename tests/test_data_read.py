@@ -365,6 +365,29 @@ def test_hdf5_that_is_none(tmp_path):
         read(tmp_path / "c.h5")
 
 
+# ---------------------------------------------------------------------------- longitudes
+
+
+def test_longitudes_from_0_to_360(tmp_path):
+    rows = "".join(f"c{i},10,{36 * i}\n" for i in range(10))
+    path = text_file(tmp_path, "city,lat,lng\n" + rows)
+    pattern = r"longitudes of .*places\.csv \(column 'lng'\) .* from 0 to 360; subtract 360 from"
+    with pytest.raises(ValueError, match=pattern):
+        read(path)
+    west = text_file(tmp_path, "city,lat,lng\n" + rows.replace("c0,10,0", "c0,10,-1"))
+    assert len(read(west).skipped) == 4  # a column with the west in it has wrong rows, no more
+    one = text_file(tmp_path, "city,lat,lng\n" + "".join(f"c{i},10,{20 * i}\n" for i in range(11)))
+    assert [str(s).partition(": ")[2] for s in read(one).skipped] == [
+        "longitude 200 is outside -180 to 180 degrees"
+    ]
+
+
+def test_blank_text_is_no_text(tmp_path):
+    samples = read(text_file(tmp_path, "city,lat,lng\nParis,1,2\n   ,3,4\n"))
+    assert [str(s).partition(": ")[2] for s in samples.skipped] == ["no text in column 'city'"]
+    assert len(samples) == 1
+
+
 # ---------------------------------------------------------------------------- memory
 
 

@@ -282,6 +282,27 @@ def test_layer_curve_of_many_towers_branches_splits_and_controls() -> None:
     assert {"cls", "cls attn", "control: random weights"} <= set(labels)
 
 
+def test_the_map_has_the_tables_figures() -> None:
+    run = example_run()
+    for axes, split in zip(map_of_predictions(run).axes, run.splits, strict=False):
+        rows = run.rows_of(split)
+        best = rows.loc[rows["r2"].idxmax()]
+        said = f"300 samples, median error {best['median_km']:,.0f} km"
+        title = axes.get_title(loc="left")
+        assert title == (
+            f"{text.split_words(split).capitalize()}: {said} ({best['site']}, {best['pool']})"
+        )
+        assert f"{best['median_km']:,.0f}" in run.summary()
+    run.layers = run.layers.drop(columns="median_km")
+    assert "median" not in map_of_predictions(run).axes[0].get_title(loc="left")
+
+
+def test_the_page_says_how_alpha_was_chosen(tmp_path: Path) -> None:
+    run = example_run(60, blocks=1)
+    page.write_report(run, tmp_path)
+    assert "chosen by exact leave-one-out" in (tmp_path / "README.md").read_text()
+
+
 def test_map_needs_places() -> None:
     run = example_run(30)
     run.predictions = run.predictions.drop(columns="error_km")

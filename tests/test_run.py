@@ -75,11 +75,11 @@ def example_run(
     info = {
         "model": "hf:facebook/dinov2-small",
         "data": "satellite",
-        "arguments": {"pool": list(pools), "alpha": "loo"},
+        "arguments": {"pool": list(pools), "select": "loo"},
         "device": "cpu",
         "dtype": "float32",
         "backend": "cpu",
-        "counts": {"read": n + 3, "used": n, "skipped": {"no coordinates": 3}},
+        "counts": {"read": n, "skipped": 3, "why": ["a.csv row 1: no latitude"] * 3},
         "seconds": {"pass": 100.25},
         "warnings": [],
         "honest": honest,
@@ -398,6 +398,31 @@ def test_open_refuses_what_is_no_run(tmp_path: Path) -> None:
         geofast.run.open(tmp_path)
 
 
+@pytest.mark.parametrize("entry", ["tables", "files", "geofast_run"])
+def test_open_refuses_a_run_json_that_lacks_an_entry(copy: Path, entry: str) -> None:
+    about = json.loads((copy / "run.json").read_text())
+    del about[entry]
+    (copy / "run.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"run\.json is not a geofast run's, or not all of it"):
+        geofast.run.open(copy)
+
+
+@pytest.mark.parametrize("name", ["run.json", "probe.safetensors", "rows.safetensors"])
+def test_open_names_a_file_of_the_right_size_that_is_damaged(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[8:40] = bytes(32)
+    (copy / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged \(.*copy the folder again"):
+        geofast.run.open(copy)
+
+
+def test_open_names_a_table_that_is_damaged(copy: Path) -> None:
+    text = (copy / "layers.csv").read_text()
+    (copy / "layers.csv").write_text(text.replace(",300,", ",3x0,"))
+    with pytest.raises(ValueError, match=r"layers\.csv is damaged"):
+        geofast.run.open(copy)
+
+
 def test_open_refuses_a_run_that_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,6 +580,13 @@ def test_a_run_with_files_of_others_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"holds 'notes\.txt', which its run did not write"):
         run.save(path, overwrite=True)
     assert (path / "notes.txt").read_text() == "mine"
+
+
+def test_a_place_where_no_folder_can_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(NotADirectoryError, match=r"cannot be made: .*file is not a folder"):
+        fast_run().save(tmp_path / "file" / "r")
+    assert folders(tmp_path) == ["file"]
 
 
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:

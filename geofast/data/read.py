@@ -68,7 +68,8 @@ def read(
         When there is no such file or folder.
     ValueError
         When the source cannot be read, is empty, lacks a column, repeats an id, looks as if
-        latitude and longitude were swapped, or holds no usable sample.
+        latitude and longitude were swapped or longitudes ran from 0 to 360, or holds no usable
+        sample.
     """
     path = Path(source)
     if not path.exists():
@@ -189,7 +190,7 @@ def _read_table(
 
 def _input(path: Path, value: Any, kind: Kind, column: str) -> tuple[Any, str]:
     """Return the input of one row of a table and, when it is no good, why."""
-    if pd.isna(value) or value == "":
+    if pd.isna(value) or not str(value).strip():
         return None, f"no {kind} in column {column!r}"
     if kind == "text":
         return str(value), ""
@@ -425,6 +426,7 @@ def _samples(
         raise ValueError(msg)
     degrees = {axis: _as_numbers(table[axis]) for axis in ("latitude", "longitude")}
     _check_swapped(source, degrees["latitude"], degrees["longitude"], names)
+    _check_east(source, degrees["longitude"], names[1])
     reasons = {
         **_bad_degrees(table["longitude"], degrees["longitude"], 180),
         **_bad_degrees(table["latitude"], degrees["latitude"], 90),
@@ -492,6 +494,17 @@ def _check_swapped(
         raise _swapped(source, *names)
 
 
+def _check_east(source: str, longitude: NDArray[np.float64], name: str) -> None:
+    """Refuse a whole column of longitudes that runs from 0 to 360 instead of -180 to 180."""
+    beyond = (longitude > 180) & (longitude <= 360)
+    if beyond.sum() >= max(2, len(longitude) / 10) and not (longitude < 0).any():
+        msg = (
+            f"the longitudes of {source} (column {name!r}) look as if they ran from 0 to 360; "
+            "subtract 360 from those above 180"
+        )
+        raise ValueError(msg)
+
+
 def _swapped(source: str, latitude: str, longitude: str) -> ValueError:
     return ValueError(
         f"latitude and longitude look swapped in {source}: column {latitude!r} was read as "
@@ -506,6 +519,6 @@ def _check_unique(source: str, ids: pd.Series[Any]) -> None:
         examples = ", ".join(repeated.unique()[:3])
         msg = (
             f"{source} repeats {len(repeated)} ids, such as {examples}; make them unique or "
-            "choose another column with id=..."
+            "choose another column with id=... (--id)"
         )
         raise ValueError(msg)

@@ -197,6 +197,8 @@ class SklearnSplit:
             tests = [test for _, test in self.splitter.split(np.zeros((n, 1)), None, groups)]
         except (ValueError, TypeError) as err:
             msg = f"{kind} could not split the {n} samples: {err}"
+            if groups is None and "groups" in str(err):
+                msg += " Write geofast's GroupKFold(column), which takes them from the samples."
             raise ValueError(msg) from err
         count = np.bincount(np.concatenate([*tests, np.empty(0, np.int64)]), minlength=n)
         if len(tests) < 2 or (count != 1).any():

@@ -287,15 +287,15 @@ def map_of_predictions(run: Run) -> Figure:
     panels = figure.subplots(len(splits), 1, squeeze=False).flatten()
     norm, colours = _km_colours()
     for split, axes in zip(splits, panels, strict=True):
-        _draw_map(axes, table[table["split"] == split], norm, colours)
-        everything = table.loc[table["split"] == split, "error_km"]
-        heading = f"{text.split_words(split).capitalize()}: half of the {len(everything):,} "
-        heading += f"samples are placed within {text.km(everything.median())} km"
+        best, held = text.top(run, split), table[table["split"] == split]
+        heading = f"{text.split_words(split).capitalize()}: {len(held):,} samples"
+        if pd.notna(best.get("median_km")):
+            heading += f", median error {text.km(best['median_km'])} km"
+        heading += f" ({text.place(best['site'], best['pool'], best['prompt'])})"
         axes.set_title(heading, fontsize=11, loc="left")
+        _draw_map(axes, held, norm, colours)
     _km_legend(figure, panels, norm, colours)
-    best = run.best
-    where = text.place(best.site, best.pool, best.prompt)
-    _title(figure, f"Where {text.model_name(run)} puts the samples it was not fitted on ({where})")
+    _title(figure, f"Where {text.model_name(run)} puts the samples it was not fitted on")
     return figure
 
 

@@ -101,7 +101,7 @@ def _method(run: Run) -> list[str]:
         "Every site's hidden states were pooled during one forward pass, and a ridge regression "
         "with an intercept was fitted to the pooled rows of each."
     ]
-    choice = ALPHA_WORDS.get(str(arguments.get("alpha", "")))
+    choice = ALPHA_WORDS.get(str(arguments.get("select", "")))
     if choice:
         said.append(f"Its penalty was chosen {choice}.")
     folds = [

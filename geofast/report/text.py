@@ -116,7 +116,7 @@ def km(value: Any) -> str:
 def finding(run: Run) -> list[str]:
     """Say what was found, in sentences made from the numbers; the first one is the title."""
     first, *others = run.splits
-    best = _top(run, first)
+    best = top(run, first)
     name = model_name(run)
     where = place(best["site"], best["pool"], best["prompt"])
     sentences = [f"{name} {_reads(run, best)} ({where}; {split_words(first)})."]
@@ -136,7 +136,8 @@ def finding(run: Run) -> list[str]:
     return sentences
 
 
-def _top(run: Run, split: str) -> pd.Series[Any]:
+def top(run: Run, split: str) -> pd.Series[Any]:
+    """Row of the table with the highest R2 of a split."""
     return run.rows_of(split).sort_values("r2", ascending=False, kind="stable").iloc[0]
 
 
@@ -170,7 +171,7 @@ def _clear(r2: float, row: pd.Series[Any]) -> bool:
 
 
 def _elsewhere(run: Run, split: str, reference: float) -> str:
-    row = _top(run, split)
+    row = top(run, split)
     change = round(float(row["r2"]), 2) - round(float(reference), 2)
     verb = "falls to" if change < 0 else "rises to" if change > 0 else "stays at"
     parts = [f"{t} {number(row[f'r2_{t}'], 2)}" for t in run.targets if f"r2_{t}" in row]
@@ -259,7 +260,6 @@ def headline(run: Run) -> str:
     """One line: which model, which data, how much of both."""
     sites = run.layers.loc[run.layers["control"] == "", "site"].nunique()
     skipped = run.info.get("counts", {}).get("skipped", 0)
-    skipped = sum(skipped.values()) if isinstance(skipped, dict) else skipped
     samples = f"{len(run.samples):,} samples" + (f" ({skipped:,} skipped)" if skipped else "")
     return f"{model_name(run)} on {data_name(run)}: {samples}, {sites} sites"
 

@@ -113,7 +113,7 @@ def probe(
     splits = _as_splits(split)
     targets = [targets] if isinstance(targets, str) else list(targets)
     given = _Given(samples, _targets(samples, targets), dict(baselines or {}))
-    _check_options(given, alphas, select, storage)
+    _check_options(given, alphas, select, storage, batch_size, workers)
     inputs = worded(samples, prompts)
     tasks, warned = _tasks(given, splits, group, targets, select)  # before the model is loaded
     model = load(model, device=device, dtype=dtype)
@@ -247,9 +247,17 @@ def _targets(samples: Samples, names: Sequence[str]) -> torch.Tensor:
 
 
 def _check_options(
-    given: _Given, alphas: Sequence[float], select: str | None, storage: str
+    given: _Given,
+    alphas: Sequence[float],
+    select: str | None,
+    storage: str,
+    batch_size: int,
+    workers: int | None,
 ) -> None:
     """Refuse what would only fail after the forward pass."""
+    if batch_size < 1 or (workers or 0) < 0:
+        msg = f"batch_size must be at least 1 and workers at least 0; got {batch_size}, {workers}"
+        raise ValueError(msg)
     if storage not in ("auto", "rows", "gram"):
         raise ValueError(f"storage must be auto, rows or gram; got {storage!r}")
     if select not in (None, "loo", "gcv", "folds"):

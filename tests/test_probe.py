@@ -312,7 +312,7 @@ def test_infinite_activations_name_the_file(vision, tmp_path, storage):
         return gf.load(vision.module, prepare=prepare)
 
     for which in (0, 13):  # the first is met by the run that plans
-        pattern = rf"NaN or infinite activations in float32\. That is .*/{which}\.png"
+        pattern = rf"NaN or infinite activations in float32.* That is .*/{which}\.png"
         with pytest.raises(FloatingPointError, match=pattern):
             gf.probe(spoiled(which), data, storage=storage)
 
@@ -414,10 +414,12 @@ def test_bad_arguments(language, change, message):
         {"select": "loo", "storage": "gram"},
         {"storage": "disk"},
         {"alphas": [-1]},
+        {"batch_size": 0},
+        {"workers": -1},
     ],
 )
 def test_what_can_be_known_is_told_before_the_model_loads(change):
-    with pytest.raises(ValueError, match=r"(?i)prompt|fold|rows|storage|alphas") as told:
+    with pytest.raises(ValueError, match=r"(?i)prompt|fold|rows|storage|alphas|batch_size") as told:
         gf.probe("/no/such/model", named(), **change)
     assert not isinstance(told.value, FileNotFoundError)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ class NonFiniteError(FloatingPointError):
 
     def __init__(self, key: str, sample: int, dtype: torch.dtype) -> None:
         self.sample = sample
-        advice = "; load the model with dtype=torch.float32 or bfloat16"
+        advice = "look at its input and at the model's weights"
+        if dtype == torch.float16:
+            advice = "load the model with dtype=torch.float32 or bfloat16"
         super().__init__(
             f"{key}: sample {sample} of the batch has NaN or infinite activations in "
-            f"{str(dtype).removeprefix('torch.')}{advice if dtype == torch.float16 else ''}"
+            f"{str(dtype).removeprefix('torch.')}; {advice}"
         )
 
 
@@ -40,8 +43,9 @@ def capture(
     """Pool the hidden states of every site while the model runs, and keep the rows.
 
     Inside the block, run the model as often as you like; each run adds a batch of rows. Nothing
-    with a token axis outlives a hook. Padding is left out by the `attention_mask` that the model
-    is called with. The model is as it was when the block ends, after an exception too.
+    with a token axis outlives a hook. Padding is left out by the `attention_mask` [batch, tokens]
+    (in a vision tower, the `pixel_attention_mask`) that the model, or a module between it and the
+    blocks, is called with. The model is as it was when the block ends, after an exception too.
 
     Parameters
     ----------
@@ -64,15 +68,18 @@ def capture(
     Raises
     ------
     ValueError
-        When a pattern matches no site, a pool is unknown, or a sample has no token to pool.
+        When a pattern matches no site, a pool is unknown, or a sample has no token to pool; when
+        sites of an image tower and of a text tower beside it are asked for; when hidden states
+        are not [batch, tokens, dim] with the batch that the model was called with.
     NonFiniteError
         A FloatingPointError, when a pooled value is NaN or infinite; names site, sample and dtype.
     RuntimeError
-        When a site did not run in a forward pass.
+        When a site did not run in a forward pass, or ran outside one.
     """
     towers = model.towers if isinstance(model, Model) else find_towers(model)
     body = model.body if isinstance(model, Model) else model
     wanted = match_sites(towers, sites)
+    _refuse_two_towers(body, towers, wanted)
     pools = _pools_by_tower(towers, wanted, pool)
     recorder = _Recorder(
         body, {t.name: t for t in towers}, wanted, pools, Rows() if rows is None else rows
@@ -80,6 +87,18 @@ def capture(
     with ExitStack() as hooks:
         recorder.attach(hooks)
         yield recorder.rows
+
+
+def _refuse_two_towers(body: nn.Module, towers: Sequence[Tower], sites: Sequence[Site]) -> None:
+    # Each reads inputs of its own, so a row of the one is no row of the other.
+    paths = {t.name: t.path for t in towers if any(site.tower == t.name for site in sites)}
+    if {"vision", "text"} <= paths.keys():
+        part = paths["vision"].partition(".")[0]
+        msg = (
+            f"{type(body).__name__} has two towers (vision, text), which are not supported "
+            f"together yet: capture model.{part} and call that, or choose sites='vision.layers.*'"
+        )
+        raise ValueError(msg)
 
 
 def _pools_by_tower(
@@ -110,8 +129,9 @@ class _Recorder:
         self._towers = towers
         self._sites = sites
         self._pools = pools
-        self._signature = inspect.signature(body.forward)
-        self._mask: torch.Tensor | None = None
+        self._running = False
+        self._called_with: set[int] = set()
+        self._masks: dict[str, torch.Tensor] = {}
         self._roles: dict[str, torch.Tensor] = {}
         self._batch: int | None = None
         self._seen: set[str] = set()
@@ -120,39 +140,35 @@ class _Recorder:
         """Register every hook so that leaving `hooks` removes it."""
         start = self._body.register_forward_pre_hook(self._start, with_kwargs=True)
         hooks.callback(start.remove)
+        for name in self._pools:
+            for module in _around(self._body, self._towers[name].blocks[0]):
+                take_mask = partial(self._take_mask, name)
+                handle = module.register_forward_pre_hook(take_mask, with_kwargs=True)
+                hooks.callback(handle.remove)
         for site in self._sites:
-            if site.at == "input":
-                handle = site.module.register_forward_pre_hook(
-                    self._input_hook(site), with_kwargs=True
-                )
-            else:
-                handle = site.module.register_forward_hook(self._output_hook(site))
-            hooks.callback(handle.remove)
+            hooks.callback(site.watch(partial(self._read, site)).remove)
         hooks.callback(self._body.register_forward_hook(self._finish).remove)
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
-        mask = given.get("attention_mask")
-        if mask is not None and mask.ndim != 2:
-            msg = f"attention_mask must be [batch, tokens] for pooling; got {list(mask.shape)}"
-            raise ValueError(msg)
-        self._mask = mask
+        given = _arguments(module, args, kwargs).values()
+        self._called_with = {len(t) for t in given if isinstance(t, torch.Tensor) and t.ndim}
+        self._masks.clear()
         self._roles.clear()
         self._seen.clear()
         self._batch = None
+        self._running = True
 
-    def _input_hook(self, site: Site) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._read(site, args[0] if args else kwargs["hidden_states"])
-
-        return hook
-
-    def _output_hook(self, site: Site) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._read(site, output[0] if isinstance(output, tuple) else output)
-
-        return hook
+    def _take_mask(
+        self, tower: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        name = "pixel_attention_mask" if tower == "vision" else "attention_mask"
+        mask = _arguments(module, args, kwargs).get(name)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+            self._masks[tower] = mask
+        elif mask is not None and tower not in self._masks:
+            # Further in, models make [batch, 1, tokens, tokens] of a mask that was seen before.
+            got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(f"{name} must be [batch, tokens] for pooling; got {got}")
 
     def _read(self, site: Site, hidden: torch.Tensor) -> None:
         if hidden.ndim == 2:
@@ -161,11 +177,22 @@ class _Recorder:
             shape = list(hidden.shape)
             msg = f"{site.name} gave hidden states of shape {shape}, not [batch, tokens, dim]"
             raise ValueError(msg)
+        if not self._running:
+            called = type(self._body).__name__
+            raise RuntimeError(
+                f"{site.name} ran outside a call of the {called} that capture watches: call that "
+                "module itself, or give capture the one that you call"
+            )
         if site.name in self._seen:
             raise RuntimeError(
                 f"{site.name} ran twice in one forward pass; its rows would be mixed"
             )
         batch, _, dim = hidden.shape
+        if self._called_with and batch not in self._called_with:
+            sizes = " or ".join(map(str, sorted(self._called_with)))
+            shape = list(hidden.shape)
+            msg = f"{site.name} is {shape}, not [batch, tokens, dim]: the batch has {sizes} samples"
+            raise ValueError(msg)
         if self._batch not in (None, batch):
             msg = f"{site.name} saw {batch} samples where the sites before it saw {self._batch}"
             raise ValueError(msg)
@@ -187,8 +214,7 @@ class _Recorder:
     def _roles_of(self, site: Site, hidden: torch.Tensor) -> torch.Tensor:
         roles = self._roles.get(site.tower)
         if roles is None or roles.shape[1] != hidden.shape[1]:
-            tower = self._towers[site.tower]
-            mask = None if tower.name == "vision" else self._mask
+            tower, mask = self._towers[site.tower], self._masks.get(site.tower)
             roles = self._roles[site.tower] = token_roles(tower, hidden, mask)
             _require_tokens(self._pools[site.tower], roles, site)
         return roles
@@ -204,10 +230,23 @@ class _Recorder:
         if missed:
             msg = (
                 f"{missed[0]} did not run in this forward pass ({len(missed)} sites missed); "
-                "leave it out of sites="
+                "leave it out of sites=, or if the model was compiled before, run it under "
+                "torch.compiler.set_stance('force_eager')"
             )
             raise RuntimeError(msg)
+        self._running = False
         self.rows.commit(self._batch or 0)
+
+
+def _around(body: nn.Module, block: nn.Module) -> list[nn.Module]:
+    """Return the modules from `body` down to `block`, which is left out."""
+    path = next((name for name, module in body.named_modules() if module is block), "")
+    parts = path.split(".")
+    return [body.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
 def token_roles(tower: Tower, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -216,17 +255,19 @@ def token_roles(tower: Tower, hidden: torch.Tensor, mask: torch.Tensor | None) -
     `mask` [batch, tokens] is the model's attention mask, 0 at padding; None: no padding.
     """
     batch, tokens, _ = hidden.shape
-    bits = torch.full((tokens,), 1 << role_bit(tower.tokens) | 1, dtype=torch.uint8)
-    prefix = tower.prefix if len(tower.prefix) < tokens else ()
-    for i, role in enumerate(prefix):
-        bits[i] = 1 << role_bit(role) | 1
+    bits = torch.ones(tokens, dtype=torch.uint8)
+    # CLIP's final norm sees the CLS token alone: what has no room for patches has none.
+    if len(tower.prefix) < tokens:
+        bits |= 1 << role_bit(tower.tokens)
+        for i, role in enumerate(tower.prefix):
+            bits[i] = 1 << role_bit(role) | 1
     roles = bits.to(hidden.device).repeat(batch, 1)
     if mask is not None:
         if mask.shape != roles.shape:
             shape = list(mask.shape)
             msg = f"attention_mask is {shape} for hidden states of {batch} x {tokens} tokens"
             raise ValueError(msg)
-        roles *= mask.to(roles.device, torch.uint8)
+        roles *= (mask != 0).to(roles.device)
     return roles
 
 

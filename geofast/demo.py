@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from .data.demos import cities as cities_data
@@ -25,8 +28,10 @@ def satellite(samples: int | None = None) -> Run:
     All 13 sites, CLS and patch mean, random folds and 15-degree blocks, beside raw pixels.
     """
     data = satellite_data(samples or 1200)
+    with _no_bar():
+        model = load(dinov2_small())
     return probe(
-        load(dinov2_small()), data, pool=["cls", "mean:patch"], split=[KFold(), Blocks(15)],
+        model, data, pool=["cls", "mean:patch"], split=[KFold(), Blocks(15)],
         baselines={"raw pixels": torch.from_numpy(raw_pixels(data))}, progress=True,
     )  # fmt: skip
 
@@ -36,7 +41,23 @@ def cities(samples: int | None = None) -> Run:
 
     All 31 sites, last token, three prompts, random folds and folds that keep countries together.
     """
+    with _no_bar():
+        model = load(smollm2())
     return probe(
-        load(smollm2()), cities_data(samples or 2500), prompts=CITY_PROMPTS, batch_size=64,
+        model, cities_data(samples or 2500), prompts=CITY_PROMPTS, batch_size=64,
         split=[KFold(), GroupKFold("country")], progress=True,
     )  # fmt: skip
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Keep quiet the bar that transformers draws for weights which load in a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -7,6 +7,30 @@ import geofast as gf
 from geofast.models import describe, find_towers, match_sites
 
 
+def mpt():
+    from transformers import MptConfig, MptForCausalLM
+
+    return MptForCausalLM(MptConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=100)).eval()
+
+
+def mamba():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=100, state_size=4)
+    return MambaForCausalLM(config).eval()
+
+
+def opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64, vocab_size=100,
+        word_embed_proj_dim=32,
+    )  # fmt: skip
+    return OPTForCausalLM(config).eval()
+
+
 @pytest.mark.parametrize(
     ("make", "tower", "blocks", "prefix", "pool"),
     [
@@ -15,6 +39,9 @@ from geofast.models import describe, find_towers, match_sites
         (tiny.clip_vision, "vision", 2, ("cls",), "cls"),
         (tiny.llama, "lm", 3, (), "last"),
         (tiny.gpt2, "lm", 2, (), "last"),
+        (tiny.bloom, "lm", 2, (), "last"),
+        (mpt, "lm", 2, (), "last"),
+        (mamba, "lm", 2, (), "last"),
         (tiny.bert, "text", 2, (), "mean:text"),
     ],
 )
@@ -53,8 +80,9 @@ def test_sites_and_globs():
         match_sites(towers, "lm.layer.1")
 
 
-def test_branches_add_up_to_the_block():
-    model = tiny.llama()
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_branches_add_up_to_the_block(make):
+    model = make()
     with (
         gf.capture(model, ["lm.layers.0", "lm.layers.1", "lm.layers.1.*"], "last") as rows,
         torch.no_grad(),
@@ -64,11 +92,84 @@ def test_branches_add_up_to_the_block():
     torch.testing.assert_close(total, rows["lm.layers.1/last"])
 
 
+def test_branches_come_before_layer_scale():
+    model = tiny.dinov2()
+    scale = [layer.layer_scale1.lambda1.data.fill_(0.5) for layer in model.encoder.layer][1]
+    model.encoder.layer[1].layer_scale2.lambda1.data.fill_(0.25)
+    wanted = ["vision.layers.0", "vision.layers.1", "vision.layers.1.*"]
+    own = []
+    model.encoder.layer[1].attention.register_forward_hook(lambda m, a, out: own.append(out[0]))
+    with gf.capture(model, wanted, "cls") as rows, torch.no_grad():
+        model(pixel_values=torch.randn(2, 3, 28, 28))
+    before, attn, mlp, after = (
+        rows[f"vision.layers.{name}/cls"] for name in ("0", "1.attn", "1.mlp", "1")
+    )
+    torch.testing.assert_close(attn, own[0][:, 0])
+    torch.testing.assert_close(before + scale * attn + 0.25 * mlp, after)
+    assert not torch.allclose(before + attn + mlp, after, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "branches"),
+    [
+        (tiny.llama, ("attn", "mlp")),
+        (tiny.gpt2, ("attn", "mlp")),
+        (tiny.dinov2, ("attn", "mlp")),
+        (opt, ("attn",)),
+        (tiny.bert, ("attn",)),  # its `output` adds the residual and norms: the block's own output
+        (tiny.bloom, ()),  # its modules add the residual that they are given
+        (mamba, ()),
+    ],
+)
+def test_branches_that_a_block_lacks_are_no_sites(make, branches):
+    (tower,) = find_towers(make())
+    assert tower.branches == branches
+    named = {site.name.partition(".layers.0.")[2] for site in tower.sites()} - {""}
+    assert named == set(branches)
+    if "mlp" not in branches:
+        words = r" \(each also .attn\)" if branches else r"(, |$)"
+        with pytest.raises(ValueError, match=rf"this model has .*layers.0 to .1{words}"):
+            match_sites([tower], f"{tower.name}.layers.1.mlp")
+
+
+@pytest.mark.parametrize(
+    ("make", "lacks"), [(tiny.llama, []), (opt, ["mlp"]), (mamba, ["attn", "mlp"])]
+)
+def test_the_list_of_sites_says_which_branches_are_not_there(make, lacks):
+    module = make()
+    text = describe(gf.load(module, prepare=lambda _: {"input_ids": torch.tensor([[3, 4]])}))
+    assert "did not run" not in text
+    said = [line for line in text.splitlines() if line.startswith("no .")]
+    assert said == [f"no .{b}: the blocks have no module that returns that branch" for b in lacks]
+
+
 def test_a_module_without_blocks_says_what_was_looked_for():
     with pytest.raises(
-        ValueError, match="no residual blocks found in Linear: looked for a ModuleList"
+        ValueError, match=r"no residual blocks found in Linear: .* into a ModuleList$"
     ):
         find_towers(nn.Linear(3, 3))
+
+
+def test_blocks_that_are_put_into_a_list_are_found():
+    """What the error advises."""
+
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model = Loose()
+    with pytest.raises(ValueError, match="no residual blocks"):
+        find_towers(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]))
+    model.blocks = nn.ModuleList([model.a, model.b])
+    x = torch.randn(2, 4)
+    after = model.a(x)
+    with gf.capture(model, pool="mean") as rows, torch.no_grad():
+        model(x)
+    torch.testing.assert_close(rows["vision.layers.0/mean"], after.detach())
 
 
 class Plain(nn.Module):
@@ -95,6 +196,62 @@ def test_any_module_with_a_prepare_function():
     torch.testing.assert_close(rows[key], model.module(torch.tensor(points)).detach())
     with pytest.raises(ValueError, match="needs prepare="):
         gf.load(Plain())
+
+
+class Dropping(Plain):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, points):
+        return self.blocks(self.drop(self.inside(points)))
+
+
+def test_a_module_keeps_its_mode():
+    """The engine runs it in eval mode, and gives every part its own mode back."""
+    module = Dropping().train()
+    module.blocks[1].eval()
+    before = [m.training for m in module.modules()]
+    model = gf.load(module, prepare=lambda points: {"points": torch.tensor(points)})
+    assert [m.training for m in module.modules()] == before
+    points = [[1.0, 2.0]] * 50
+    with gf.capture(model, "*.layers.2", "mean") as rows:
+        model.forward(model.prepare(points))
+    assert [m.training for m in module.modules()] == before
+    assert (rows["vision.layers.2/mean"].std(0) == 0).all()  # no dropout
+    with pytest.raises(TypeError):
+        model.forward({"nothing": torch.ones(1)})
+    assert [m.training for m in module.modules()] == before
+    with gf.capture(module, "*.layers.2", "mean") as rows, torch.no_grad():
+        module(torch.tensor(points))  # the opposite: in its own mode it drops
+    assert (rows["vision.layers.2/mean"].std(0) > 0).all()
+
+
+def test_base_model_means_something_in_transformers_only():
+    class Ours(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_model = Plain()
+
+        def forward(self, kilometres):
+            return self.base_model(kilometres / 1000)
+
+    model = gf.load(Ours(), prepare=lambda x: {"kilometres": torch.tensor(x)})
+    assert model.body is model.module
+    assert gf.load(tiny.llama(), prepare=list).body is not model.module
+
+
+def test_positions_in_an_embedding_do_not_make_a_text_tower():
+    """CLIP's vision tower has them, and so do many models of nobody's."""
+
+    class Patches(Plain):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 16, 14, 14)
+            self.positions = nn.Embedding(4, 16)
+
+    assert find_towers(Patches())[0].name == "vision"
+    assert find_towers(tiny.clip().vision_model)[0].name == "vision"
 
 
 @pytest.fixture
@@ -145,6 +302,143 @@ def test_what_cannot_be_loaded(checkpoints, tmp_path):
         gf.load(tmp_path / "empty")
     with pytest.raises(ValueError, match="neither a vision encoder nor a causal language model"):
         gf.load(checkpoints / "bert")
+
+
+def test_a_causal_checkpoint_is_one_without_its_head_too(checkpoints):
+    from transformers import AutoModel
+
+    tiny.bloom().save_pretrained(checkpoints / "bloom")
+    tiny.tokenizer("left").save_pretrained(checkpoints / "bloom")
+    assert gf.load(checkpoints / "bloom").sites()[0].name == "lm.embed"
+    bare = AutoModel.from_pretrained(checkpoints / "bloom")
+    assert type(bare).__name__ == "BloomModel"
+    assert find_towers(bare)[0].default_pool == "last"
+
+
+def test_two_towers_are_refused_before_the_weights_are_read(tmp_path):
+    tiny.clip().save_pretrained(tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    message = r"has a text and a vision tower \(model type clip\); models of two towers are not"
+    with pytest.raises(ValueError, match=message):
+        gf.load(tmp_path / "clip")
+
+
+def test_masked_autoencoders_see_the_whole_image(tmp_path):
+    from transformers import ViTImageProcessorPil, ViTMAEConfig, ViTMAEModel
+
+    torch.manual_seed(0)
+    config = ViTMAEConfig(
+        hidden_size=32, num_attention_heads=2, image_size=32, patch_size=8, num_hidden_layers=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    ViTMAEModel(config).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    model = gf.load(tmp_path)
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    with gf.capture(model, pool="mean:patch") as rows:
+        model.forward(batch)
+        model.forward(batch)
+    for key in rows:
+        torch.testing.assert_close(rows[key][:2], rows[key][2:])
+
+
+def break_weights(folder):
+    path = folder / "model.safetensors"
+    return path, path.read_bytes()
+
+
+def truncate(folder):
+    path, content = break_weights(folder)
+    path.write_bytes(content[: len(content) // 2])
+    return "the weights of .* cannot be loaded: .*not fully covered"
+
+
+def spoil(folder):
+    break_weights(folder)[0].write_bytes(b"no weights" * 100)
+    return r"the weights of .*\(SafetensorError\)"
+
+
+def remove(folder):
+    break_weights(folder)[0].unlink()
+    return "the weights of .* no file named model.safetensors"
+
+
+def pickled(folder):
+    break_weights(folder)[0].unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"hi")
+    return "the weights of .* cannot be loaded"
+
+
+def widen(folder):
+    change(folder, '"hidden_size": 32', '"hidden_size": 64')
+    return r"weights of .* is \[\d+(, 32)?\] in the file and \[\d+(, 64)?\] by config.json"
+
+
+def deepen(folder):
+    change(folder, '"num_hidden_layers": 3', '"num_hidden_layers": 5')
+    return r"18 parameters of its blocks are absent, the first model.layers.3.input_layernorm"
+
+
+def change(folder, old, new):
+    text = (folder / "config.json").read_text()
+    assert old in text
+    (folder / "config.json").write_text(text.replace(old, new))
+
+
+def forget_words(folder):
+    (folder / "tokenizer.json").write_text("{")
+    return "the tokenizer of .* cannot be loaded"
+
+
+@pytest.mark.parametrize("damage", [truncate, spoil, remove, pickled, widen, deepen, forget_words])
+def test_a_broken_checkpoint_is_one_sentence(checkpoints, damage):
+    message = damage(checkpoints / "lm")
+    with pytest.raises(RuntimeError, match=message) as caught:
+        gf.load(checkpoints / "lm")
+    assert str(checkpoints / "lm") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "Is the checkpoint whole? Fetch or save it again" in str(caught.value)
+
+
+def test_a_checkpoint_may_lack_what_no_site_reads(checkpoints):
+    """DINOv2's mask token, ViT's pooler."""
+    from safetensors.torch import load_file, save_file
+
+    path = checkpoints / "vision" / "model.safetensors"
+    weights = load_file(path)
+    del weights["embeddings.mask_token"]
+    save_file(weights, path, metadata={"format": "pt"})
+    assert gf.load(checkpoints / "vision").kind == "image"
+
+
+def test_no_image_processor(checkpoints):
+    (checkpoints / "vision" / "preprocessor_config.json").unlink()
+    with pytest.raises(RuntimeError, match=r"the image processor of .*vision cannot be loaded"):
+        gf.load(checkpoints / "vision")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "CMYK"])
+def test_images_of_every_mode(mode):
+    from PIL import Image
+    from transformers import ViTImageProcessorPil
+
+    from geofast.models.model import ImageTransform
+
+    transform = ImageTransform(ViTImageProcessorPil(size={"height": 8, "width": 8}))
+    image = Image.new("RGB", (12, 10), (204, 204, 204))  # a palette has it
+    expected = transform(image)
+    assert expected.shape == (3, 8, 8)
+    torch.testing.assert_close(transform(image.convert(mode)), expected, atol=0.02, rtol=0)
+
+
+def test_a_tokenizer_without_padding():
+    from geofast.models.model import text_collate
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.pad_token = None
+    assert tokenizer.eos_token is None
+    batch = text_collate(tokenizer, nn.Linear(1, 1))(["w1 w2", "w3"])
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
 def test_images_of_different_sizes_are_refused():

@@ -68,3 +68,23 @@ def tokenizer(side="right"):
     return PreTrainedTokenizerFast(
         tokenizer_object=plain, pad_token="<pad>", unk_token="<unk>", padding_side=side
     )
+
+
+def bloom():
+    """A causal model whose attention does not say that it is."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=100)).eval()
+
+
+def clip():
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    small = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=64)
+    config = CLIPConfig(
+        text_config=small | {"vocab_size": 100},
+        vision_config=small | {"image_size": 28, "patch_size": 14},
+    )
+    return CLIPModel(config).eval()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from .model import Batch, ImageTransform, Model, stack_images, text_collate, wrap
-from .structure import find_towers
+from .structure import block_lists, find_towers
 
 
 def load(
@@ -30,7 +32,7 @@ def load(
     prepare
         For an nn.Module: from a list of inputs to the module's keyword arguments.
     device
-        None takes a GPU where there is one, else the CPU.
+        None takes a GPU where there is one, else the CPU; an nn.Module stays where it is.
     dtype
         None takes float32 on the CPU, where narrower types run slower, and the checkpoint's own
         dtype elsewhere.
@@ -42,10 +44,16 @@ def load(
     ValueError
         When the model is neither a vision encoder nor a causal language model, or its blocks
         cannot be found.
+    RuntimeError
+        When weights, tokenizer or image processor are missing, broken or do not fit the
+        configuration.
     """
     if isinstance(model, Model):
         return model
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if where.type == "cuda" and not torch.cuda.is_available():
+        msg = f"there is no GPU for device={str(where)!r} that torch can use; leave device= out"
+        raise RuntimeError(msg)
     if isinstance(model, nn.Module):
         if prepare is None:
             msg = (
@@ -66,18 +74,26 @@ def _from_checkpoint(source: str, device: torch.device, dtype: torch.dtype | Non
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(_why_not(source, error)) from error
-    torch_dtype = dtype or (torch.float32 if device.type == "cpu" else "auto")
-    if _is_causal(config):
-        loader: Any = transformers.AutoModelForCausalLM
-    else:
-        loader = transformers.AutoModel
-    module: nn.Module = loader.from_pretrained(source, dtype=torch_dtype)
+    causal = _is_causal(config)
+    if not causal and hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        msg = (
+            f"{source} has a text and a vision tower (model type {config.model_type}); models of "
+            "two towers are not supported yet: load it with transformers and pass its vision "
+            "tower, gf.load(model.vision_model, prepare=...)"
+        )
+        raise ValueError(msg)
+    if hasattr(config, "mask_ratio"):
+        config.mask_ratio = 0.0  # masked autoencoders hide random patches, in eval mode too
+    loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    with _reading("weights", source):
+        module = _weights(loader, source, config, dtype or _default_dtype(device))
     module = module.eval().to(device)
     body: nn.Module = module.base_model  # type: ignore[assignment]
     name = Path(source).name if Path(source).exists() else source
     towers = find_towers(body)
-    if loader is transformers.AutoModelForCausalLM:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if causal:
+        with _reading("tokenizer", source):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         return Model(name, module, body, towers, "text", None, text_collate(tokenizer, body))
     if getattr(body, "main_input_name", None) != "pixel_values":
         msg = (
@@ -85,8 +101,47 @@ def _from_checkpoint(source: str, device: torch.device, dtype: torch.dtype | Non
             "language model. Pass the nn.Module itself with prepare= to probe it"
         )
         raise ValueError(msg)
-    processor = transformers.AutoImageProcessor.from_pretrained(source)
+    with _reading("image processor", source):
+        processor = transformers.AutoImageProcessor.from_pretrained(source)
     return Model(name, module, body, towers, "image", ImageTransform(processor), stack_images)
+
+
+def _default_dtype(device: torch.device) -> torch.dtype | str:
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
+def _weights(loader: Any, source: str, config: Any, dtype: Any) -> nn.Module:
+    """Load the module, and see that its blocks have come out of the checkpoint.
+
+    transformers fills what a checkpoint lacks with random numbers, and only logs it.
+    """
+    module: nn.Module
+    module, info = loader.from_pretrained(
+        source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    for key, found, expected in info["mismatched_keys"]:
+        msg = f"{key} is {list(found)} in the file and {list(expected)} by config.json"
+        raise ValueError(msg)
+    inside = tuple(f".{path}." for path, _ in block_lists(module))
+    absent = sorted(key for key in info["missing_keys"] if f".{key}".startswith(inside))
+    if absent:
+        raise ValueError(
+            f"{len(absent)} parameters of its blocks are absent, the first {absent[0]}"
+        )
+    return module
+
+
+@contextmanager
+def _reading(what: str, source: str) -> Iterator[None]:
+    """Turn whatever a broken file raises into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        msg = (
+            f"the {what} of {source} cannot be loaded: {_said(error) or repr(error)} "
+            f"({type(error).__name__}). Is the checkpoint whole? Fetch or save it again"
+        )
+        raise RuntimeError(msg) from error
 
 
 def _is_causal(config: Any) -> bool:
@@ -100,15 +155,15 @@ def _is_causal(config: Any) -> bool:
 
 def _why_not(source: str, error: Exception) -> str:
     if Path(source).is_dir():
-        return f"{source} is a folder without a Hugging Face checkpoint: {_first_line(error)}"
+        return f"{source} is a folder without a Hugging Face checkpoint: {_said(error)}"
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_like_path:
         return f"there is no folder {source}"
     return (
         f"{source} is not a local folder, and the Hugging Face Hub gave no model of that name "
-        f"({_first_line(error)}). Check the name, the network and, for a gated model, your token"
+        f"({_said(error)}). Check the name, the network and, for a gated model, your token"
     )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _said(error: Exception) -> str:
+    return re.split(r"\.?\s*\n|\. ", str(error).strip(), maxsplit=1)[0].rstrip(".")

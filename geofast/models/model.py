@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -61,13 +64,23 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> None:
-        """Run the body for its hooks; nothing is returned and no cache is built."""
-        extra = {"use_cache": False} if "use_cache" in _parameters(self.body) else {}
-        self.body(**batch, **extra)
+        """Run the body for its hooks, in eval mode; nothing is returned and no cache is built."""
+        takes_cache = "use_cache" in inspect.signature(self.body.forward).parameters
+        with _evaluating(self.body):
+            self.body(**batch, **({"use_cache": False} if takes_cache else {}))
 
 
-def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(module.forward).parameters
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    # Module by module: a model may keep some of its parts in eval mode while it trains others.
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 def wrap(
@@ -81,7 +94,7 @@ def wrap(
     Parameters
     ----------
     module
-        Its blocks are found by structure.
+        Its blocks are found by structure. It stays in the mode, training or eval, that it is in.
     prepare
         From a list of inputs (PIL images or strings) to the keyword arguments of `module`.
     kind
@@ -89,8 +102,10 @@ def wrap(
     """
     towers = find_towers(module)
     guess: Literal["image", "text"] = "image" if any(t.name == "vision" for t in towers) else "text"
-    body = getattr(module, "base_model", module)
-    return Model(type(module).__name__, module.eval(), body, towers, kind or guess, None, prepare)
+    # transformers' models name what lies under their heads; elsewhere base_model may mean anything.
+    body = module.base_model if hasattr(module, "base_model_prefix") else module
+    assert isinstance(body, nn.Module)
+    return Model(type(module).__name__, module, body, towers, kind or guess, None, prepare)
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,8 @@ class ImageTransform:
 
     def __call__(self, image: Any) -> torch.Tensor:
         """Return pixel values [channels, height, width]."""
-        values = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        # Many processors take grey, palette and transparent images for what they are not.
+        values = self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
         return torch.as_tensor(values)[0]
 
 
@@ -125,23 +141,24 @@ def stack_images(images: list[torch.Tensor]) -> Batch:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """Strings to token ids, mask and positions, by a Hugging Face tokenizer."""
+    """Strings to token ids and mask, by a Hugging Face tokenizer."""
 
     tokenizer: Any
-    positions: bool
-    """Whether the model takes `position_ids`."""
-    context: int
+    context: float
     """The longest prompt that the model takes, in tokens."""
 
     def __call__(self, texts: list[str]) -> Batch:
-        """Pad to the longest; positions count real tokens only, on whichever side the padding is.
+        """Pad on the right to the longest, whichever side the tokenizer pads for generation.
+
+        There every text stands at the positions that it has alone, in every model. On the left it
+        does not: RoBERTa counts positions from its padding id, and RWKV has no attention mask.
 
         Raises
         ------
         ValueError
             For an empty text, or one that is longer than the model's context.
         """
-        batch = self.tokenizer(texts, padding=True, return_tensors="pt")
+        batch = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         ids, mask = batch["input_ids"], batch["attention_mask"]
         for text, length in zip(texts, mask.sum(1).tolist(), strict=True):
             if not length:
@@ -151,30 +168,29 @@ class Tokenize:
                     f"the text {text[:40]!r}... has {length} tokens; the model takes {self.context}"
                 )
                 raise ValueError(msg)
-        out = {"input_ids": ids, "attention_mask": mask}
-        if self.positions:
-            out["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        return out
+        return {"input_ids": ids, "attention_mask": mask}
 
 
 def text_collate(tokenizer: Any, body: nn.Module) -> Tokenize:
     """Set a tokenizer up for batches of `body`."""
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masked, so any id will do
-    context = getattr(getattr(body, "config", None), "max_position_embeddings", None)
-    return Tokenize(tokenizer, "position_ids" in _parameters(body), context or 10**9)
+        # Masked, so any id will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    context = getattr(getattr(body, "config", None), "max_position_embeddings", None) or -1
+    return Tokenize(tokenizer, context if context > 0 else inf)  # XLNet has none and says -1
 
 
 def describe(model: Model) -> str:
     """List the sites with shape, token roles and default pool, from one example run."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    sites = [site for tower in model.towers for site in tower.sites()]
-    handles = [_shape_hook(site, shapes) for site in sites]
-    try:
+    shapes: dict[str, str] = {}
+
+    def note(name: str, hidden: torch.Tensor) -> None:
+        shapes[name] = " x ".join(map(str, hidden.shape[1:]))
+
+    with ExitStack() as hooks:
+        for site in (site for tower in model.towers for site in tower.sites()):
+            hooks.callback(site.watch(partial(note, site.name)).remove)
         model.forward(model.prepare([_example(model.kind)]))
-    finally:
-        for handle in handles:
-            handle.remove()
     lines = [f"{model.name}: {model.kind} in, {str(model.dtype).removeprefix('torch.')}"]
     for tower in model.towers:
         prefix = [f"{tower.prefix.count(r)} {r}" for r in dict.fromkeys(tower.prefix)]
@@ -184,10 +200,13 @@ def describe(model: Model) -> str:
         )
         lines.append(f"{'site':28}{'tokens x width':>18}   default pool")
         for site in tower.sites():
-            shape = (
-                " x ".join(map(str, shapes[site.name])) if site.name in shapes else "did not run"
-            )
+            shape = shapes.get(site.name, "did not run")
             lines.append(f"{site.name:28}{shape:>18}   {tower.default_pool}")
+        lines += [
+            f"no .{branch}: the blocks have no module that returns that branch"
+            for branch in ("attn", "mlp")
+            if branch not in tower.branches
+        ]
     return "\n".join(lines)
 
 
@@ -197,15 +216,3 @@ def _example(kind: str) -> Any:
     from PIL import Image
 
     return Image.new("RGB", (224, 224), "grey")
-
-
-def _shape_hook(site: Site, shapes: dict[str, tuple[int, ...]]) -> Any:
-    def note(hidden: Any) -> None:
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        shapes[site.name] = tuple(hidden.shape[1:])
-
-    if site.at == "output":
-        return site.module.register_forward_hook(lambda _m, _a, output: note(output))
-    return site.module.register_forward_pre_hook(
-        lambda _m, a, kw: note(a[0] if a else kw["hidden_states"]), with_kwargs=True
-    )

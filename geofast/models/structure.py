@@ -3,15 +3,24 @@
 A tower is a stack of residual blocks: the largest list of modules of one class that belongs to it.
 The residual stream before block 0 is the site `<tower>.embed`, after block i
 `<tower>.layers.<i>`, and `<tower>.norm` is what the final norm makes of the last one.
+
+`<tower>.layers.<i>.attn` and `.mlp` are what the block's attention and feed-forward modules
+return, as they return it. What the block does to it afterwards is not in it: DINOv2's LayerScale,
+the second norms of Gemma 2. What the module does itself is: BERT's attention adds the residual and
+norms the sum. Where the block has no such module, as OPT has no `.mlp`, there is no such site.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,25 @@ class Site:
     module: nn.Module
     at: str
     """`input` or `output` of `module`."""
+
+    def watch(self, read: Callable[[torch.Tensor], None]) -> RemovableHandle:
+        """Call `read` with the hidden states whenever a forward pass meets the site."""
+        if self.at == "output":
+            return self.module.register_forward_hook(
+                lambda _module, _args, output: read(self._tensor(output))
+            )
+        first = next(iter(inspect.signature(self.module.forward).parameters))
+        return self.module.register_forward_pre_hook(
+            lambda _module, args, kwargs: read(self._tensor(args[0] if args else kwargs[first])),
+            with_kwargs=True,
+        )
+
+    def _tensor(self, value: Any) -> torch.Tensor:
+        hidden = value[0] if isinstance(value, tuple | list) else value
+        if not isinstance(hidden, torch.Tensor):
+            msg = f"{self.name} is a {type(hidden).__name__} in this model, not a tensor"
+            raise ValueError(msg)
+        return hidden
 
 
 @dataclass(frozen=True)
@@ -40,6 +68,11 @@ class Tower:
     """Roles of the tokens that come before the patches: `cls`, `register`."""
     tokens: str
     """Role of all the others: `patch` in a vision tower, `text` in a text tower or LM."""
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Which of `attn` and `mlp` the first block has."""
+        return tuple(_branches(self.blocks[0]))
 
     @property
     def default_pool(self) -> str:
@@ -68,7 +101,7 @@ def find_towers(root: nn.Module) -> tuple[Tower, ...]:
         When no list of blocks is found; the message says what was looked for.
     """
     largest: dict[str, tuple[int, str, nn.Module]] = {}
-    for path, blocks in _block_lists(root):
+    for path, blocks in block_lists(root):
         name = _tower_name(root, path, blocks)
         size = sum(p.numel() for p in blocks.parameters())
         if name not in largest or size > largest[name][0]:
@@ -77,7 +110,7 @@ def find_towers(root: nn.Module) -> tuple[Tower, ...]:
         msg = (
             f"no residual blocks found in {type(root).__name__}: looked for a ModuleList or "
             "Sequential of two or more modules of one class, each with submodules that hold "
-            "parameters. Name the sites by hand: sites={'lm.layers.0': module, ...}"
+            "parameters. Put the blocks of a model of your own into a ModuleList"
         )
         raise ValueError(msg)
     return tuple(_tower(root, name, path, blocks) for name, (_, path, blocks) in largest.items())
@@ -123,12 +156,15 @@ def _matches(name: str, pattern: str) -> bool:
 def _ranges(towers: Sequence[Tower]) -> str:
     def of(t: Tower) -> str:
         layers = f"{t.name}.layers.0 to .{len(t.blocks) - 1}"
+        if t.branches:
+            layers += f" (each also {' and '.join('.' + branch for branch in t.branches)})"
         return ", ".join([f"{t.name}.embed", layers] + ([f"{t.name}.norm"] if t.norm else []))
 
     return "; ".join(of(t) for t in towers)
 
 
-def _block_lists(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def block_lists(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every outermost list of blocks in `root`, with its path."""
     inside: tuple[str, ...] = ()
     for path, module in root.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or path.startswith(inside or "\0"):
@@ -152,16 +188,27 @@ def _tower_name(root: nn.Module, path: str, blocks: nn.Module) -> str:
         return "text"
     if "language" not in path.lower() and _reads_pixels(root):
         return "vision"
-    # transformers marks its attention modules; a decoder of any other make has to be a text tower.
-    causal = any(getattr(m, "is_causal", False) for m in blocks.modules())
-    return "lm" if causal else "text"
+    return "lm" if _is_causal(root, blocks) else "text"
+
+
+def _is_causal(root: nn.Module, blocks: nn.Module) -> bool:
+    # Most attention modules of transformers say it. Those of Bloom and MPT do not, and Mamba has
+    # none: there the class does, or the checkpoint's. Any other model has a text tower.
+    if any(getattr(m, "is_causal", False) for m in blocks.modules()):
+        return True
+    of_checkpoint = getattr(getattr(root, "config", None), "architectures", None) or []
+    names = (type(root).__name__, *of_checkpoint)
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
 def _reads_pixels(root: nn.Module) -> bool:
     main = getattr(root, "main_input_name", None)
     if main is not None:
         return bool(main == "pixel_values")
-    return not any(isinstance(m, nn.Embedding) for m in root.modules())
+    # Tokens are looked up in an Embedding; but positions may be too, where a convolution cuts
+    # patches.
+    kinds = {type(m) for m in root.modules()}
+    return nn.Conv2d in kinds or nn.Embedding not in kinds
 
 
 def _tower(root: nn.Module, name: str, path: str, blocks: nn.Module) -> Tower:
@@ -171,7 +218,9 @@ def _tower(root: nn.Module, name: str, path: str, blocks: nn.Module) -> Tower:
     prefix = _prefix(around[-2] if len(around) > 1 else around[0]) if name == "vision" else ()
     norm = next((n for m in reversed(around[-2:]) if (n := _final_norm(m)) is not None), None)
     tokens = "patch" if name == "vision" else "text"
-    return Tower(name, path, tuple(blocks.children()), norm, prefix, tokens)
+    # Not children(): it leaves out a block that comes again, and the numbers would shift.
+    assert isinstance(blocks, nn.ModuleList | nn.Sequential)
+    return Tower(name, path, tuple(blocks), norm, prefix, tokens)
 
 
 def _prefix(tower: nn.Module) -> tuple[str, ...]:
@@ -198,10 +247,14 @@ def _final_norm(around: nn.Module) -> nn.Module | None:
 def _branches(block: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in block.named_children():
-        if isinstance(module, nn.LayerNorm) or "norm" in name.lower():
+        name = name.lower()
+        if "norm" in name + type(module).__name__.lower():
             continue
-        if "attn" in name.lower() or "attention" in name.lower():
+        # Bloom's modules take the residual and add it: theirs is the stream, not a branch of it.
+        if "residual" in inspect.signature(module.forward).parameters:
+            continue
+        if "attn" in name or "attention" in name:
             found.setdefault("attn", module)
-        elif "mlp" in name.lower() or "feed_forward" in name.lower() or name == "output":
+        elif "mlp" in name or "feed_forward" in name:
             found.setdefault("mlp", module)
     return found

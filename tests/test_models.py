@@ -371,7 +371,7 @@ def pickled(folder):
 
 def widen(folder):
     change(folder, '"hidden_size": 32', '"hidden_size": 64')
-    return r"weights of .* is \[\d+(, 32)?\] in the file and \[\d+(, 64)?\] by config.json"
+    return r"lm_head.weight is \[100, 32\] in the file and \[100, 64\] by config.json"
 
 
 def deepen(folder):

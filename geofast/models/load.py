@@ -119,7 +119,7 @@ def _weights(loader: Any, source: str, config: Any, dtype: Any) -> nn.Module:
     module, info = loader.from_pretrained(
         source, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
     )
-    for key, found, expected in info["mismatched_keys"]:
+    for key, found, expected in sorted(info["mismatched_keys"]):
         msg = f"{key} is {list(found)} in the file and {list(expected)} by config.json"
         raise ValueError(msg)
     inside = tuple(f".{path}." for path, _ in block_lists(module))

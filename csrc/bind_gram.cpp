@@ -45,15 +45,18 @@ void gram(py::handle x_, py::handle shift_, py::handle z_, py::handle order_, py
     GEOFAST_SELECT(isa, gram)(job);
 }
 
-void training_matrix(py::handle total_, py::handle held_, py::handle alpha_, py::handle out_, const char* isa_) {
+void training_matrix(py::handle total_, py::handle held_, py::handle sets_, py::handle alpha_, py::handle out_,
+                     const char* isa_) {
     const Isa isa = isa_from_name(isa_);
-    const TensorView total("total", total_), held("held", held_), alpha("alpha", alpha_), out("out", out_);
+    const TensorView total("total", total_), held("held", held_), sets("sets", sets_), alpha("alpha", alpha_),
+        out("out", out_);
     TrainingJob job{};
     job.total = checked<double>(total, kFloat64, {-1, -1});
     job.p = total.size(0);
     if (total.size(1) != job.p) total.fail("must be square");
     job.held = checked<double>(held, kFloat64, {-1, job.p, job.p});
-    job.m = held.size(0);
+    job.sets = checked_indices("sets", sets, held.size(0));
+    job.m = sets.size(0);
     job.alpha = checked<double>(alpha, kFloat64, {job.m});
     job.out_is_float = checked_is_float(out);
     job.out = checked<void>(out, out.dtype(), {job.m, -1, -1});
@@ -64,9 +67,9 @@ void training_matrix(py::handle total_, py::handle held_, py::handle alpha_, py:
                  " wide and must also hold the column of ones");
     for (int64_t m = 0; m < job.m; ++m) {
         const int64_t ones = job.d * job.p + job.d;
-        const double rows = job.total[ones] - job.held[m * job.p * job.p + ones];
+        const double rows = job.total[ones] - job.held[job.sets[m] * job.p * job.p + ones];
         if (!(rows > 0))
-            throw std::invalid_argument("held[" + std::to_string(m) + "] leaves " + std::to_string(rows) +
+            throw std::invalid_argument("held[" + std::to_string(job.sets[m]) + "] leaves " + std::to_string(rows) +
                                         " rows to train on; held must be a part of total");
     }
     py::gil_scoped_release release;
@@ -78,8 +81,8 @@ void training_matrix(py::handle total_, py::handle held_, py::handle alpha_, py:
 void bind_gram(py::module_& m) {
     m.def("gram", gram, py::arg("x"), py::arg("shift"), py::arg("z"), py::arg("order"), py::arg("offsets"),
           py::arg("out"), py::kw_only(), py::arg("products") = "float64", py::arg("isa") = py::none());
-    m.def("training_matrix", training_matrix, py::arg("total"), py::arg("held"), py::arg("alpha"), py::arg("out"),
-          py::kw_only(), py::arg("isa") = py::none());
+    m.def("training_matrix", training_matrix, py::arg("total"), py::arg("held"), py::arg("sets"), py::arg("alpha"),
+          py::arg("out"), py::kw_only(), py::arg("isa") = py::none());
 }
 
 }  // namespace geofast

@@ -321,7 +321,7 @@ namespace {
 template <class T>
 void training_row(const TrainingJob& job, int64_t m, int64_t i, T* out) {
     const int64_t d = job.d, p = job.p;
-    const double *total = job.total, *held = job.held + m * p * p, *total_sums = total + d * p,
+    const double *total = job.total, *held = job.held + job.sets[m] * p * p, *total_sums = total + d * p,
                  *held_sums = held + d * p;
     const double n = total_sums[d] - held_sums[d], mean = (total_sums[i] - held_sums[i]) / n;
     const double *all = total + i * p, *out_of = held + i * p;

@@ -22,7 +22,8 @@ struct GramJob {
 
 struct TrainingJob {
     const double* total;  // [p, p]
-    const double* held;   // [m, p, p]
+    const double* held;   // [folds, p, p]
+    const int64_t* sets;  // [m], which of held each matrix leaves out
     const double* alpha;  // [m]
     int64_t m, d, p;
     void* out;  // [m, d, d], lower triangle

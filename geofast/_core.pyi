@@ -39,7 +39,13 @@ def gram(
     isa: str | None = None,
 ) -> None: ...
 def training_matrix(
-    total: Tensor, held: Tensor, alpha: Tensor, out: Tensor, *, isa: str | None = None
+    total: Tensor,
+    held: Tensor,
+    sets: Tensor,
+    alpha: Tensor,
+    out: Tensor,
+    *,
+    isa: str | None = None,
 ) -> None: ...
 def cholesky(a: Tensor, info: Tensor, *, isa: str | None = None) -> None: ...
 def solve_lower(l: Tensor, b: Tensor, transpose: bool, *, isa: str | None = None) -> None: ...

@@ -139,24 +139,30 @@ def gram(
 
 
 def training_matrix(
-    total: torch.Tensor, held: torch.Tensor, alpha: torch.Tensor, out: torch.Tensor
+    total: torch.Tensor,
+    held: torch.Tensor,
+    sets: torch.Tensor,
+    alpha: torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
-    """Write out[m] = A - s s' / n + alpha[m] I for the rows that held[m] leaves, lower triangle.
+    """Write out[m] = A - s s' / n + alpha[m] I for the rows that held[sets[m]] leaves, lower part.
 
     A, s and n are the products of x, its sums and the count: the leading block, row `dim` and the
-    corner at [dim, dim] of total - held[m], where z begins with a column of ones.
+    corner at [dim, dim] of total - held[sets[m]], where z begins with a column of ones.
 
     Parameters
     ----------
     total, held
-        float64 [p, p] and [m, p, p], as `gram` writes them.
+        float64 [p, p] and [folds, p, p], as `gram` writes them.
+    sets
+        int64 [m]: which part of `held` each matrix leaves out.
     alpha
         float64 [m].
     out
         [m, dim, dim], float32 or float64; the upper triangle is left alone.
     """
     d = out.shape[-1]
-    part = total - held
+    part = total - held[sets]
     n, sums = part[:, d, d], part[:, d, :d]
     a = part[:, :d, :d] - sums[:, :, None] * (sums / n[:, None])[:, None]
     a += alpha[:, None, None] * torch.eye(d, dtype=a.dtype, device=a.device)

@@ -203,8 +203,10 @@ def test_training_matrix(dtype: torch.dtype, d: int, isa: str) -> None:
     total, alpha = cells.sum(0), torch.tensor([0.1, 1.0, 1e4], dtype=torch.float64)
     got = torch.full((3, d, d), SENTINEL, dtype=dtype)
     want = got.clone()
-    _core.training_matrix(total, cells, alpha, got, isa=isa)
-    _reference.training_matrix(total, cells, alpha, want)
+    sets = torch.tensor([2, 1, 0])
+    _core.training_matrix(total, cells, sets, alpha.flip(0), got, isa=isa)
+    _reference.training_matrix(total, cells, sets, alpha.flip(0), want)
+    got, want = got.flip(0), want.flip(0)
     assert scaled_error(got.double().tril(), want.double().tril()) < 2 * torch.finfo(dtype).eps
     assert torch.equal(got.triu(1), want.triu(1))
     # And it is what it says: the rows that are left, about their own mean.
@@ -264,17 +266,20 @@ def test_bad_training_sets_are_named() -> None:
     total = torch.eye(6, dtype=torch.float64) * 10
     held = torch.eye(6, dtype=torch.float64).repeat(2, 1, 1)
     alpha, out = torch.ones(2, dtype=torch.float64), torch.zeros(2, 4, 4)
-    _core.training_matrix(total, held, alpha, out)
+    sets = torch.arange(2)
+    _core.training_matrix(total, held, sets, alpha, out)
     for name, value, message in [
         ("total", total[:5], "total must be square"),
         ("held", held[:, :5], "held has shape"),
         ("held", torch.stack([held[0], total]), r"held\[1\] leaves 0.0* rows"),
+        ("sets", sets.int(), "sets is int32"),
         ("alpha", alpha[:1], "alpha has shape"),
         ("out", out.half(), "out is float16"),
         ("out", torch.zeros(2, 4, 3), "out must hold square"),
         ("out", torch.zeros(2, 6, 6), "out has matrices of width 6"),
     ]:
         with pytest.raises(ValueError, match=message):
-            _core.training_matrix(
-                **{"total": total, "held": held, "alpha": alpha, "out": out, name: value}
-            )
+            given = {"total": total, "held": held, "sets": sets, "alpha": alpha, "out": out}
+            _core.training_matrix(**(given | {name: value}))
+    with pytest.raises(IndexError, match=r"sets\[1\] is 2"):
+        _core.training_matrix(total, held, torch.tensor([0, 2]), alpha, out)

@@ -7,25 +7,36 @@ from dataclasses import dataclass
 import torch
 
 from .. import _ops
-from .training import Training, apply_inverse, subset
+from .lanczos import Lanczos, lanczos
+from .training import SMALL, Training, apply_inverse, subset
 
 _STEPS = 10  # Lanczos steps: a neighbouring alpha is exact to 1e-8, one three decades off to 10 %
 _PROBES = 6  # random sign vectors for the trace
-_TIE = 1e-3  # closer than this, plus 4 standard errors of the ratio: exact traces decide
+_TIE = 1e-3  # closer than this and the errors of the estimate: exact traces decide
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Where moving each pole to the minimum of its own curve came to rest."""
+class Minimum:
+    """Where the GCV curve of each training set is least, as far as the estimate goes."""
 
     pole: torch.Tensor  # [M]
     factor: torch.Tensor  # [M, d, d], at the pole
     curve: torch.Tensor  # [M, A]
-    noise: torch.Tensor  # [M, A]: standard error of curve / curve at the pole
+    margin: torch.Tensor  # [M, A]: how far curve / curve at the pole may be off
+
+    def factor_at(
+        self, train: Training, alphas: torch.Tensor, a: int, sets: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the factors of training `sets` at alpha number `a`, made if they must be."""
+        if bool((self.pole[sets] == a).all()):
+            return self.factor if len(sets) == len(self.factor) else self.factor[sets]
+        return subset(train, sets).factor(alphas[a].repeat(len(sets)), self.factor.dtype)
 
 
-def walk_gcv(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Walk:
-    """Move each pole to the minimum of its own GCV curve."""
+def least_gcv(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Minimum:
+    """Find the minimum of each GCV curve."""
+    if train.dim <= SMALL:
+        return _exact(train, alphas, dtype)
     pole = torch.full((len(train.n),), len(alphas) // 2)
     if len(pole) > 1:
         # One training set shows where the others' minimum will be: most then need one factor.
@@ -34,120 +45,116 @@ def walk_gcv(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Walk:
     return _walk(train, alphas, dtype, pole)
 
 
-def _walk(train: Training, alphas: torch.Tensor, dtype: torch.dtype, pole: torch.Tensor) -> Walk:
-    m, held, pole = len(pole), train.stats.held, pole.clone()
+def settle_ties(
+    train: Training, alphas: torch.Tensor, start: Minimum
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the index of the alpha of least GCV [M], and the factors there [M, d, d].
+
+    Wherever the estimate leaves another alpha a chance, exact traces decide.
+    """
+    m = len(start.pole)
+    at_pole = start.curve[torch.arange(m), start.pole][:, None]
+    close = start.curve < at_pole * (1.0 + start.margin)
+    close[torch.arange(m), start.pole] = False
+    contest = close.any(1)
+    close[torch.arange(m), start.pole] = contest
+    pole, factor = start.pole.clone(), start.factor
+    if not bool(contest.any()):
+        return pole, factor
+    factor, least = factor.clone(), torch.full((m,), torch.inf, dtype=torch.float64)
+    for a in close.any(0).nonzero()[:, 0].tolist():
+        sets = close[:, a].nonzero()[:, 0]
+        at = start.factor_at(train, alphas, a, sets)
+        value = _exact_at(subset(train, sets), alphas[a], at)
+        better = value < least[sets]
+        won = sets[better]
+        least[won], pole[won], factor[won] = value[better], a, at[better]
+    return pole, factor
+
+
+def _exact(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Minimum:
+    m = len(train.n)
+    a = train.matrix(torch.zeros(m, dtype=torch.float64), torch.float64)
+    values, vectors = torch.linalg.eigh(a)
+    values = values.clamp_min(0)[:, None]
+    rotated = (train.b @ vectors).square()  # [M, k, d]
+    inverse = 1.0 / (values + alphas[:, None])  # [M, A, d]
+    explained = torch.einsum("mkd,mad->mka", rotated, inverse * (1.0 + alphas[:, None] * inverse))
+    curve = _gcv_value(train, train.yy[..., None] - explained, (values * inverse).sum(-1))
+    pole = curve.argmin(1)
+    return Minimum(pole, train.factor(alphas[pole], dtype), curve, torch.zeros_like(curve))
+
+
+def _walk(train: Training, alphas: torch.Tensor, dtype: torch.dtype, pole: torch.Tensor) -> Minimum:
+    """Move each pole to the minimum of its own curve, where the quadrature is exact."""
+    m, pole = len(pole), pole.clone()
     signs = torch.randint(0, 2, (_PROBES, train.dim), generator=torch.Generator().manual_seed(0))
     signs = (2.0 * signs - 1.0).to(dtype)
     curve = torch.empty(m, len(alphas), dtype=torch.float64)
-    noise = torch.empty_like(curve)
+    margin = torch.empty_like(curve)
     visited = torch.zeros(m, len(alphas), dtype=torch.bool)
     todo = torch.arange(m)
     factor = torch.empty(0)
     while len(todo):
+        part = subset(train, todo)
+        made = part.factor(alphas[pole[todo]], dtype)
         if len(todo) == m:  # no copy of the largest tensors
-            factor = part = train.factor(held, alphas[pole], dtype)
+            factor = made
         else:
-            factor[todo] = part = train.factor(held[todo], alphas[pole[todo]], dtype)
-        start = torch.cat([train.b[todo].to(dtype), signs.expand(len(todo), -1, -1)], 1)
-        curve[todo], noise[todo] = _gcv(
-            train, todo, alphas, alphas[pole[todo]], _lanczos(part, start)
-        )
+            factor[todo] = made
+        start = torch.cat([part.b.to(dtype), signs.expand(len(todo), -1, -1)], 1)
+        krylov = lanczos(made, start, _STEPS, keep=False)
+        curve[todo], margin[todo] = _estimate(part, alphas, pole[todo], krylov)
         visited[todo, pole[todo]] = True
         best = curve[todo].argmin(1)
         moves = ~visited[todo, best]
         todo = todo[moves]
         pole[todo] = best[moves]
-    return Walk(pole, factor, curve, noise)
+    return Minimum(pole, factor, curve, margin)
 
 
-def settle_ties(
-    train: Training, alphas: torch.Tensor, walk: Walk
+def _estimate(
+    part: Training, alphas: torch.Tensor, pole: torch.Tensor, krylov: Lanczos
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the index of the alpha of least GCV [M], and the factors there [M, d, d].
+    """GCV at all alphas [M, A], and how far its ratio to the value at the pole may be off.
 
-    Where a second alpha is too close for the estimated trace, compare exact ones.
+    The margin is the tie's, six standard errors of the random trace, and four times what the last
+    two Lanczos steps changed.
     """
-    pole, factor = walk.pole, walk.factor
-    sets = torch.arange(len(pole))
-    gap = walk.curve / walk.curve[sets, pole][:, None] - 1.0
-    gap[sets, pole] = torch.inf
-    rival = gap.argmin(1)
-    close = (gap[sets, rival] < _TIE + 4.0 * walk.noise[sets, rival]).nonzero()[:, 0]
-    if not len(close):
-        return pole, factor
-    ops = _ops.backend(factor.device)
-    other = train.factor(train.stats.held[close], alphas[rival[close]], factor.dtype)
-    exact = []
-    for index, at in ((pole[close], factor[close]), (rival[close], other)):
-        trace = torch.empty(len(close), dtype=torch.float64)
-        ops.inverse_trace(at, trace)
-        w = apply_inverse(at, train.b[close])
-        alpha = alphas[index]
-        rss = train.yy[close] - (w * train.b[close]).sum(-1) - alpha[:, None] * (w * w).sum(-1)
-        exact.append(_gcv_value(train, close, rss, train.dim - alpha * trace))
-    better = exact[1] < exact[0]
-    pole[close[better]] = rival[close[better]]
-    factor[close[better]] = other[better]
-    return pole, factor
+    curve, noise = _quadrature(part, alphas, pole, krylov, _STEPS)
+    before, _ = _quadrature(part, alphas, pole, krylov, _STEPS - 2)
+    return curve, _TIE + 6.0 * noise + 4.0 * (curve / before - 1.0).abs()
 
 
-def _lanczos(factor: torch.Tensor, start: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gauss quadrature of (L L')^-1 for each start vector.
-
-    `factor` [M, d, d], `start` [M, r, d]; returns nodes and weights, float64 [M, r, steps]; the
-    weights add up to |start|^2. No reorthogonalisation: a repeated node shares its weight.
-    """
-    ops = _ops.backend(factor.device)
-    norm = start.norm(dim=-1, keepdim=True)
-    v = start / norm.clamp_min(torch.finfo(start.dtype).tiny)
-    before, beta = torch.zeros_like(v), torch.zeros_like(norm)
-    t = torch.zeros(*start.shape[:2], _STEPS, _STEPS, dtype=torch.float64)
-    for j in range(_STEPS):
-        u = v.clone()
-        ops.solve_lower(factor, u, False)
-        diagonal = u.square().sum(-1, keepdim=True)
-        ops.solve_lower(factor, u, True)
-        u -= diagonal * v + beta * before
-        beta = u.norm(dim=-1, keepdim=True)
-        # An invariant subspace ends the recurrence: the rest decouples with no weight.
-        beta = torch.where(beta > 1e-6 * diagonal, beta, 0.0)
-        before, v = v, torch.where(beta > 0, u / beta.clamp_min(torch.finfo(u.dtype).tiny), 0.0)
-        t[..., j, j] = diagonal[..., 0]
-        if j + 1 < _STEPS:
-            t[..., j + 1, j] = beta[..., 0]
-    nodes, vectors = torch.linalg.eigh(t)
-    return nodes, vectors[..., 0, :].square() * norm.double().square()
-
-
-def _gcv(
-    train: Training,
-    sets: torch.Tensor,
-    alphas: torch.Tensor,
-    pole: torch.Tensor,
-    quadrature: tuple[torch.Tensor, torch.Tensor],
+def _quadrature(
+    part: Training, alphas: torch.Tensor, pole: torch.Tensor, krylov: Lanczos, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GCV of training `sets` at all alphas, and the standard error of its ratio to the pole's."""
-    nodes, weights = (q[:, :, None] for q in quadrature)  # [M, r, 1, steps]
+    """GCV at all alphas, and the standard error of its ratio to the value at the pole."""
+    nodes, weights = (q[:, :, None] for q in krylov.quadrature(steps))  # [M, r, 1, steps]
     nodes = nodes.clamp_min(0)
-    away = (alphas - pole[:, None])[:, None, :, None]
-    inverse = nodes / (1.0 + away * nodes).clamp_min(
-        1e-12
-    )  # of lambda + alpha, where 1/node = lambda + pole
+    away = (alphas - alphas[pole][:, None])[:, None, :, None]
+    # 1 / (lambda + alpha), where 1 / node = lambda + pole
+    inverse = nodes / (1.0 + away * nodes).clamp_min(1e-12)
     first, second = (weights * inverse).sum(-1), (weights * inverse.square()).sum(-1)
-    k = train.yy.shape[1]
-    rss = train.yy[sets][..., None] - first[:, :k] - alphas * second[:, :k]
-    df = train.dim - alphas * first[:, k:]  # [M, probes, A]
-    curve = _gcv_value(train, sets, rss, df.mean(1))
-    free = torch.log(train.n[sets][:, None, None] - 1.0 - df)
-    at = (pole[:, None] - alphas).abs().argmin(1)
-    ratio = free - free.take_along_dim(at[:, None, None], 2)
-    return curve, 2.0 * ratio.std(1) / _PROBES**0.5
+    k = part.yy.shape[1]
+    rss = part.yy[..., None] - first[:, :k] - alphas * second[:, :k]
+    df = part.dim - alphas * first[:, k:]  # [M, probes, A]
+    free = torch.log(part.n[:, None, None] - 1.0 - df)
+    ratio = free - free.take_along_dim(pole[:, None, None], 2)
+    return _gcv_value(part, rss, df.mean(1)), 2.0 * ratio.std(1) / _PROBES**0.5
 
 
-def _gcv_value(
-    train: Training, sets: torch.Tensor, rss: torch.Tensor, df: torch.Tensor
-) -> torch.Tensor:
+def _exact_at(part: Training, alpha: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """GCV of each training set at one alpha, by the trace of the inverse: [M]."""
+    trace = torch.empty(len(factor), dtype=torch.float64)
+    _ops.backend(factor.device).inverse_trace(factor, trace)
+    w = apply_inverse(factor, part.b)
+    rss = part.yy - (w * part.b).sum(-1) - alpha * (w * w).sum(-1)
+    return _gcv_value(part, rss, part.dim - alpha * trace)
+
+
+def _gcv_value(part: Training, rss: torch.Tensor, df: torch.Tensor) -> torch.Tensor:
     """Return n RSS / (n - 1 - df)^2, RSS summed over targets; `rss` [M, k, ...], `df` [M, ...]."""
-    n = train.n[sets].reshape(-1, *[1] * (df.ndim - 1))
+    n = part.n.reshape(-1, *[1] * (df.ndim - 1))
     free = (n - 1.0 - df).clamp_min(1e-9 * n)
     return n * rss.sum(1).clamp_min(0) / free.square()

@@ -51,6 +51,7 @@ def inner_at(train: Training, alpha: torch.Tensor) -> torch.Tensor:
 
 def path(train: Training, alphas: torch.Tensor) -> torch.Tensor:
     """Solutions of one training set at every alpha, by one float64 factor each: [A, k, d]."""
-    many = train.stats.held.expand(len(alphas), -1, -1).contiguous()
-    factor = train.factor(many, alphas, torch.float64)
+    factor = replace(train, sets=train.sets.expand(len(alphas)).contiguous()).factor(
+        alphas, torch.float64
+    )
     return apply_inverse(factor, train.b.expand(len(alphas), -1, -1))

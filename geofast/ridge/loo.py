@@ -1,74 +1,180 @@
-"""The penalty of least exact leave-one-out error."""
+"""The penalty of least exact leave-one-out error: branch and bound over the grid.
+
+The leverage of row i, h = sum_j c_j / (l_j + alpha) with c_j >= 0, is a Stieltjes function of
+alpha, so 1/h is concave: beyond two alphas where it is known, the line through them bounds it from
+above, and h from below. With the training errors e, which are cheap at any alpha, that bounds the
+leave-one-out error, the mean of e^2 / (1 - h)^2, from below. Leverages, the dear part, are computed
+at the minimum, at one neighbour, and wherever the bound leaves a chance.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import torch
 
 from .. import _ops
-from .gcv import Walk
+from .gcv import Minimum
+from .lanczos import lanczos
 from .refine import refine, training_errors
 from .training import Training, TrainingRows, subset
 
+_STEPS = 16  # Lanczos steps for the errors at other alphas; what they lack widens the bound
+_CHUNKS = 8  # parts in which the rows of an alpha that may be out are taken
+_SLACK = 1e-4  # relative error allowed for a leverage from a float32 factor
+
 
 def select_loo(
-    train: Training, alphas: torch.Tensor, rows: TrainingRows, start: Walk
+    train: Training, alphas: torch.Tensor, rows: TrainingRows, start: Minimum
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Walk from the minimum of GCV to that of the exact leave-one-out error.
+    """Find the minimum of the exact leave-one-out error over all alphas.
 
     Returns the index of its alpha [M] and, refined there, w [M, k, d] and projections [n, M, k].
     """
-    best, last = start.pole, len(alphas) - 1
-    curve = torch.full((len(best), len(alphas)), torch.inf, dtype=torch.float64)
+    pole = alphas[start.pole]
+    krylov = lanczos(start.factor, train.b.to(start.factor.dtype), _STEPS, keep=True)
+    guesses = krylov.solve(alphas - pole[:, None])
+    curves = [
+        _Curve(subset(train, slice(i, i + 1)), rows, i, alphas, guesses[i], start)
+        for i in range(len(pole))
+    ]
+    best = [int(p) for p in start.pole]
     solutions: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-    while True:
-        # The minimum and its neighbours must all be known.
-        near = {(a, i) for i, b in enumerate(best.tolist()) for a in (b - 1, b, b + 1)}
-        unknown = [(a, i) for a, i in near if 0 <= a <= last and torch.isinf(curve[i, a])]
-        if not unknown:
-            found = [solutions[a, i] for i, a in enumerate(best.tolist())]
-            return best, torch.stack([w for w, _ in found]), torch.stack([p for _, p in found], 1)
-
-        def factored(key: tuple[int, int]) -> tuple[int, bool]:
-            return key[0], int(start.pole[key[1]]) == key[0]
-
-        for (a, known), group in itertools.groupby(sorted(unknown, key=factored), factored):
-            sets = torch.tensor(sorted(i for _, i in group))
+    wanted = set(zip(best, range(len(best)), strict=True))
+    while wanted:
+        for a, sets in _by_alpha(wanted):
             alpha = alphas[a].repeat(len(sets))
             part = subset(train, sets)
-            if known:
-                factor = start.factor if part is train else start.factor[sets]
-            else:
-                factor = part.factor(part.stats.held, alpha, start.factor.dtype)
-            curve[sets, a], w, projected = _loo(part, rows, sets, factor, alpha)
+            factor = start.factor_at(train, alphas, a, sets)
+            w, projected = refine(part, factor, alpha, rows, sets)
+            assert projected is not None
+            error = training_errors(part, rows, projected, rows.training[:, sets])
             for j, i in enumerate(sets.tolist()):
+                curves[i].add(a, factor[j], error[:, j])
                 solutions[a, i] = w[j], projected[:, j]
-        best = curve.argmin(1)
+        wanted = {(a, i) for i, curve in enumerate(curves) if (a := curve.next()) is not None}
+    best = [curve.best for curve in curves]
+    found = [solutions[a, i] for i, a in enumerate(best)]
+    return (
+        torch.tensor(best),
+        torch.stack([w for w, _ in found]),
+        torch.stack([p for _, p in found], 1),
+    )
 
 
-def _loo(
-    part: Training,
-    rows: TrainingRows,
-    sets: torch.Tensor,
-    factor: torch.Tensor,
-    alpha: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean squared leave-one-out error over rows and targets [m], with w and projections.
+def _by_alpha(wanted: Iterable[tuple[int, int]]) -> list[tuple[int, torch.Tensor]]:
+    groups = itertools.groupby(sorted(wanted), key=lambda pair: pair[0])
+    return [(a, torch.tensor([i for _, i in group])) for a, group in groups]
 
-    `part` holds the training `sets` [m] of all; `factor` [m, d, d] and `alpha` [m] are theirs.
-    """
-    ops = _ops.backend(factor.device)
-    training = rows.training[:, sets]
-    w, projected = refine(part, factor, alpha, rows, sets)
-    assert projected is not None
-    error = training_errors(part, rows, projected, training)
-    out = torch.empty(len(sets), dtype=torch.float64)
-    centers = part.stats.shift[: part.dim] + part.mean
-    for j in range(len(sets)):
-        who = training[:, j].nonzero()[:, 0]
-        leverage = torch.empty(len(who), dtype=torch.float64)
-        ops.leverage(factor[j], rows.x, centers[j], who, leverage)
-        free = 1.0 - leverage - 1.0 / part.n[j]
-        out[j] = (error[who, j] / free[:, None]).square().mean()
-    return out, w, projected
+
+class _Curve:
+    """The leave-one-out errors of one training set: exact at some alphas, bounded at the others."""
+
+    def __init__(
+        self,
+        part: Training,
+        rows: TrainingRows,
+        index: int,
+        alphas: torch.Tensor,
+        guesses: torch.Tensor,
+        start: Minimum,
+    ) -> None:
+        self.part, self.rows, self.alphas, self.gcv = part, rows, alphas, start.curve[index]
+        self.who = rows.training[:, index].nonzero()[:, 0]
+        self.values: dict[int, float] = {}
+        self.leverages: dict[int, torch.Tensor] = {}
+        self.errors, self.radius = self._errors(
+            guesses, start.factor[index : index + 1], alphas[start.pole[index]]
+        )
+        # Training errors, which grow with alpha, are the least that leave-one-out errors can be.
+        size = (self.errors.norm(dim=0) - self.radius).clamp_min(0)
+        self.floor = (size.square().mean(-1) / len(self.who)).cummax(0).values
+
+    @property
+    def best(self) -> int:
+        return min(self.values, key=self.values.__getitem__)
+
+    def add(self, a: int, factor: torch.Tensor, error: torch.Tensor) -> None:
+        """Find the exact value at alpha number `a`, or that it is not the least.
+
+        `error` [n, k] are the training errors. Rows that are likely to add most come first, so that
+        an alpha which is out shows it soon; the first two are finished, because bounds need them.
+        """
+        error = error[self.who]
+        least = self._least_leverage(a)
+        losses = self._losses(error, least)
+        order = (losses * least / (1.0 - least).clamp_min(1e-12)).argsort(descending=True)
+        center = self.part.stats.shift[: self.part.dim] + self.part.mean[0]
+        for rows in order.chunk(_CHUNKS if len(self.leverages) > 1 else 1):
+            self.floor[a] = losses.mean()
+            if self.values and self.floor[a] > self.values[self.best]:
+                return
+            leverage = torch.empty(len(rows), dtype=torch.float64)
+            _ops.backend(factor.device).leverage(
+                factor, self.rows.x, center, self.who[rows], leverage
+            )
+            least[rows] = leverage
+            losses[rows] = self._losses(error[rows], leverage)
+        self.values[a] = float(losses.mean())
+        self.leverages[a] = least
+
+    def _losses(self, error: torch.Tensor, leverage: torch.Tensor) -> torch.Tensor:
+        """Squared leave-one-out errors of rows, mean over targets."""
+        free = (1.0 - leverage - 1.0 / self.part.n).clamp_min(1e-12)
+        return (error / free[:, None]).square().mean(1)
+
+    def next(self) -> int | None:
+        """Return the nearest alpha that could still be the minimum, or None."""
+        for a in self._open():
+            self.floor[a] = torch.maximum(self.floor[a], self._bound(a))
+        best = self.best
+        return min(self._open(), key=lambda a: (abs(a - best), float(self.gcv[a])), default=None)
+
+    def _open(self) -> list[int]:
+        least = self.values[self.best]
+        return [
+            a for a in range(len(self.alphas)) if a not in self.values and self.floor[a] <= least
+        ]
+
+    def _errors(
+        self, guesses: torch.Tensor, factor: torch.Tensor, pole: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Errors [n', A, k] of near-solutions [A, k, d], and how far the solutions' are at most.
+
+        With r the residual of the normal equations and L the factor at the pole, the fits differ
+        by a square of at most r' (A + alpha I)^-1 r <= max(1, pole / alpha) |L^-1 r|^2.
+        """
+        count, k, d = guesses.shape
+        ops, shift = _ops.backend(self.rows.x.device), self.part.stats.shift[:d]
+        fit = torch.empty(len(self.who), count * k, dtype=torch.float64)
+        ops.project(self.rows.x, shift, guesses.reshape(-1, d), fit, rows=self.who)
+        y = self.rows.y[self.who]
+        error = ((y - y.mean(0))[:, None] - (fit - fit.mean(0)).view(-1, count, k)).contiguous()
+        residual = torch.empty(count * k, d, dtype=torch.float64)
+        ops.project_t(self.rows.x, shift, error.view(-1, count * k), residual, rows=self.who)
+        residual = residual.view_as(guesses) - self.alphas[:, None, None] * guesses
+        half = residual.view(1, -1, d).to(factor.dtype)
+        ops.solve_lower(factor, half, False)
+        stretch = (pole / self.alphas).clamp_min(1.0).sqrt()
+        return error, half.double().norm(dim=-1).view(count, k) * stretch[:, None]
+
+    def _bound(self, a: int) -> torch.Tensor:
+        """Return a lower bound of the leave-one-out error at alpha number `a`."""
+        weight = 1.0 / (1.0 - self._least_leverage(a) - 1.0 / self.part.n).clamp_min(1e-12)
+        size = (weight[:, None] * self.errors[:, a]).norm(dim=0) - weight.max() * self.radius[a]
+        return size.clamp_min(0).square().mean() / len(self.who)
+
+    def _least_leverage(self, a: int) -> torch.Tensor:
+        alpha, known = self.alphas[a], sorted(self.leverages)
+        below, above = [b for b in known if b < a], [b for b in known if b > a]
+        least = torch.zeros(len(self.who), dtype=torch.float64)
+        if above:  # leverages fall with alpha
+            least = self.leverages[above[0]] * (1.0 - _SLACK)
+        for pair in (below[-2:], above[:2]):
+            if len(pair) == 2:
+                one, two = (1.0 / self.leverages[b].clamp_min(1e-30) for b in pair)
+                t = (alpha - self.alphas[pair[0]]) / (self.alphas[pair[1]] - self.alphas[pair[0]])
+                line = one + t * (two - one) + _SLACK * (1.0 + t.abs()) * (one + two)
+                least = torch.maximum(least, 1.0 / line)
+        return least

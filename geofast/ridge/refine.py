@@ -89,6 +89,6 @@ def predict(
 def _apply_matrix(train: Training, w: torch.Tensor) -> torch.Tensor:
     """A w for each training set, from the lower triangles: [M, k, d]."""
     d = train.dim
-    part = train.stats.total[:d, :d] - train.stats.held[:, :d, :d]
+    part = train.stats.total[:d, :d] - train.stats.held[train.sets, :d, :d]
     full = w @ part + w @ part.mT - w * part.diagonal(dim1=1, dim2=2)[:, None]
     return full - train.n[:, None, None] * (w @ train.mean[..., None]) * train.mean[:, None]

@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 
 from ..gram import Gram, Totals, totals
-from .gcv import settle_ties, walk_gcv
+from .gcv import least_gcv, settle_ties
 from .inner import inner_at, inner_folds, path
 from .loo import select_loo
 from .refine import refine
 from .scores import score_held_out, score_rows, scores_on
 from .solution import ALPHAS, Select, Solution, penalties
-from .training import NotPositiveError, Training, TrainingRows, training_sets
+from .training import SMALL, NotPositiveError, Training, TrainingRows, training_sets
 from .wide import solve_wide, wide_scores
 
 
@@ -133,7 +133,9 @@ def _solve_rows(
 ) -> Solution:
     # The rows correct what float32 products do to the Gram; inner folds are scored on it alone.
     precise = inner or select == "folds"
-    tries = (("float64" if precise else "float32", torch.float32), ("float64", torch.float64))
+    tries = [("float64" if precise else "float32", torch.float32), ("float64", torch.float64)]
+    if rows.x.shape[1] <= SMALL:
+        tries = tries[1:]
     for products, dtype in tries:
         gram = Gram(rows.x.shape[1], k, rows.folds, products=products)
         gram.update(rows.x, rows.y, rows.fold.clamp_min(0))
@@ -153,7 +155,7 @@ def _solve_statistics(
     stats: Totals, k: int, alphas: Sequence[float], select: str, inner: bool, *, scored: bool
 ) -> Solution:
     train = training_sets(stats, k)
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64)[train.dim <= SMALL :]:
         try:
             return _solve_in(dtype, train, penalties(alphas), select, None, inner, scored)
         except NotPositiveError:
@@ -180,15 +182,15 @@ def _solve_in(
     if select == "folds":
         curve, table = inner_folds(train, alphas)
         chosen = curve.argmin(1)
-        factor = train.factor(train.stats.held, alphas[chosen], dtype)
+        factor = train.factor(alphas[chosen], dtype)
         w, projected = refine(train, factor, alphas[chosen], rows)
     elif select == "gcv":
-        chosen, factor = settle_ties(train, alphas, walk_gcv(train, alphas, dtype))
+        chosen, factor = settle_ties(train, alphas, least_gcv(train, alphas, dtype))
         w, projected = refine(train, factor, alphas[chosen], rows)
     else:
         if rows is None:
             raise ValueError("select='loo' needs the rows; from statistics use 'gcv' or 'folds'")
-        chosen, w, projected = select_loo(train, alphas, rows, walk_gcv(train, alphas, dtype))
+        chosen, w, projected = select_loo(train, alphas, rows, least_gcv(train, alphas, dtype))
     alpha = alphas[chosen]
     inner_r2 = None
     if inner:

@@ -9,6 +9,7 @@ import torch
 from .. import _ops
 from ..gram import Totals
 
+SMALL = 256  # up to so many features, float64 and whole spectra cost no more than the quick way
 _WIDE_ROWS = 1000  # up to here X X' takes a moment whatever the width
 
 
@@ -17,6 +18,7 @@ class Training:
     """Statistics of M training sets about their own means, all float64."""
 
     stats: Totals
+    sets: torch.Tensor  # int64 [M]: which part of stats.held each leaves out
     n: torch.Tensor  # [M]
     mean: torch.Tensor  # [M, d]
     y_mean: torch.Tensor  # [M, k]
@@ -27,15 +29,20 @@ class Training:
     def dim(self) -> int:
         return self.mean.shape[1]
 
-    def factor(self, held: torch.Tensor, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def factor(self, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Cholesky factors of A + alpha I, lower, [M, d, d]; raises NotPositiveError."""
-        ops = _ops.backend(held.device)
-        a = _ops.empty(len(held), self.dim, self.dim, dtype=dtype, device=held.device)
-        ops.training_matrix(self.stats.total, held, alpha, a)
-        info = torch.zeros(len(held), dtype=torch.int32)
-        ops.cholesky(a, info)
+        a = self.matrix(alpha, dtype)
+        info = torch.zeros(len(a), dtype=torch.int32)
+        _ops.backend(a.device).cholesky(a, info)
         if info.any():
             raise NotPositiveError
+        return a
+
+    def matrix(self, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A + alpha I, lower triangles, [M, d, d]."""
+        total, held = self.stats.total, self.stats.held
+        a = _ops.empty(len(alpha), self.dim, self.dim, dtype=dtype, device=total.device)
+        _ops.backend(total.device).training_matrix(total, held, self.sets, alpha, a)
         return a
 
 
@@ -58,7 +65,7 @@ def training_sets(stats: Totals, k: int) -> Training:
         part[:, 1:, d + 1 :].diagonal(dim1=1, dim2=2) + n[:, None] * stats.shift[d:] ** 2
     )
     refuse_constant(constant.any(0))
-    return Training(stats, n, mean, y_mean, b, yy)
+    return Training(stats, torch.arange(len(n)), n, mean, y_mean, b, yy)
 
 
 def refuse_constant(constant: torch.Tensor) -> None:
@@ -71,10 +78,8 @@ def refuse_constant(constant: torch.Tensor) -> None:
 
 
 def subset(train: Training, sets: torch.Tensor | slice) -> Training:
-    if isinstance(sets, torch.Tensor) and len(sets) == len(train.n):
-        return train  # all, ascending: no copy of the largest tensors
-    fields = {f: getattr(train, f)[sets] for f in ("n", "mean", "y_mean", "b", "yy")}
-    return replace(train, stats=replace(train.stats, held=train.stats.held[sets]), **fields)
+    fields = {f: getattr(train, f)[sets] for f in ("sets", "n", "mean", "y_mean", "b", "yy")}
+    return replace(train, **fields)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from sklearn.model_selection import check_cv
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from .ridge import ALPHAS, Solution, fit, fold_errors
+from .ridge.solution import penalties
 
 
 class RidgeCV(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[misc]
@@ -58,6 +59,7 @@ class RidgeCV(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[
         )  # fmt: skip
         x = torch.from_numpy(np.require(X, requirements=["C", "W"]))
         targets = torch.from_numpy(np.array(y, dtype=np.float64).reshape(len(y), -1))
+        penalties(self.alphas)  # refused before anything else
         columns = targets.split(1, dim=1) if self.alpha_per_target else [targets]
         # A constant target is no error to an estimator: its best ridge is its mean.
         found = [self._fit(x, column) for column in columns]

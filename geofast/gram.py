@@ -105,7 +105,7 @@ class Gram:
         mine, theirs = (self.dim, self.targets, self.cells), (other.dim, other.targets, other.cells)
         if mine != theirs:
             raise ValueError(f"cannot add Grams of (dim, targets, cells) {mine} and {theirs}")
-        both = Gram(*mine, products=self.products)
+        both = Gram(*mine, products=min(self.products, other.products))  # the coarser of the two
         if self.shift is None or other.shift is None:
             both.shift = other.shift if self.shift is None else self.shift
             both.matrix = self.matrix + other.matrix

@@ -278,8 +278,8 @@ def test_bad_training_sets_are_named() -> None:
         ("out", torch.zeros(2, 4, 3), "out must hold square"),
         ("out", torch.zeros(2, 6, 6), "out has matrices of width 6"),
     ]:
+        given = {"total": total, "held": held, "sets": sets, "alpha": alpha, "out": out}
         with pytest.raises(ValueError, match=message):
-            given = {"total": total, "held": held, "sets": sets, "alpha": alpha, "out": out}
             _core.training_matrix(**(given | {name: value}))
     with pytest.raises(IndexError, match=r"sets\[1\] is 2"):
         _core.training_matrix(total, held, torch.tensor([0, 2]), alpha, out)

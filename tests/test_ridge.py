@@ -11,6 +11,13 @@ import geofast as gf
 from geofast.ridge import fold_errors, training
 
 
+@pytest.fixture(params=["few features", "many features"])
+def route(request, monkeypatch):
+    """Both ways of solving, whatever the number of features of a test."""
+    if request.param == "many features":
+        monkeypatch.setattr(training, "_SMALL", 0)
+
+
 def folds_of(n, folds=5, seed=42):
     fold = torch.empty(n, dtype=torch.int64)
     for f, (_, test) in enumerate(KFold(folds, shuffle=True, random_state=seed).split(np.zeros(n))):
@@ -43,15 +50,58 @@ def assert_same(found, expected, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_leave_one_out_is_scikit_learns(kind):
+def test_leave_one_out_is_scikit_learns(route, kind):
     x, y = rows(kind=kind)
     fold = folds_of(len(x))
     assert_same(gf.cross_validate(x, y, fold), study(x, y, fold))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "d", "scale"), [(500, 48, 300), (150, 118, 30), (150, 118, 300)])
+def test_badly_scaled_rows_and_as_many_rows_as_features(route, kind, n, d, scale):
+    x, y = rows(n, d, kind=kind, seed=5)
+    x, fold = scale * x, torch.arange(n) % 5
+    assert_same(gf.cross_validate(x, y, fold), study(x, y, fold))
+
+
+def many_scales(seed):
+    """Rows whose features span six decades, and targets that need small ones: several minima."""
+    r = np.random.default_rng(seed)
+    n, d = (100, 200)[seed % 2], 40
+    scale = 10 ** r.uniform(-3, 3, d)
+    x = (r.standard_normal((n, d)) * scale).astype(np.float32)
+    weight = r.standard_normal(d) * (r.random(d) < 0.3) / scale ** r.uniform(0, 1.2)
+    y = (x @ weight)[:, None]
+    y = y / y.std() + r.choice([0.1, 1, 5]) * r.standard_normal((n, 1))
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def test_the_least_of_several_minima(route):
+    """Leave-one-out is scikit-learn's whichever way the search starts."""
+    several = 0
+    for seed in range(40):
+        x, y = many_scales(seed)
+        curve = leave_one_out_curve(x, y)
+        inside = (curve[1:-1] < curve[:-2]) & (curve[1:-1] < curve[2:])
+        several += inside.sum() + (curve[0] < curve[1]) + (curve[-1] < curve[-2]) > 1
+        model = SklearnRidgeCV(alphas=gf.ALPHAS).fit(x.double().numpy(), y.numpy())
+        np.testing.assert_allclose(gf.fit(x, y).alpha[0], model.alpha_, rtol=1e-9)
+    assert several >= 3  # or this tests nothing
+
+
+def leave_one_out_curve(x, y):
+    x, y = x.double().numpy(), y.numpy()
+    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    about = y - y.mean(0)
+    shrink = s**2 / (s**2 + np.array(gf.ALPHAS)[:, None])
+    error = about - np.einsum("nd,ad,dk->ank", u, shrink, u.T @ about)
+    free = 1 - 1 / len(x) - shrink @ (u**2).T
+    return ((error / free[..., None]) ** 2).mean((1, 2))
+
+
 @pytest.mark.parametrize("k", [1, 2, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_every_dtype_and_number_of_targets(k, dtype):
+def test_every_dtype_and_number_of_targets(route, k, dtype):
     x, y = rows(k=k, seed=k)
     x, fold = x.to(dtype), folds_of(len(x))
     assert_same(gf.cross_validate(x, y, fold), study(x, y, fold))
@@ -103,7 +153,7 @@ def gcv(x, y, alphas):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", KINDS)
-def test_gcv_chooses_golubs_alpha(kind, seed):
+def test_gcv_chooses_golubs_alpha(route, kind, seed):
     x, y = rows(600, 90, kind=kind, seed=seed)
     fold = folds_of(len(x))
     expected = [gf.ALPHAS[gcv(x[fold != f], y[fold != f], gf.ALPHAS).argmin()] for f in range(5)]
@@ -114,7 +164,7 @@ def test_gcv_chooses_golubs_alpha(kind, seed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_statistics_give_what_rows_give(kind):
+def test_statistics_give_what_rows_give(route, kind):
     x, y = rows(kind=kind)
     fold = folds_of(len(x))
     from_rows = gf.cross_validate(x, y, fold, select="gcv")
@@ -154,7 +204,7 @@ def test_inner_scores_do_not_need_inner_selection():
 
 @pytest.mark.parametrize("shape", [(300, 20), (40, 60)])
 @pytest.mark.parametrize("kind", ["plain", "large_means"])
-def test_fit_is_scikit_learns(shape, kind):
+def test_fit_is_scikit_learns(route, shape, kind):
     x, y = rows(*shape, kind=kind)
     model = SklearnRidgeCV(alphas=gf.ALPHAS).fit(x.double(), y)
     found = gf.fit(x, y)
@@ -199,7 +249,16 @@ def test_noise_is_not_read():
     [
         (lambda x, y, f: (x, y * torch.tensor([1.0, 0.0]), f, gf.ALPHAS), "target 1 is constant"),
         (lambda x, y, f: (x, y, f, [0.1, 0.0]), "alphas must be positive"),
+        (lambda x, y, f: (x, y, f, [0.1, torch.nan]), "alphas must be positive"),
         (lambda x, y, f: (x, y, torch.zeros_like(f), gf.ALPHAS), "every row is in the same fold"),
+        (lambda x, y, f: (x, y, f + (f > 1), gf.ALPHAS), "fold 2 has no rows"),
+        (lambda x, y, f: (x, y, f - 1, gf.ALPHAS), "fold must be int64"),
+        (lambda x, y, f: (x, y, f[1:], gf.ALPHAS), "fold must be int64"),
+        (lambda x, y, f: (x, y, f.int(), gf.ALPHAS), "fold must be int64"),
+        (lambda x, y, f: (x, y[:, 0], f, gf.ALPHAS), "targets .n, k.; got"),
+        (lambda x, y, f: (x, y[1:], f, gf.ALPHAS), "targets .n, k.; got"),
+        (lambda x, y, f: (with_one(x, torch.inf), y, f, gf.ALPHAS), "feature 5 of row 7 is inf"),
+        (lambda x, y, f: (x, with_one(y, torch.nan), f, gf.ALPHAS), "target 1 of row 7 is nan"),
     ],
 )
 @pytest.mark.parametrize("shape", [(300, 20), (40, 60)])
@@ -207,6 +266,42 @@ def test_bad_input(change, message, shape):
     x, y = rows(*shape)
     with pytest.raises(ValueError, match=message):
         gf.cross_validate(*change(x, y, folds_of(len(x))))
+
+
+def with_one(table, value):
+    table = table.clone()
+    table[7, min(5, table.shape[1] - 1)] = value
+    return table
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (40, 60)])
+def test_unknown_selections_and_two_inner_folds(shape):
+    x, y = rows(*shape)
+    with pytest.raises(ValueError, match="select must be one of"):
+        gf.cross_validate(x, y, folds_of(len(x)), select="cv")
+    with pytest.raises(ValueError, match="three folds or more"):
+        gf.cross_validate(x, y, folds_of(len(x), 2), select="folds")
+
+
+def test_a_bad_gram_is_refused():
+    x, y = rows()
+    fold = folds_of(len(x))
+    with pytest.raises(ValueError, match="column 5 of the Gram is not finite"):
+        gf.solve(gf.Gram(x.shape[1], 2, 5).update(with_one(x, torch.nan), y, fold))
+    with pytest.raises(ValueError, match="fold 5 has no rows"):
+        gf.solve(gf.Gram(x.shape[1], 2, 6).update(x, y, fold))
+
+
+@pytest.mark.parametrize("shape", [(300, 20), (40, 60)])
+def test_a_target_that_is_constant_in_a_held_out_fold_has_no_r2(shape):
+    x, y = rows(*shape)
+    fold = folds_of(len(x))
+    y[fold == 2, 0] = 0.1  # its mean is not 0.1 exactly
+    found = gf.cross_validate(x, y, fold)
+    assert found.r2.isnan().nonzero().tolist() == [[2, 0]]
+    if shape[0] > shape[1]:
+        gram = gf.Gram(x.shape[1], 2, 5).update(x, y, fold)
+        assert gf.solve(gram).r2.isnan().nonzero().tolist() == [[2, 0]]
 
 
 def test_statistics_cannot_leave_one_out_nor_two_folds_be_inner():

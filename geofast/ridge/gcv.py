@@ -8,7 +8,7 @@ import torch
 
 from .. import _ops
 from .lanczos import Lanczos, lanczos
-from .training import SMALL, Training, apply_inverse, subset
+from .training import Training, apply_inverse, is_small, subset
 
 _STEPS = 10  # Lanczos steps: a neighbouring alpha is exact to 1e-8, one three decades off to 10 %
 _PROBES = 6  # random sign vectors for the trace
@@ -35,7 +35,7 @@ class Minimum:
 
 def least_gcv(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Minimum:
     """Find the minimum of each GCV curve."""
-    if train.dim <= SMALL:
+    if is_small(train.dim):
         return _exact(train, alphas, dtype)
     pole = torch.full((len(train.n),), len(alphas) // 2)
     if len(pole) > 1:

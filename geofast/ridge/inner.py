@@ -18,8 +18,6 @@ def inner_folds(train: Training, alphas: torch.Tensor) -> tuple[torch.Tensor, to
     """
     held = train.stats.held
     folds, k = len(held), train.yy.shape[1]
-    if folds < 3:
-        raise ValueError("select='folds' needs three folds or more")
     mse = torch.zeros(folds, len(alphas), dtype=torch.float64)
     r2 = torch.zeros(folds, len(alphas), k, dtype=torch.float64)
     for i in range(folds):

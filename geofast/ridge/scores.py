@@ -27,7 +27,15 @@ def fold_r2(
     mean = member.mT @ y / n
     sse = member.mT @ (y - predicted).square()
     sst = member.mT @ (y - mean[fold]).square()
-    return torch.where(sst > 0, 1.0 - sse / sst, torch.nan), sse / n
+    return r2_score(sse, sst, member.mT @ y.square()), sse / n
+
+
+def r2_score(sse: torch.Tensor, sst: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """R2 from sums of squares: of errors, about the mean, and of the targets themselves.
+
+    NaN where a target is constant: there `sst` is a rounding error of `squares`.
+    """
+    return torch.where(sst > 1e-14 * squares, 1.0 - sse / sst, torch.nan)
 
 
 def score_held_out(train: Training, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,5 +62,6 @@ def scores_on(
     v[:, range(k), range(d + 1, d + 1 + k)] = 1.0
     sse = 2.0 * ((v @ held) * v).sum(-1) - (v.square() @ held.diagonal())
     n = held[d, d]
-    sst = held.diagonal()[d + 1 :] - held[d + 1 :, d].square() / n
-    return torch.where(sst > 0, 1.0 - sse / sst, torch.nan), sse / n
+    squares = held.diagonal()[d + 1 :]
+    sst = squares - held[d + 1 :, d].square() / n
+    return r2_score(sse, sst, squares), sse / n

@@ -41,7 +41,7 @@ class Solution:
 
 def penalties(alphas: Sequence[float]) -> torch.Tensor:
     """Return the penalties in ascending order: float64 [A]; refuses one that is not positive."""
-    grid = torch.as_tensor(alphas, dtype=torch.float64).sort().values
-    if not len(grid) or bool((grid <= 0).any()):
-        raise ValueError(f"alphas must be positive; got {list(alphas)}")
+    grid = torch.as_tensor(alphas, dtype=torch.float64).reshape(-1).sort().values
+    if not len(grid) or not bool(((grid > 0) & grid.isfinite()).all()):
+        raise ValueError(f"alphas must be positive and finite; got {alphas}")
     return grid

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -15,7 +15,7 @@ from .loo import select_loo
 from .refine import refine
 from .scores import score_held_out, score_rows, scores_on
 from .solution import ALPHAS, Select, Solution, penalties
-from .training import SMALL, NotPositiveError, Training, TrainingRows, training_sets
+from .training import NotPositiveError, Training, TrainingRows, is_small, training_sets
 from .wide import solve_wide, wide_scores
 
 
@@ -49,8 +49,15 @@ def solve(
         For an empty Gram, a fold without rows, alphas that are not positive, or a target that is
         constant over a whole training set.
     """
+    _check_select(select, ("gcv", "folds"))
     stats = totals(gram, folds)
+    diagonal = stats.total.diagonal()
+    if not bool(diagonal.isfinite().all()):
+        column = int((~diagonal.isfinite()).nonzero()[0])
+        raise ValueError(f"column {column} of the Gram is not finite: a row held NaN or Inf")
     whole = len(stats.held) == 1
+    _check_count(stats.held[:, gram.dim, gram.dim])
+    _check_inner(len(stats.held), select, inner and not whole)
     if whole:
         stats = Totals(stats.total, torch.zeros_like(stats.held), stats.shift)
     return _solve_statistics(
@@ -85,11 +92,12 @@ def cross_validate(
     ValueError
         As `solve`.
     """
-    n_folds = int(fold.max()) + 1
-    if int(torch.bincount(fold, minlength=n_folds).max()) == len(x):
-        raise ValueError("every row is in the same fold: nothing is left to train on")
-    rows = TrainingRows(x, y.double(), fold, n_folds)
+    _check_select(select, get_args(Select))
+    _check_rows(x, y)
+    rows = TrainingRows(x, y.double(), fold, _count_folds(fold, len(x)))
+    _check_inner(rows.folds, select, inner)
     if rows.are_wide:
+        _check_finite(x, "feature")
         return solve_wide(rows, alphas, select, inner)
     return _solve_rows(rows, y.shape[1], alphas, select, inner, scored=True)
 
@@ -100,8 +108,11 @@ def fit(
     """Fit all rows, nothing held out: F = 1, no scores. Parameters as for `cross_validate`."""
     if select == "folds":
         raise ValueError("select='folds' needs folds: use cross_validate")
+    _check_select(select, get_args(Select))
+    _check_rows(x, y)
     rows = TrainingRows(x, y.double(), torch.full((len(x),), -1), 1)
     if rows.are_wide:
+        _check_finite(x, "feature")
         return replace(solve_wide(rows, alphas, select, False), r2=None, mse=None, predictions=None)
     found = _solve_rows(rows, y.shape[1], alphas, select, False, scored=False)
     return replace(found, predictions=None)
@@ -114,7 +125,8 @@ def fold_errors(
 
     Parameters as for `cross_validate`; alphas in the order given.
     """
-    grid, folds = torch.as_tensor(alphas, dtype=torch.float64), int(fold.max()) + 1
+    _check_rows(x, y)
+    grid, folds = torch.as_tensor(alphas, dtype=torch.float64), _count_folds(fold, len(x))
     rows = TrainingRows(x, y.double(), fold, folds)
     out = torch.empty(folds, len(grid), dtype=torch.float64)
     if rows.are_wide:
@@ -128,17 +140,65 @@ def fold_errors(
     return out
 
 
+def _check_select(select: str, known: tuple[str, ...]) -> None:
+    if select not in known:
+        raise ValueError(f"select must be one of {known}; got {select!r}")
+
+
+def _check_rows(x: torch.Tensor, y: torch.Tensor) -> None:
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or not len(x):
+        raise ValueError(
+            f"expected rows [n, d] and targets [n, k]; got {list(x.shape)} and {list(y.shape)}"
+        )
+    _check_finite(y, "target")
+
+
+def _check_finite(table: torch.Tensor, what: str) -> None:
+    bad = (~table.isfinite()).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise ValueError(
+            f"{what} {column} of row {row} is {float(table[row, column])}; leave such rows out"
+        )
+
+
+def _count_folds(fold: torch.Tensor, n: int) -> int:
+    if fold.dtype != torch.int64 or fold.shape != (n,) or int(fold.min()) < 0:
+        raise ValueError(
+            f"fold must be int64 [{n}] and not negative; got {fold.dtype} {list(fold.shape)}"
+        )
+    count = torch.bincount(fold)
+    if len(count) == 1:
+        raise ValueError("every row is in the same fold: nothing is left to train on")
+    _check_count(count)
+    return len(count)
+
+
+def _check_count(count: torch.Tensor) -> None:
+    if bool((count == 0).any()):
+        raise ValueError(f"fold {int(count.argmin())} has no rows; number the folds from 0 on")
+
+
+def _check_inner(folds: int, select: str, inner: bool) -> None:
+    if folds < 3 and (inner or select == "folds"):
+        raise ValueError(
+            f"inner folds, as select='folds' takes them, need three folds or more; got {folds}"
+        )
+
+
 def _solve_rows(
     rows: TrainingRows, k: int, alphas: Sequence[float], select: str, inner: bool, *, scored: bool
 ) -> Solution:
     # The rows correct what float32 products do to the Gram; inner folds are scored on it alone.
     precise = inner or select == "folds"
     tries = [("float64" if precise else "float32", torch.float32), ("float64", torch.float64)]
-    if rows.x.shape[1] <= SMALL:
+    if is_small(rows.x.shape[1]):
         tries = tries[1:]
     for products, dtype in tries:
         gram = Gram(rows.x.shape[1], k, rows.folds, products=products)
         gram.update(rows.x, rows.y, rows.fold.clamp_min(0))
+        if not bool(gram.matrix.diagonal(dim1=1, dim2=2).isfinite().all()):
+            _check_finite(rows.x, "feature")  # if all are, only the float32 products overflowed
         stats = totals(gram)
         if not scored:
             stats = replace(stats, held=torch.zeros_like(stats.held))
@@ -155,7 +215,7 @@ def _solve_statistics(
     stats: Totals, k: int, alphas: Sequence[float], select: str, inner: bool, *, scored: bool
 ) -> Solution:
     train = training_sets(stats, k)
-    for dtype in (torch.float32, torch.float64)[train.dim <= SMALL :]:
+    for dtype in (torch.float32, torch.float64)[is_small(train.dim) :]:
         try:
             return _solve_in(dtype, train, penalties(alphas), select, None, inner, scored)
         except NotPositiveError:

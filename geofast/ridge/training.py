@@ -9,7 +9,7 @@ import torch
 from .. import _ops
 from ..gram import Totals
 
-SMALL = 256  # up to so many features, float64 and whole spectra cost no more than the quick way
+_SMALL = 256  # up to so many features, float64 and whole spectra cost no more than the quick way
 _WIDE_ROWS = 1000  # up to here X X' takes a moment whatever the width
 
 
@@ -48,6 +48,11 @@ class Training:
 
 class NotPositiveError(Exception):
     """A + alpha I is not positive definite in the precision at hand."""
+
+
+def is_small(dim: int) -> bool:
+    """Whether so few features are best solved in float64 and by eigenvectors."""
+    return dim <= _SMALL
 
 
 def training_sets(stats: Totals, k: int) -> Training:

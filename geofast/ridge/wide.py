@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .scores import fold_r2
+from .scores import fold_r2, r2_score
 from .solution import Solution, penalties
 from .training import TrainingRows, refuse_constant
 
@@ -100,5 +100,4 @@ def wide_scores(
     predicted = (x[test] - path.mean) @ path.coef(alphas) + path.y_mean
     y = rows.y[test]
     mse = (y - predicted).square().mean(1)
-    variance = y.var(0, correction=0)
-    return torch.where(variance > 0, 1.0 - mse / variance, torch.nan), mse
+    return r2_score(mse, y.var(0, correction=0), y.square().mean(0)), mse

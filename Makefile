@@ -9,6 +9,7 @@ BIN    := $(VENV)/bin
 # Without a GPU the constraints keep the gigabytes of CUDA packages away.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+OR_SAY_WHY  := || { echo "The install failed. Where the lines above name nvidia or triton, this package index has torch for CUDA only: see the top of the README." >&2; exit 1; }
 SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.py' -o -name '*.png') CMakeLists.txt pyproject.toml constraints-cpu.txt
 
 .PHONY: demo test check bench bench-compare sanitize clean
@@ -42,10 +43,10 @@ $(BIN)/python:
 
 $(VENV)/.demo: $(BIN)/python $(SOURCES)
 	@echo "Installing geofast and what the demo needs into $(VENV) (about two minutes the first time)"
-	$(PIP) '.[demo]'
+	$(PIP) '.[demo]' $(OR_SAY_WHY)
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python $(SOURCES)
 	@echo "Installing geofast and its development tools into $(VENV) (about three minutes the first time)"
-	$(PIP) '.[dev]' -C cmake.define.GEOFAST_WERROR=ON
+	SKBUILD_CMAKE_DEFINE=GEOFAST_WERROR=ON $(PIP) '.[dev]' $(OR_SAY_WHY)
 	touch $@

@@ -181,7 +181,11 @@ def save(grams: Mapping[str, Gram], path: str | Path) -> None:
             raise ValueError(f"the Gram {name!r} is empty: there is nothing to save")
         tensors[f"{name}/matrix"], tensors[f"{name}/shift"] = gram.matrix, gram.shift
         kinds[name] = {"dim": gram.dim, "targets": gram.targets, "products": gram.products}
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata={"geofast.gram": json.dumps(kinds)})
+    path.chmod(mode)  # which safetensors narrows to the owner
 
 
 def load(path: str | Path) -> dict[str, Gram]:

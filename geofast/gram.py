@@ -34,6 +34,8 @@ class Gram:
     products
         `float64` multiplies in float64. `float32` is twice as quick and good to about 1e-6 of
         sqrt(G_ii G_jj); sums are float64 in both.
+    out
+        Memory for `matrix`, if it is to lie in a tensor that is there.
 
     Attributes
     ----------
@@ -44,13 +46,25 @@ class Gram:
     """
 
     def __init__(
-        self, dim: int, targets: int, cells: int = 1, *, products: str = "float64"
+        self,
+        dim: int,
+        targets: int,
+        cells: int = 1,
+        *,
+        products: str = "float64",
+        out: torch.Tensor | None = None,
     ) -> None:
         if products not in PRODUCTS:
             raise ValueError(f"products must be one of {PRODUCTS}; got {products!r}")
         self.dim, self.targets, self.cells, self.products = dim, targets, cells, products
         p = dim + 1 + targets
-        self.matrix = _ops.empty(cells, p, p, dtype=torch.float64).zero_()
+        if out is None:
+            out = _ops.empty(cells, p, p, dtype=torch.float64)
+        if out.shape != (cells, p, p) or out.dtype != torch.float64:
+            raise ValueError(
+                f"out must be float64 {[cells, p, p]}; got {out.dtype} {list(out.shape)}"
+            )
+        self.matrix = out.zero_()
         self.shift: torch.Tensor | None = None
 
     def update(self, x: torch.Tensor, y: torch.Tensor, cell: torch.Tensor | None = None) -> Gram:

@@ -50,22 +50,22 @@ def settle_ties(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the index of the alpha of least GCV [M], and the factors there [M, d, d].
 
-    Wherever the estimate leaves another alpha a chance, exact traces decide.
+    Wherever the estimate leaves another alpha a chance, exact traces decide. Factors of `start`
+    that lose are overwritten.
     """
-    m = len(start.pole)
-    at_pole = start.curve[torch.arange(m), start.pole][:, None]
-    close = start.curve < at_pole * (1.0 + start.margin)
-    close[torch.arange(m), start.pole] = False
-    contest = close.any(1)
-    close[torch.arange(m), start.pole] = contest
-    pole, factor = start.pole.clone(), start.factor
-    if not bool(contest.any()):
-        return pole, factor
-    factor, least = factor.clone(), torch.full((m,), torch.inf, dtype=torch.float64)
+    pole, factor, every = start.pole.clone(), start.factor, torch.arange(len(start.pole))
+    close = start.curve < start.curve[every, pole][:, None] * (1.0 + start.margin)
+    close[every, pole] = False
+    contest = close.any(1).nonzero()[:, 0]
+    least = torch.full((len(pole),), torch.inf, dtype=torch.float64)
+    if len(contest):
+        part = subset(train, contest)
+        least[contest] = _exact_at(part, alphas[pole[contest]], factor[contest])
     for a in close.any(0).nonzero()[:, 0].tolist():
         sets = close[:, a].nonzero()[:, 0]
-        at = start.factor_at(train, alphas, a, sets)
-        value = _exact_at(subset(train, sets), alphas[a], at)
+        part, alpha = subset(train, sets), alphas[a].repeat(len(sets))
+        at = part.factor(alpha, factor.dtype)
+        value = _exact_at(part, alpha, at)
         better = value < least[sets]
         won = sets[better]
         least[won], pole[won], factor[won] = value[better], a, at[better]
@@ -97,8 +97,10 @@ def _walk(train: Training, alphas: torch.Tensor, dtype: torch.dtype, pole: torch
     factor = torch.empty(0)
     while len(todo):
         part = subset(train, todo)
-        made = part.factor(alphas[pole[todo]], dtype)
-        if len(todo) == m:  # no copy of the largest tensors
+        all_ = len(todo) == m  # then no copy of the largest tensors
+        room = _ops.kept.empty("factor", m, part.dim, part.dim, dtype=dtype) if all_ else None
+        made = part.factor(alphas[pole[todo]], dtype, room)
+        if all_:
             factor = made
         else:
             factor[todo] = made
@@ -145,11 +147,11 @@ def _quadrature(
 
 
 def _exact_at(part: Training, alpha: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """GCV of each training set at one alpha, by the trace of the inverse: [M]."""
+    """GCV of each training set at its `alpha` [M], by the trace of the inverse: [M]."""
     trace = torch.empty(len(factor), dtype=torch.float64)
     _ops.backend(factor.device).inverse_trace(factor, trace)
     w = apply_inverse(factor, part.b)
-    rss = part.yy - (w * part.b).sum(-1) - alpha * (w * w).sum(-1)
+    rss = part.yy - (w * part.b).sum(-1) - alpha[:, None] * (w * w).sum(-1)
     return _gcv_value(part, rss, part.dim - alpha * trace)
 
 

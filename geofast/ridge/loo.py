@@ -21,6 +21,7 @@ from .refine import refine, training_errors
 from .training import Training, TrainingRows, subset
 
 _STEPS = 16  # Lanczos steps for the errors at other alphas; what they lack widens the bound
+_BEYOND = 3
 _CHUNKS = 8  # parts in which the rows of an alpha that may be out are taken
 _SLACK = 1e-4  # relative error allowed for a leverage from a float32 factor
 
@@ -85,12 +86,13 @@ class _Curve:
         self.who = rows.training[:, index].nonzero()[:, 0]
         self.values: dict[int, float] = {}
         self.leverages: dict[int, torch.Tensor] = {}
-        self.errors, self.radius = self._errors(
-            guesses, start.factor[index : index + 1], alphas[start.pole[index]]
-        )
-        # Training errors, which grow with alpha, are the least that leave-one-out errors can be.
-        size = (self.errors.norm(dim=0) - self.radius).clamp_min(0)
-        self.floor = (size.square().mean(-1) / len(self.who)).cummax(0).values
+        self.factor, self.guesses = start.factor[index : index + 1], guesses.contiguous()
+        self.pole = alphas[start.pole[index]]
+        self.errors = torch.empty(len(self.who), 0, guesses.shape[1], dtype=torch.float64)
+        self.radius = torch.empty(0, guesses.shape[1], dtype=torch.float64)
+        self.floor = torch.zeros(len(alphas), dtype=torch.float64)
+        # A few alphas beyond the minimum, training errors alone tend to rule out the others.
+        self._reach(int(start.pole[index]) + _BEYOND)
 
     @property
     def best(self) -> int:
@@ -138,8 +140,24 @@ class _Curve:
             a for a in range(len(self.alphas)) if a not in self.values and self.floor[a] <= least
         ]
 
+    def _reach(self, a: int) -> None:
+        """Have the errors up to alpha number `a`."""
+        known = self.errors.shape[1]
+        if a < known:
+            return
+        error, radius = self._errors(self.alphas[known : a + 1], self.guesses[known : a + 1])
+        self.errors, self.radius = (
+            torch.cat([self.errors, error], 1),
+            torch.cat([self.radius, radius]),
+        )
+        # Training errors, which grow with alpha, are the least that leave-one-out errors can be.
+        size = (error.norm(dim=0) - radius).clamp_min(0)
+        least = (size.square().mean(-1) / len(self.who)).cummax(0).values
+        self.floor[known : known + len(least)] = least
+        self.floor[known + len(least) :] = least[-1]
+
     def _errors(
-        self, guesses: torch.Tensor, factor: torch.Tensor, pole: torch.Tensor
+        self, alphas: torch.Tensor, guesses: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Errors [n', A, k] of near-solutions [A, k, d], and how far the solutions' are at most.
 
@@ -154,14 +172,15 @@ class _Curve:
         error = ((y - y.mean(0))[:, None] - (fit - fit.mean(0)).view(-1, count, k)).contiguous()
         residual = torch.empty(count * k, d, dtype=torch.float64)
         ops.project_t(self.rows.x, shift, error.view(-1, count * k), residual, rows=self.who)
-        residual = residual.view_as(guesses) - self.alphas[:, None, None] * guesses
-        half = residual.view(1, -1, d).to(factor.dtype)
-        ops.solve_lower(factor, half, False)
-        stretch = (pole / self.alphas).clamp_min(1.0).sqrt()
+        residual = residual.view_as(guesses) - alphas[:, None, None] * guesses
+        half = residual.view(1, -1, d).to(self.factor.dtype)
+        ops.solve_lower(self.factor, half, False)
+        stretch = (self.pole / alphas).clamp_min(1.0).sqrt()
         return error, half.double().norm(dim=-1).view(count, k) * stretch[:, None]
 
     def _bound(self, a: int) -> torch.Tensor:
         """Return a lower bound of the leave-one-out error at alpha number `a`."""
+        self._reach(a)
         weight = 1.0 / (1.0 - self._least_leverage(a) - 1.0 / self.part.n).clamp_min(1e-12)
         size = (weight[:, None] * self.errors[:, a]).norm(dim=0) - weight.max() * self.radius[a]
         bound: torch.Tensor = size.clamp_min(0).square().mean() / len(self.who)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from .. import _ops
 from ..gram import Gram, Totals, totals
 from .gcv import least_gcv, settle_ties
 from .inner import inner_at, inner_folds, path
@@ -195,7 +196,9 @@ def _solve_rows(
     if is_small(rows.x.shape[1]):
         tries = tries[1:]
     for products, dtype in tries:
-        gram = Gram(rows.x.shape[1], k, rows.folds, products=products)
+        p = rows.x.shape[1] + 1 + k
+        out = _ops.kept.empty("gram", rows.folds, p, p, dtype=torch.float64)
+        gram = Gram(rows.x.shape[1], k, rows.folds, products=products, out=out)
         gram.update(rows.x, rows.y, rows.fold.clamp_min(0))
         if not bool(gram.matrix.diagonal(dim1=1, dim2=2).isfinite().all()):
             _check_finite(rows.x, "feature")  # if all are, only the float32 products overflowed

@@ -29,19 +29,23 @@ class Training:
     def dim(self) -> int:
         return self.mean.shape[1]
 
-    def factor(self, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def factor(
+        self, alpha: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Cholesky factors of A + alpha I, lower, [M, d, d]; raises NotPositiveError."""
-        a = self.matrix(alpha, dtype)
+        a = self.matrix(alpha, dtype, out)
         info = torch.zeros(len(a), dtype=torch.int32)
         _ops.backend(a.device).cholesky(a, info)
         if info.any():
             raise NotPositiveError
         return a
 
-    def matrix(self, alpha: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def matrix(
+        self, alpha: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """A + alpha I, lower triangles, [M, d, d]."""
-        total, held = self.stats.total, self.stats.held
-        a = _ops.empty(len(alpha), self.dim, self.dim, dtype=dtype, device=total.device)
+        total, held, d = self.stats.total, self.stats.held, self.dim
+        a = _ops.empty(len(alpha), d, d, dtype=dtype) if out is None else out
         _ops.backend(total.device).training_matrix(total, held, self.sets, alpha, a)
         return a
 

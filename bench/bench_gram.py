@@ -40,7 +40,8 @@ def job(d, folds, products, dtype):
         want = (exact[fold == f].mT @ exact[fold == f]).tril()
         scale = want.diagonal().sqrt()
         error = (found.matrix[f, :d, :d] - want).abs() / (scale[:, None] * scale)
-        assert float(error.max()) < (1e-12 if products == "float64" else 1e-6)
+        # Float32 products add up to 128 rows before float64 takes over.
+        assert float(error.max()) < (1e-12 if products == "float64" else 128 * 2.0**-24)
     return ways
 
 

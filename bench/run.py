@@ -6,7 +6,7 @@ python bench/run.py --compare    show pytest-benchmark's comparison of the last 
 """
 
 import json
-import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -42,7 +42,7 @@ def main(arguments):
     text = table(json.loads(saved[-1].read_text()))
     print(text)
     if not arguments:
-        (RESULTS / f"{platform.node() or 'machine'}.md").write_text(text)
+        (RESULTS / f"{name_of(json.loads(saved[-1].read_text()))}.md").write_text(text)
     return code
 
 
@@ -71,11 +71,21 @@ def seconds(b):
     return b["stats"]["median"] / b["extra_info"].get("layers", 1)
 
 
-def machine(report):
+def processor(report):
     info = report["machine_info"]
     cpu = info.get("cpu", {})
+    return f"{cpu.get('count', '?')} x {cpu.get('brand_raw', info['processor'])}"
+
+
+def name_of(report):
+    """Return the machine's name for a file."""
+    return "-".join(re.findall(r"\w+", processor(report).lower()))
+
+
+def machine(report):
+    info = report["machine_info"]
     parts = [
-        f"{cpu.get('count', '?')} x {cpu.get('brand_raw', info['processor'])}",
+        processor(report),
         f"Python {info['python_version']}",
     ]
     parts += [f"{name} {version(name)}" for name in ("torch", "numpy", "scikit-learn", "himalaya")]

@@ -1,7 +1,8 @@
 """Run the benchmarks and print, for every job, what each way costs beside geofast.
 
-python bench/run.py              run all, print the table, write it to bench/results/
-python bench/run.py -k pool      run some
+python bench/run.py              run all, print the tables, write them to bench/results/
+python bench/run.py FILE         run one file, likewise
+python bench/run.py -k pool      run some, print only
 python bench/run.py --compare    show pytest-benchmark's comparison of the last two runs
 """
 
@@ -39,18 +40,29 @@ def main(arguments):
     saved = sorted((RESULTS / "runs").rglob("*.json"), key=lambda p: p.stat().st_mtime)
     if not saved:
         return code
-    text = table(json.loads(saved[-1].read_text()))
-    print(text)
-    if not arguments:
-        (RESULTS / f"{name_of(json.loads(saved[-1].read_text()))}.md").write_text(text)
+    report = json.loads(saved[-1].read_text())
+    folder = RESULTS / name_of(report)
+    folder.mkdir(exist_ok=True)
+    for name, members in by_file(report).items():
+        text = f"Measured on {machine(report)}.\n\n{table(members)}"
+        print(text)
+        if not options:  # all of the file was run
+            (folder / f"{name}.md").write_text(text)
     return code
 
 
-def table(report):
-    """Return a Markdown table: by job, seconds a layer and the ratio to geofast's first way."""
-    lines = [f"Measured on {machine(report)}.", ""]
-    groups = {}
+def by_file(report):
+    """Return benchmarks by the file that they stand in."""
+    files = {}
     for b in report["benchmarks"]:
+        files.setdefault(Path(b["fullname"].partition("::")[0]).stem, []).append(b)
+    return files
+
+
+def table(benchmarks):
+    """Return Markdown tables: by job, seconds a layer and the ratio to geofast's first way."""
+    lines, groups = [], {}
+    for b in benchmarks:
         groups.setdefault(b["group"] or b["name"], []).append(b)
     for group, members in groups.items():
         lines += [f"**{group}**", "", "| way | milliseconds | ratio | note |", "|---|---|---|---|"]

@@ -76,6 +76,18 @@ def many_scales(seed):
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
+@pytest.mark.parametrize("n", [300, 40])
+def test_the_smallest_alpha_where_features_do_not_vary(route, n):
+    """The CLS token of an embedding is the same for every image."""
+    x, y = rows(n, 60)
+    x, fold = x[:1].repeat(n, 1), folds_of(n)
+    for select in ("loo", "gcv", "folds"):
+        found = gf.cross_validate(x, y, fold, select=select)
+        assert float(found.r2.max()) < 1e-9
+        if select != "gcv":  # whose estimate of the trace is noise to it
+            assert found.alpha.tolist() == [gf.ALPHAS[0]] * 5
+
+
 def test_the_least_of_several_minima(route):
     """Leave-one-out is scikit-learn's whichever way the search starts."""
     several = 0

@@ -8,6 +8,7 @@ import torch
 
 from .. import _ops
 from .lanczos import Lanczos, lanczos
+from .solution import EQUAL, least
 from .training import Training, apply_inverse, is_small, subset
 
 _STEPS = 10  # Lanczos steps: a neighbouring alpha is exact to 1e-8, one three decades off to 10 %
@@ -57,18 +58,18 @@ def settle_ties(
     close = start.curve < start.curve[every, pole][:, None] * (1.0 + start.margin)
     close[every, pole] = False
     contest = close.any(1).nonzero()[:, 0]
-    least = torch.full((len(pole),), torch.inf, dtype=torch.float64)
+    lowest = torch.full((len(pole),), torch.inf, dtype=torch.float64)
     if len(contest):
         part = subset(train, contest)
-        least[contest] = _exact_at(part, alphas[pole[contest]], factor[contest])
+        lowest[contest] = _exact_at(part, alphas[pole[contest]], factor[contest])
     for a in close.any(0).nonzero()[:, 0].tolist():
         sets = close[:, a].nonzero()[:, 0]
         part, alpha = subset(train, sets), alphas[a].repeat(len(sets))
         at = part.factor(alpha, factor.dtype)
         value = _exact_at(part, alpha, at)
-        better = value < least[sets]
+        better = value < lowest[sets] * (1.0 - EQUAL)
         won = sets[better]
-        least[won], pole[won], factor[won] = value[better], a, at[better]
+        lowest[won], pole[won], factor[won] = value[better], a, at[better]
     return pole, factor
 
 
@@ -81,7 +82,7 @@ def _exact(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Minimum
     inverse = 1.0 / (values + alphas[:, None])  # [M, A, d]
     explained = torch.einsum("mkd,mad->mka", rotated, inverse * (1.0 + alphas[:, None] * inverse))
     curve = _gcv_value(train, train.yy[..., None] - explained, (values * inverse).sum(-1))
-    pole = curve.argmin(1)
+    pole = least(curve)
     return Minimum(pole, train.factor(alphas[pole], dtype), curve, torch.zeros_like(curve))
 
 
@@ -108,7 +109,7 @@ def _walk(train: Training, alphas: torch.Tensor, dtype: torch.dtype, pole: torch
         krylov = lanczos(made, start, _STEPS, keep=False)
         curve[todo], margin[todo] = _estimate(part, alphas, pole[todo], krylov)
         visited[todo, pole[todo]] = True
-        best = curve[todo].argmin(1)
+        best = least(curve[todo])
         moves = ~visited[todo, best]
         todo = todo[moves]
         pole[todo] = best[moves]

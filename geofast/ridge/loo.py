@@ -18,6 +18,7 @@ from .. import _ops
 from .gcv import Minimum
 from .lanczos import lanczos
 from .refine import refine, training_errors
+from .solution import EQUAL
 from .training import Training, TrainingRows, subset
 
 _STEPS = 16  # Lanczos steps for the errors at other alphas; what they lack widens the bound
@@ -96,7 +97,8 @@ class _Curve:
 
     @property
     def best(self) -> int:
-        return min(self.values, key=self.values.__getitem__)
+        lowest = min(self.values.values())
+        return min(a for a, value in self.values.items() if value <= lowest * (1.0 + EQUAL))
 
     def add(self, a: int, factor: torch.Tensor, error: torch.Tensor) -> None:
         """Find the exact value at alpha number `a`, or that it is not the least.
@@ -111,7 +113,7 @@ class _Curve:
         center = self.part.stats.shift[: self.part.dim] + self.part.mean[0]
         for rows in order.chunk(_CHUNKS if len(self.leverages) > 1 else 1):
             self.floor[a] = losses.mean()
-            if self.values and self.floor[a] > self.values[self.best]:
+            if self.values and self.floor[a] > self.values[self.best] * (1.0 + EQUAL):
                 return
             leverage = torch.empty(len(rows), dtype=torch.float64)
             _ops.backend(factor.device).leverage(
@@ -135,10 +137,11 @@ class _Curve:
         return min(self._open(), key=lambda a: (abs(a - best), float(self.gcv[a])), default=None)
 
     def _open(self) -> list[int]:
-        least = self.values[self.best]
-        return [
-            a for a in range(len(self.alphas)) if a not in self.values and self.floor[a] <= least
-        ]
+        best = self.best
+        lowest = self.values[best]
+        # A smaller alpha wins ties.
+        limits = [lowest * (1.0 + (EQUAL if a < best else -EQUAL)) for a in range(len(self.alphas))]
+        return [a for a, m in enumerate(limits) if a not in self.values and self.floor[a] <= m]
 
     def _reach(self, a: int) -> None:
         """Have the errors up to alpha number `a`."""

@@ -11,6 +11,8 @@ import torch
 ALPHAS = tuple(float(a) for a in torch.logspace(-1, 4, 12, dtype=torch.float64))
 """The study's penalties: 12, from 0.1 to 10,000, evenly in logarithm."""
 
+EQUAL = 1e-12  # relative; scores closer than this are a tie, which the smaller penalty wins
+
 Select = Literal["gcv", "loo", "folds"]
 
 
@@ -45,3 +47,11 @@ def penalties(alphas: Sequence[float]) -> torch.Tensor:
     if not len(grid) or not bool(((grid > 0) & grid.isfinite()).all()):
         raise ValueError(f"alphas must be positive and finite; got {alphas}")
     return grid
+
+
+def least(curve: torch.Tensor) -> torch.Tensor:
+    """Index of the least value along the last dimension; of equal ones the first.
+
+    Equal up to rounding: where features do not vary, every penalty does as well.
+    """
+    return (curve <= curve.amin(-1, keepdim=True) * (1.0 + EQUAL)).to(torch.uint8).argmax(-1)

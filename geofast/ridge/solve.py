@@ -15,9 +15,9 @@ from .inner import inner_at, inner_folds, path
 from .loo import select_loo
 from .refine import refine
 from .scores import score_held_out, score_rows, scores_on
-from .solution import ALPHAS, Select, Solution, penalties
+from .solution import ALPHAS, Select, Solution, least, penalties
 from .training import NotPositiveError, Training, TrainingRows, is_small, training_sets
-from .wide import solve_wide, wide_scores
+from .wide import inner_products, solve_wide, wide_scores
 
 
 def solve(
@@ -131,8 +131,9 @@ def fold_errors(
     rows = TrainingRows(x, y.double(), fold, folds)
     out = torch.empty(folds, len(grid), dtype=torch.float64)
     if rows.are_wide:
+        kernel = inner_products(x.double())
         for f in range(folds):
-            out[f] = wide_scores(x.double(), rows, fold != f, fold == f, grid)[1].mean(-1)
+            out[f] = wide_scores(kernel, rows.y, fold != f, [fold == f], grid)[0][1].mean(-1)
         return out
     stats = totals(Gram(x.shape[1], y.shape[1], folds).update(x, y, fold))
     for f in range(folds):
@@ -244,7 +245,7 @@ def _solve_in(
 ) -> Solution:
     if select == "folds":
         curve, table = inner_folds(train, alphas)
-        chosen = curve.argmin(1)
+        chosen = least(curve)
         factor = train.factor(alphas[chosen], dtype)
         w, projected = refine(train, factor, alphas[chosen], rows)
     elif select == "gcv":

@@ -7,38 +7,34 @@ from collections.abc import Sequence
 import torch
 
 from .scores import fold_r2, r2_score
-from .solution import Solution, penalties
+from .solution import Solution, least, penalties
 from .training import TrainingRows, refuse_constant
 
 
 def solve_wide(rows: TrainingRows, alphas: Sequence[float], select: str, inner: bool) -> Solution:
     """Solve through X X' of each training part, in float64, for n < d."""
-    grid = penalties(alphas)
-    x = rows.x.double()
-    alpha, coef, intercept, inner_r2 = [], [], [], []
-    for f in range(rows.folds):
-        who = rows.training[:, f]
-        if select == "folds" or inner:
-            curve, table = _wide_inner(x, rows, f, grid)
-        path = _WidePath(x[who], rows.y[who])
-        best = int((curve if select == "folds" else path.criterion(grid, select)).argmin())
-        w = path.coef(grid[best : best + 1])[0]
-        alpha.append(grid[best])
-        coef.append(w)
-        intercept.append(path.y_mean - path.mean @ w)
+    grid, x = penalties(alphas), rows.x.double()
+    paths = [_WidePath(x[who], rows.y[who]) for who in rows.training.T]
+    inner_r2 = None
+    if select == "folds":
+        curve, table = _inner_folds(x, rows, grid.expand(rows.folds, -1))
+        best = least(curve)
+        inner_r2 = table[torch.arange(rows.folds), best] if inner else None
+    else:
+        best = torch.stack([least(path.criterion(grid, select)) for path in paths])
         if inner:
-            inner_r2.append(table[best])
-    found = torch.stack(coef)
+            inner_r2 = _inner_folds(x, rows, grid[best, None])[1][:, 0]
+    alpha = grid[best]
+    coef = torch.stack([path.coef(a) for path, a in zip(paths, alpha, strict=True)])
+    means = [path.y_mean - path.mean @ w for path, w in zip(paths, coef, strict=True)]
+    intercept = torch.stack(means)
     r2 = mse = held = None
     if int(rows.fold.min()) >= 0:
         everyone = torch.stack([x @ w + c for w, c in zip(coef, intercept, strict=True)], 1)
         held = everyone[torch.arange(len(x)), rows.fold]
         r2, mse = fold_r2(held, rows.y, rows.fold, rows.folds)
     method = f"{select}; eigenvectors of X X' in float64 (fewer rows than features)"
-    stacked = torch.stack(inner_r2) if inner else None
-    return Solution(
-        torch.stack(alpha), found, torch.stack(intercept), r2, mse, held, stacked, method
-    )
+    return Solution(alpha, coef, intercept, r2, mse, held, inner_r2, method)
 
 
 class _WidePath:
@@ -58,9 +54,9 @@ class _WidePath:
         )
         return dual
 
-    def coef(self, alphas: torch.Tensor) -> torch.Tensor:
-        """Coefficients at every alpha: [A, d, k]."""
-        return self.x.mT @ self._dual(alphas)
+    def coef(self, alpha: torch.Tensor) -> torch.Tensor:
+        """Coefficients at one alpha: [d, k]."""
+        return self.x.mT @ self._dual(alpha[None])[0]
 
     def criterion(self, alphas: torch.Tensor, select: str) -> torch.Tensor:
         """GCV or mean squared leave-one-out error of every alpha: [A]."""
@@ -75,29 +71,52 @@ class _WidePath:
         return loo
 
 
-def _wide_inner(
-    x: torch.Tensor, rows: TrainingRows, f: int, alphas: torch.Tensor
+def _inner_folds(
+    x: torch.Tensor, rows: TrainingRows, alphas: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `inner_folds`, for one training part: [A] and [A, k]."""
-    scores = [
-        wide_scores(x, rows, (rows.fold != f) & (rows.fold != j), rows.fold == j, alphas)
-        for j in range(rows.folds)
-        if j != f
-    ]
-    r2, mse = (torch.stack(s).mean(0) for s in zip(*scores, strict=True))
-    return mse.sum(-1), r2
+    """As `inner.inner_folds`, at the alphas [F, A] of each training part: [F, A] and [F, A, k]."""
+    folds, kernel = rows.folds, inner_products(x)
+    mse = torch.zeros(alphas.shape, dtype=torch.float64)
+    r2 = torch.zeros(*alphas.shape, rows.y.shape[1], dtype=torch.float64)
+    for i in range(folds):
+        for j in range(i):
+            train = (rows.fold != i) & (rows.fold != j)
+            both = alphas[[i, j]].unique()
+            parts = [rows.fold == j, rows.fold == i]
+            scores = wide_scores(kernel, rows.y, train, parts, both)
+            for outer, (score, error) in zip((i, j), scores, strict=True):
+                at = torch.searchsorted(both, alphas[outer])
+                mse[outer] += error[at].sum(-1) / (folds - 1)
+                r2[outer] += score[at] / (folds - 1)
+    return mse, r2
+
+
+def inner_products(x: torch.Tensor) -> torch.Tensor:
+    """X X' about the mean of all rows: [n, n]."""
+    centred = x - x.mean(0)
+    return centred @ centred.mT
 
 
 def wide_scores(
-    x: torch.Tensor,
-    rows: TrainingRows,
+    kernel: torch.Tensor,
+    y: torch.Tensor,
     train: torch.Tensor,
-    test: torch.Tensor,
+    tests: list[torch.Tensor],
     alphas: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """R2 and MSE [A, k] on rows `test` of fits to rows `train`."""
-    path = _WidePath(x[train], rows.y[train])
-    predicted = (x[test] - path.mean) @ path.coef(alphas) + path.y_mean
-    y = rows.y[test]
-    mse = (y - predicted).square().mean(1)
-    return r2_score(mse, y.var(0, correction=0), y.square().mean(0)), mse
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """R2 and MSE [A, k] on each of `tests` of fits to rows `train`, from X X' about any mean."""
+    inside = kernel[train][:, train]
+    mean, y_mean = inside.mean(0), y[train].mean(0)
+    penalty = alphas[:, None, None] * torch.eye(len(inside), dtype=torch.float64)
+    # About the mean of the training rows, here and below.
+    dual = torch.linalg.solve(
+        inside - mean - mean[:, None] + mean.mean() + penalty,
+        (y[train] - y_mean).expand(len(alphas), -1, -1),
+    )
+    scores = []
+    for test in tests:
+        across, held = kernel[test][:, train], y[test]
+        across = across - across.mean(1, keepdim=True) - mean + mean.mean()
+        mse = (held - across @ dual - y_mean).square().mean(1)
+        scores.append((r2_score(mse, held.var(0, correction=0), held.square().mean(0)), mse))
+    return scores

@@ -27,7 +27,7 @@ def satellite(samples: int | None = None) -> Run:
 
     All 13 sites, CLS and patch mean, random folds and 15-degree blocks, beside raw pixels.
     """
-    data = satellite_data(samples or 1200)
+    data = satellite_data(1200 if samples is None else samples)
     with _no_bar():
         model = load(dinov2_small())
     return probe(
@@ -41,10 +41,11 @@ def cities(samples: int | None = None) -> Run:
 
     All 31 sites, last token, three prompts, random folds and folds that keep countries together.
     """
+    data = cities_data(2500 if samples is None else samples)
     with _no_bar():
         model = load(smollm2())
     return probe(
-        model, cities_data(samples or 2500), prompts=CITY_PROMPTS, batch_size=64,
+        model, data, prompts=CITY_PROMPTS, batch_size=64,
         split=[KFold(), GroupKFold("country")], progress=True,
     )  # fmt: skip
 

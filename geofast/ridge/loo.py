@@ -22,7 +22,7 @@ from .solution import EQUAL
 from .training import Training, TrainingRows, subset
 
 _STEPS = 16  # Lanczos steps for the errors at other alphas; what they lack widens the bound
-_BEYOND = 3
+_BEYOND = 3  # alphas above the minimum for which training errors are computed at once
 _CHUNKS = 8  # parts in which the rows of an alpha that may be out are taken
 _SLACK = 1e-4  # relative error allowed for a leverage from a float32 factor
 

@@ -37,30 +37,39 @@ def solve_wide(rows: TrainingRows, alphas: Sequence[float], select: str, inner: 
     return Solution(alpha, coef, intercept, r2, mse, held, inner_r2, method)
 
 
-class _WidePath:
-    """All alphas of one training part from the eigenvectors of its centred X X'."""
+class _Dual:
+    """All alphas of one training part from the eigenvectors of its centred X X' [n, n]."""
 
-    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        self.mean, self.y_mean = x.mean(0), y.mean(0)
+    def __init__(self, kernel: torch.Tensor, y: torch.Tensor) -> None:
         refuse_constant((y == y[0]).all(0))
-        self.x, self.n = x - self.mean, len(x)
-        values, self.vectors = torch.linalg.eigh(self.x @ self.x.mT)
+        self.y_mean = y.mean(0)
+        values, self.vectors = torch.linalg.eigh(kernel)
         self.values = values.clamp_min(0)
         self.rotated = self.vectors.mT @ (y - self.y_mean)
 
-    def _dual(self, alphas: torch.Tensor) -> torch.Tensor:
+    def at(self, alphas: torch.Tensor) -> torch.Tensor:
+        """(X X' + alpha I)^-1 y at every alpha: [A, n, k]."""
         dual: torch.Tensor = self.vectors @ (
             self.rotated / (self.values + alphas[:, None])[..., None]
         )
         return dual
 
+
+class _WidePath(_Dual):
+    """The same with the rows [n, d] themselves."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.mean, self.n = x.mean(0), len(x)
+        self.x = x - self.mean
+        super().__init__(self.x @ self.x.mT, y)
+
     def coef(self, alpha: torch.Tensor) -> torch.Tensor:
         """Coefficients at one alpha: [d, k]."""
-        return self.x.mT @ self._dual(alpha[None])[0]
+        return self.x.mT @ self.at(alpha[None])[0]
 
     def criterion(self, alphas: torch.Tensor, select: str) -> torch.Tensor:
         """GCV or mean squared leave-one-out error of every alpha: [A]."""
-        error = alphas[:, None, None] * self._dual(alphas)
+        error = alphas[:, None, None] * self.at(alphas)
         shrink = alphas[:, None] / (self.values + alphas[:, None])
         if select == "gcv":
             free = (shrink.sum(1) - 1.0).clamp_min(1e-9 * self.n)
@@ -106,17 +115,13 @@ def wide_scores(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """R2 and MSE [A, k] on each of `tests` of fits to rows `train`, from X X' about any mean."""
     inside = kernel[train][:, train]
-    mean, y_mean = inside.mean(0), y[train].mean(0)
-    penalty = alphas[:, None, None] * torch.eye(len(inside), dtype=torch.float64)
-    # About the mean of the training rows, here and below.
-    dual = torch.linalg.solve(
-        inside - mean - mean[:, None] + mean.mean() + penalty,
-        (y[train] - y_mean).expand(len(alphas), -1, -1),
-    )
+    mean = inside.mean(0)  # about the mean of the training rows, here and below
+    dual = _Dual(inside - mean - mean[:, None] + mean.mean(), y[train])
+    solved = dual.at(alphas)
     scores = []
     for test in tests:
         across, held = kernel[test][:, train], y[test]
         across = across - across.mean(1, keepdim=True) - mean + mean.mean()
-        mse = (held - across @ dual - y_mean).square().mean(1)
+        mse = (held - across @ solved - dual.y_mean).square().mean(1)
         scores.append((r2_score(mse, held.var(0, correction=0), held.square().mean(0)), mse))
     return scores

@@ -15,7 +15,6 @@ import torch
 from . import _core, _reference
 
 _KEPT_BYTES = 64 << 20
-_CPU = torch.device("cpu")
 
 
 def backend(device: torch.device) -> ModuleType:
@@ -23,11 +22,10 @@ def backend(device: torch.device) -> ModuleType:
     return _core if device.type == "cpu" else _reference
 
 
-def empty(*shape: int, dtype: torch.dtype, device: torch.device = _CPU) -> torch.Tensor:
-    """Return an uninitialised tensor; on the CPU in large pages, because fresh ones cost time."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    if out.is_cpu:
-        _core.large_pages(out)
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return an uninitialised CPU tensor in large pages, because fresh small ones cost time."""
+    out = torch.empty(shape, dtype=dtype)
+    _core.large_pages(out)
     return out
 
 

@@ -13,6 +13,7 @@ from .training import Training, apply_inverse, is_small, subset
 
 _STEPS = 10  # Lanczos steps: a neighbouring alpha is exact to 1e-8, one three decades off to 10 %
 _PROBES = 6  # random sign vectors for the trace
+_SCOUT = (8, 2)  # steps and sign vectors where only the place of the minimum is asked for
 _TIE = 1e-3  # closer than this and the errors of the estimate: exact traces decide
 
 
@@ -42,8 +43,8 @@ def least_gcv(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Mini
     if len(pole) > 1:
         # One training set shows where the others' minimum will be: most then need one factor.
         first = slice(1)
-        pole[:] = _walk(subset(train, first), alphas, dtype, pole[first]).pole
-    return _walk(train, alphas, dtype, pole)
+        pole[:] = _walk(subset(train, first), alphas, dtype, pole[first], *_SCOUT).pole
+    return _walk(train, alphas, dtype, pole, _STEPS, _PROBES)
 
 
 def settle_ties(
@@ -86,10 +87,17 @@ def _exact(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Minimum
     return Minimum(pole, train.factor(alphas[pole], dtype), curve, torch.zeros_like(curve))
 
 
-def _walk(train: Training, alphas: torch.Tensor, dtype: torch.dtype, pole: torch.Tensor) -> Minimum:
+def _walk(
+    train: Training,
+    alphas: torch.Tensor,
+    dtype: torch.dtype,
+    pole: torch.Tensor,
+    steps: int,
+    probes: int,
+) -> Minimum:
     """Move each pole to the minimum of its own curve, where the quadrature is exact."""
     m, pole = len(pole), pole.clone()
-    signs = torch.randint(0, 2, (_PROBES, train.dim), generator=torch.Generator().manual_seed(0))
+    signs = torch.randint(0, 2, (probes, train.dim), generator=torch.Generator().manual_seed(0))
     signs = (2.0 * signs - 1.0).to(dtype)
     curve = torch.empty(m, len(alphas), dtype=torch.float64)
     margin = torch.empty_like(curve)
@@ -106,7 +114,7 @@ def _walk(train: Training, alphas: torch.Tensor, dtype: torch.dtype, pole: torch
         else:
             factor[todo] = made
         start = torch.cat([part.b.to(dtype), signs.expand(len(todo), -1, -1)], 1)
-        krylov = lanczos(made, start, _STEPS, keep=False)
+        krylov = lanczos(made, start, steps, keep=False)
         curve[todo], margin[todo] = _estimate(part, alphas, pole[todo], krylov)
         visited[todo, pole[todo]] = True
         best = least(curve[todo])
@@ -124,8 +132,8 @@ def _estimate(
     The margin is the tie's, six standard errors of the random trace, and four times what the last
     two Lanczos steps changed.
     """
-    curve, noise = _quadrature(part, alphas, pole, krylov, _STEPS)
-    before, _ = _quadrature(part, alphas, pole, krylov, _STEPS - 2)
+    curve, noise = _quadrature(part, alphas, pole, krylov, krylov.steps)
+    before, _ = _quadrature(part, alphas, pole, krylov, krylov.steps - 2)
     return curve, _TIE + 6.0 * noise + 4.0 * (curve / before - 1.0).abs()
 
 
@@ -142,9 +150,9 @@ def _quadrature(
     k = part.yy.shape[1]
     rss = part.yy[..., None] - first[:, :k] - alphas * second[:, :k]
     df = part.dim - alphas * first[:, k:]  # [M, probes, A]
-    free = torch.log(part.n[:, None, None] - 1.0 - df)
+    free = (part.n[:, None, None] - 1.0 - df).clamp_min(1e-9).log()
     ratio = free - free.take_along_dim(pole[:, None, None], 2)
-    return _gcv_value(part, rss, df.mean(1)), 2.0 * ratio.std(1) / _PROBES**0.5
+    return _gcv_value(part, rss, df.mean(1)), 2.0 * ratio.std(1) / df.shape[1] ** 0.5
 
 
 def _exact_at(part: Training, alpha: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,10 @@ class Lanczos:
     norm: torch.Tensor
     basis: torch.Tensor | None
 
+    @property
+    def steps(self) -> int:
+        return self.t.shape[-1]
+
     def quadrature(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Nodes and weights [M, r, steps] of Gauss quadrature; the weights add up to norm^2."""
         nodes, vectors = torch.linalg.eigh(self.t[..., :steps, :steps])

@@ -106,6 +106,10 @@ def _pools_by_tower(
     towers: Sequence[Tower], sites: Sequence[Site], pools: Pools
 ) -> dict[str, tuple[Pool, ...]]:
     by_tower = {}
+    names = [t.name for t in towers]
+    for name in pools if isinstance(pools, Mapping) else ():
+        if name not in names:
+            raise ValueError(f"pool= names a tower {name!r}; there is {', '.join(names)}")
     for tower in towers:
         if not any(site.tower == tower.name for site in sites):
             continue

@@ -168,15 +168,15 @@ def forward(
 
     Raises
     ------
-    FloatingPointError, ValueError
-        As `capture` and the model's `collate` do, with the sample named.
+    FloatingPointError, ValueError, RuntimeError
+        As `capture`, the model and its `collate` do, with the sample named.
     """
     try:
         model.forward(model.to_device(model.collate(list(inputs))))
     except NonFiniteError as error:
         add_sentence(error, f"That is {samples.where(index[error.sample])}.")
         raise
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         add_sentence(error, _blame(samples, index, inputs))
         raise
 

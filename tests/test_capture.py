@@ -450,6 +450,14 @@ def test_a_pool_needs_its_tokens():
         model(input_ids=torch.ones(1, 3, dtype=torch.int64))
 
 
+def test_a_pool_for_a_tower_that_is_not_there():
+    with (
+        pytest.raises(ValueError, match="pool= names a tower 'vision'; there is lm"),
+        gf.capture(tiny.llama(), pool={"vision": "cls"}),
+    ):
+        pass
+
+
 def test_nothing_with_a_token_axis_outlives_the_hooks():
     model = tiny.llama(layers=4)
     states = []

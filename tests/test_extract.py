@@ -94,6 +94,14 @@ def test_images_of_another_size_are_named(vision):
     assert "id a" not in str(told.value)
 
 
+def test_a_prepare_of_ones_own_that_only_stacks(vision):
+    samples = from_arrays([np.zeros((28, 28, 3), np.uint8)] * 3, np.arange(3), np.arange(3))
+    own = gf.load(vision.module, prepare=lambda images: {"pixel_values": torch.stack(images)})
+    inputs = [torch.zeros(3, 28, 28), torch.zeros(3, 28, 28), torch.zeros(3, 28, 42)]
+    with pytest.raises(RuntimeError, match="stack expects .* but not arrays, id 2"):
+        forward(own, samples, np.arange(3), inputs)
+
+
 def test_the_first_sample_that_can_be_read(vision):
     arrays = [b"no image", np.full((28, 28, 3), 7, np.uint8), np.zeros((28, 28, 3), np.uint8)]
     index, (image,) = first(vision, from_arrays(arrays, np.arange(3), np.arange(3)))

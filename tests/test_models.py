@@ -78,6 +78,8 @@ def test_sites_and_globs():
         match=r"no site matches 'lm.layer.1'; this model has lm.embed, lm.layers.0 to .2",
     ):
         match_sites(towers, "lm.layer.1")
+    with pytest.raises(ValueError, match=r"sites= is empty; this model has lm.embed"):
+        match_sites(towers, [])
 
 
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
@@ -302,6 +304,27 @@ def test_what_cannot_be_loaded(checkpoints, tmp_path):
         gf.load(tmp_path / "empty")
     with pytest.raises(ValueError, match="neither a vision encoder nor a causal language model"):
         gf.load(checkpoints / "bert")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model_type": "nobody"}', "the config.json of .* cannot be used: .*nobody"),
+        ('{"model_type": ', "the config.json of .* cannot be used: "),
+    ],
+)
+def test_a_config_that_is_there_but_of_no_use(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        gf.load(tmp_path)
+
+
+def test_no_argument_is_dropped_without_a_word():
+    module = tiny.vit()
+    model = gf.load(module, prepare=list, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="is loaded already: leave device and dtype out"):
+        gf.load(model, device="cpu", dtype=torch.float32)
 
 
 def test_a_causal_checkpoint_is_one_without_its_head_too(checkpoints):

@@ -35,7 +35,7 @@ def load(
         None takes a GPU where there is one, else the CPU; an nn.Module stays where it is.
     dtype
         None takes float32 on the CPU, where narrower types run slower, and the checkpoint's own
-        dtype elsewhere.
+        dtype elsewhere; an nn.Module keeps its own.
 
     Raises
     ------
@@ -43,12 +43,16 @@ def load(
         When there is no such folder and the Hub cannot be reached or has no such model.
     ValueError
         When the model is neither a vision encoder nor a causal language model, or its blocks
-        cannot be found.
+        cannot be found; when config.json cannot be read or names a model type that transformers
+        does not know.
     RuntimeError
         When weights, tokenizer or image processor are missing, broken or do not fit the
         configuration.
     """
     if isinstance(model, Model):
+        given = {"prepare": prepare, "device": device, "dtype": dtype}
+        if extra := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"{model.name} is loaded already: leave {' and '.join(extra)} out")
         return model
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -61,7 +65,7 @@ def load(
                 "to the module's keyword arguments"
             )
             raise ValueError(msg)
-        return wrap(model if device is None else model.to(where), prepare)
+        return wrap(model.to(device=where if device else None, dtype=dtype), prepare)
     if prepare is not None:
         raise ValueError("prepare= goes with an nn.Module; a checkpoint brings its own processor")
     return _from_checkpoint(str(model).removeprefix("hf:"), where, dtype)
@@ -73,6 +77,9 @@ def _from_checkpoint(source: str, device: torch.device, dtype: torch.dtype | Non
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
+        if (Path(source) / "config.json").exists() or "model type" in str(error):
+            msg = f"the config.json of {source} cannot be used: {_said(error)}"
+            raise ValueError(msg) from error
         raise FileNotFoundError(_why_not(source, error)) from error
     causal = _is_causal(config)
     if not causal and hasattr(config, "text_config") and hasattr(config, "vision_config"):

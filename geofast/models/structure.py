@@ -132,7 +132,7 @@ def match_sites(
     Raises
     ------
     ValueError
-        When a pattern matches nothing; the message lists the model's sites.
+        When a pattern matches nothing, or there is none; the message lists the model's sites.
     """
     sites = [site for tower in towers for site in tower.sites()]
     if patterns is None:
@@ -144,6 +144,8 @@ def match_sites(
             msg = f"no site matches {pattern!r}; this model has {_ranges(towers)}"
             raise ValueError(msg)
         chosen.update(names)
+    if not chosen:
+        raise ValueError(f"sites= is empty; this model has {_ranges(towers)}")
     return tuple(site for site in sites if site.name in chosen)
 
 

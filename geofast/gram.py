@@ -83,7 +83,7 @@ class Gram:
         Raises
         ------
         ValueError
-            When shapes disagree or a cell is out of range.
+            When shapes disagree, or `cell` is not int64 [n] or out of range.
         """
         if x.ndim != 2 or x.shape[1] != self.dim or y.shape != (len(x), self.targets):
             msg = (
@@ -91,10 +91,11 @@ class Gram:
                 f"{list(x.shape)} and {list(y.shape)}"
             )
             raise ValueError(msg)
+        cell = torch.zeros(len(x), dtype=torch.int64) if cell is None else cell
+        _check_int64("cell", cell, len(x), "row")
         if not len(x):
             return self
         y = y.to(torch.float64)
-        cell = torch.zeros(len(x), dtype=torch.int64) if cell is None else cell
         if int(cell.max()) >= self.cells:
             raise ValueError(
                 f"cell {int(cell.max())} is out of range: this Gram has {self.cells} cells"
@@ -150,6 +151,14 @@ class Gram:
         return (self.matrix + cross + cross.mT + n * delta[:, None] * delta).tril()
 
 
+def _check_int64(name: str, value: torch.Tensor, n: int, each: str) -> None:
+    if value.shape != (n,) or value.dtype != torch.int64:
+        raise ValueError(
+            f"{name} must be int64 [{n}], one number for each {each}; got {value.dtype} "
+            f"{list(value.shape)}"
+        )
+
+
 _SHIFT_ROWS = 256  # enough for a shift that is close to the mean; read once
 
 
@@ -175,11 +184,17 @@ def totals(gram: Gram, folds: torch.Tensor | None = None) -> Totals:
     folds
         int64 [cells]: the fold that holds each cell out; a negative one leaves the cell out of
         everything. None: each cell is a fold of its own.
+
+    Raises
+    ------
+    ValueError
+        For an empty Gram, or when `folds` is not int64 [cells].
     """
     if gram.shift is None:
         raise ValueError("this Gram is empty: call update() with rows before solving")
     if folds is None:
         return Totals(gram.matrix.sum(0), gram.matrix, gram.shift)
+    _check_int64("folds", folds, gram.cells, "cell of the Gram")
     held = gram.matrix.new_zeros(int(folds.max()) + 1, *gram.matrix.shape[1:])
     held.index_add_(0, folds[folds >= 0], gram.matrix[folds >= 0])
     return Totals(held.sum(0), held, gram.shift)
@@ -207,19 +222,27 @@ def load(path: str | Path) -> dict[str, Gram]:
 
     Raises
     ------
+    FileNotFoundError
+        When there is no such file.
     ValueError
-        When the file is not one of ours.
+        When the file is not one of ours, or damaged.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        kinds = (file.metadata() or {}).get("geofast.gram")
-        if kinds is None:
-            raise ValueError(f"{path} holds no geofast statistics")
-        grams = {}
-        for name, kind in json.loads(kinds).items():
-            matrix = file.get_tensor(f"{name}/matrix")
-            gram = grams[name] = Gram(kind["dim"], kind["targets"], 0, products=kind["products"])
-            gram.cells, gram.matrix = len(matrix), matrix
-            gram.shift = file.get_tensor(f"{name}/shift")
+    grams = {}
+    try:
+        with safe_open(path, "pt") as file:
+            kinds = (file.metadata() or {})["geofast.gram"]
+            for name, kind in dict(json.loads(kinds)).items():
+                matrix = file.get_tensor(f"{name}/matrix")
+                gram = Gram(kind["dim"], kind["targets"], 0, products=kind["products"])
+                gram.cells, gram.matrix = len(matrix), matrix
+                gram.shift = file.get_tensor(f"{name}/shift")
+                grams[name] = gram
+    except (SafetensorError, KeyError, TypeError, ValueError) as err:
+        msg = (
+            f"{path} holds no geofast statistics that can be read ({type(err).__name__}: {err}); "
+            "write it anew with Gram.save"
+        )
+        raise ValueError(msg) from err
     return grams

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from synthetic import KINDS, rows
 
 import geofast as gf
@@ -118,3 +119,49 @@ def test_bad_input(tmp_path):
         gram + gf.Gram(5, 1, 2)
     with pytest.raises(ValueError, match="products must be one of"):
         gf.Gram(5, 2, products="float16")
+
+
+@pytest.mark.parametrize(
+    ("cell", "came"),
+    [
+        (torch.tensor([0, 1, 0]), r"torch.int64 \[3\]"),
+        (torch.zeros(51, dtype=torch.int64), r"torch.int64 \[51\]"),
+        (torch.zeros(50, 1, dtype=torch.int64), r"torch.int64 \[50, 1\]"),
+        (torch.zeros(50), r"torch.float32 \[50\]"),
+        (torch.zeros(50, dtype=torch.int32), r"torch.int32 \[50\]"),
+    ],
+)
+def test_cells_that_do_not_fit_the_rows(cell, came):
+    x, y = rows(50, 5)
+    gram = gf.Gram(5, 2, 2)
+    with pytest.raises(ValueError, match=r"cell must be int64 \[50\], .* each row; got " + came):
+        gram.update(x, y, cell)
+    assert gram.shift is None
+    assert not gram.matrix.any()
+
+
+def test_folds_that_do_not_fit_the_cells():
+    x, y = rows(50, 5)
+    gram = gf.Gram(5, 2, 4).update(x, y, torch.arange(50) % 4)
+    found = statistics.totals(gram, torch.tensor([1, 0, -1, 0]))
+    assert found.held[:, 5, 5].tolist() == [25, 13]  # cells hold 13, 13, 12, 12 rows
+    for folds in (torch.tensor([0, 1]), torch.arange(5), torch.zeros(4)):
+        with pytest.raises(ValueError, match=r"folds must be int64 \[4\], .* cell of the Gram"):
+            statistics.totals(gram, folds)
+
+
+def test_files_that_hold_no_statistics(tmp_path):
+    x, y = rows(50, 5)
+    path = tmp_path / "a.safetensors"
+    gf.Gram(5, 2).update(x, y).save(path)
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:-8])
+    (tmp_path / "text").write_text("latitude,longitude\n")
+    save_file({"weight": x}, tmp_path / "weights")
+    save_file({"weight": x}, tmp_path / "nameless", {"geofast.gram": "[1]"})
+    save_file({"weight": x}, tmp_path / "lacking", {"geofast.gram": '{"": {}}'})
+    for name in ("cut", "text", "weights", "nameless", "lacking"):
+        with pytest.raises(ValueError, match=f"{name} holds no geofast statistics"):
+            gf.Gram.load(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        gf.Gram.load(tmp_path / "none")
+    assert gf.Gram.load(path).dim == 5

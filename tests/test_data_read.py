@@ -17,9 +17,9 @@ def picture(seed=0):
     return np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
 
-def encoded(array):
+def encoded(array, form="PNG"):
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
+    Image.fromarray(array).save(buffer, form)
     return buffer.getvalue()
 
 
@@ -336,6 +336,35 @@ def test_bad_places_in_hdf5(tmp_path):
         f"{path} index 1: latitude 91 is outside -90 to 90 degrees",
         f"{path} index 3: no longitude",
     ]
+
+
+@pytest.mark.parametrize("kind", ["vlen uint8", "uint8", "vlen int16", "opaque", "S"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_hdf5_images_of_every_type(tmp_path, kind, form):
+    path = study_file(tmp_path / "a.h5")
+    images = [encoded(picture(i), form) for i in range(6)]
+    size = max(map(len, images))
+    types = {
+        "vlen uint8": h5py.vlen_dtype(np.uint8),
+        "uint8": np.dtype((np.uint8, (size,))),
+        "vlen int16": h5py.vlen_dtype(np.int16),
+        "opaque": f"V{size}",
+        "S": f"S{size + 1}",
+    }
+    with h5py.File(path, "r+") as file:
+        del file["images"]
+        dataset = file.create_dataset("images", (6,), types[kind])
+        for i, image in enumerate(images):
+            if kind in ("opaque", "S"):
+                dataset[i] = np.array(image, types[kind])
+            elif kind == "uint8":
+                dataset[i] = np.frombuffer(image.ljust(size, b"\0"), np.uint8)
+            else:
+                dataset[i] = np.frombuffer(image, np.uint8)
+    samples = read(path)
+    for i in range(6):
+        expected = np.asarray(Image.open(io.BytesIO(images[i])))
+        np.testing.assert_array_equal(np.asarray(samples.load(i)), expected)
 
 
 def test_a_truncated_image_in_hdf5(tmp_path):

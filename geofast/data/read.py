@@ -362,7 +362,11 @@ class _Encoded:
             import h5py
 
             self.file, self.owner = h5py.File(self.path, "r"), os.getpid()
-        return np.asarray(self.file["images"][index], dtype=np.uint8).tobytes()
+        value = self.file["images"][index]
+        # Of an `S` string NumPy drops the NULs at the end; a JPEG or PNG ends in none.
+        if isinstance(value, (bytes, np.void)):
+            return bytes(value)
+        return np.asarray(value, dtype=np.uint8).tobytes()
 
 
 def _read_hdf5(path: Path, strict: bool) -> Samples:

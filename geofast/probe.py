@@ -21,9 +21,10 @@ from .data import Samples, read
 from .extract import Extracted, Storage, add_sentence, extract, usable, worded
 from .geo import Split, fold_scores, great_circle_km
 from .geo.folds import KFold, as_split
+from .gram import Gram
 from .models import Model, load
 from .plan import Task, make_plan, make_tasks, with_cells, without_skipped
-from .ridge import ALPHAS, Select, Solution, cross_validate, fit, solve
+from .ridge import ALPHAS, Select, Solution, cross_validate, fit, fold_errors, solve
 from .rows import on_disk
 from .run import Probe, Run, key
 
@@ -152,7 +153,7 @@ def probe(
         given = replace(kept, samples=kept.samples.skipping(found.skipped))
     select = select or ("loo" if found.rows is not None else "gcv")
     solved = _solve_all(found, given, tasks, targets, alphas, select)
-    probes = _probes(found, given.y, targets, alphas, select)
+    probes = _probes(found, given.y, tasks[0], targets, alphas, select)
     clock.lap("solve")
 
     layers = _table(solved, tasks, given.y, targets)
@@ -172,6 +173,7 @@ def probe(
         "dtype": str(model.dtype).removeprefix("torch."),
         "backend": _ops.describe(model.device),
         "methods": sorted({s.solution.method for s in solved}),
+        "final_alpha": _FINAL_ALPHA[select].format(split=tasks[0].split),
         "storage": plan.sentence,
         "counts": {
             "read": len(given.samples),
@@ -394,20 +396,46 @@ def _parts(name: str) -> tuple[str, str, str]:
 def _probes(
     found: Extracted,
     y: torch.Tensor,
+    task: Task,
     targets: Sequence[str],
     alphas: Sequence[float],
     select: Select,
 ) -> dict[str, Probe]:
-    """Fit every site on all samples; alpha as in the folds, where it needs none."""
-    way: Any = "gcv" if select == "folds" else select
-    solutions = {name: fit(x, y, alphas, select=way) for name, x in (found.rows or {}).items()}
+    """Fit every site to all samples: the probes that are saved.
+
+    With all samples in one training part, `loo` and `gcv` choose alpha as they did in the folds.
+    `folds` takes the alpha of least error over the folds of `task`, the first split.
+    """
+    grid, by_folds, solutions = sorted(alphas), select == "folds", {}
+    way: Any = "gcv" if by_folds else select  # of a single alpha there is nothing to choose
+    for name, x in (found.rows or {}).items():
+        errors = fold_errors(x, y, task.fold, grid).mean(0) if by_folds else None
+        solutions[name] = fit(x, y, _least(grid, errors), select=way)
     for name, gram in (found.grams or {}).items():
+        errors = _errors(gram, task, grid) if by_folds else None
         everyone = torch.zeros(gram.cells, dtype=torch.int64)
-        solutions[name] = solve(gram, alphas, folds=everyone)
+        solutions[name] = solve(gram, _least(grid, errors), folds=everyone)
     return {
         name: Probe(*_parts(name), tuple(targets), float(s.alpha[0]), s.coef[0], s.intercept[0])
         for name, s in solutions.items()
     }
+
+
+def _errors(gram: Gram, task: Task, alphas: Sequence[float]) -> torch.Tensor:
+    """Held-out squared error of every alpha, over folds and targets: [A]."""
+    solved = [solve(gram, [a], folds=task.fold_of_cell) for a in alphas]
+    return torch.stack([s.mse.mean() for s in solved if s.mse is not None])
+
+
+def _least(alphas: Sequence[float], errors: torch.Tensor | None) -> Sequence[float]:
+    return alphas if errors is None else [alphas[int(errors.argmin())]]
+
+
+_FINAL_ALPHA = {
+    "loo": "by exact leave-one-out over all samples",
+    "gcv": "by generalised cross-validation over all samples",
+    "folds": "by the least held-out squared error over the folds of split {split}",
+}
 
 
 # ------ tables

@@ -158,8 +158,9 @@ class Run:
     ----------
     info : dict
         What run.json keeps: `model`, `data`, `arguments`, `versions`, `device`, `backend`,
-        `dtype`, `seeds` (by split), `counts` (samples `read`, samples `skipped`, and `why`: a
-        sentence for each of those), `seconds` per stage, `warnings` (a list of sentences),
+        `dtype`, `seeds` (by split), `final_alpha` (how the penalty of `probes` was chosen),
+        `counts` (samples `read`, samples `skipped`, and `why`: a sentence for each of those),
+        `seconds` per stage, `warnings` (a list of sentences),
         `honest` (split -> site, pool, prompt, r2, r2_se of the best layer, chosen on inner folds
         and scored on outer ones, and `chosen`: the probe of every fold). `arguments["split"]`
         has every split in full, with folds, seed and cell size.

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from scipy.stats import spearmanr
-from sklearn.linear_model import RidgeCV
+from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 from sklearn.model_selection import KFold
 
@@ -423,6 +423,34 @@ def test_baselines_are_chosen_as_the_rest(vision):
     assert all(method.startswith("folds") for method in found.info["methods"])
     control = found.layers.query("control == 'a/b'").iloc[0]
     assert (control["site"], control["pool"], control["prompt"]) == ("input", "a/b", "")
+
+
+@pytest.mark.parametrize("storage", ["rows", "gram"])
+def test_the_saved_probes_take_alpha_from_the_folds(vision, storage):
+    clear, r = painted(), np.random.default_rng(5)
+    latitude = clear.table["latitude"] / 2 + r.normal(0, 15, 60)
+    longitude = clear.table["longitude"] / 2 + r.normal(0, 30, 60)
+    samples = from_arrays([clear.load(i) for i in range(60)], latitude, longitude)
+    splits, grid = [gf.Blocks(30), gf.KFold()], [10 ** (e / 4) for e in range(-12, 9)]
+    options = {"sites": "vision.layers.*", "pool": "mean:patch", "alphas": grid[::-1]}
+    found = gf.probe(vision, samples, split=splits, select="folds", storage=storage, **options)
+    rows = gf.probe(vision, samples, storage="rows", select="gcv", **options)
+    y = rows.samples[["latitude", "longitude"]].to_numpy()
+    fold = found.samples["fold_blocks30"].to_numpy()
+    for name, probe in found.probes.items():
+        x = rows.rows[name].double().numpy()
+        errors = []
+        for alpha in grid:
+            parts = [(Ridge(alpha).fit(x[fold != f], y[fold != f]), fold == f) for f in range(5)]
+            errors.append(np.mean([np.mean((y[t] - m.predict(x[t])) ** 2) for m, t in parts]))
+        alpha = grid[int(np.argmin(errors))]
+        assert probe.alpha == pytest.approx(alpha, rel=1e-12)
+        whole = Ridge(alpha).fit(x, y)
+        np.testing.assert_allclose(probe.coef.T, whole.coef_, rtol=1e-3, atol=1e-3)
+    assert found.info["final_alpha"].endswith("over the folds of split blocks30")
+    assert rows.info["final_alpha"] == "by generalised cross-validation over all samples"
+    # GCV would have chosen others.
+    assert any(found.probes[name].alpha != rows.probes[name].alpha for name in rows.probes)
 
 
 def test_group_folds_keep_groups_together(language):

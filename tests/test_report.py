@@ -299,8 +299,11 @@ def test_the_map_has_the_tables_figures() -> None:
 
 def test_the_page_says_how_alpha_was_chosen(tmp_path: Path) -> None:
     run = example_run(60, blocks=1)
+    run.info["final_alpha"] = "by the stars"
     page.write_report(run, tmp_path)
-    assert "chosen by exact leave-one-out" in (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "README.md").read_text()
+    assert "chosen by exact leave-one-out" in readme
+    assert "fitted to all samples, their penalty chosen by the stars." in readme
 
 
 def test_map_needs_places() -> None:

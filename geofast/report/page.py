@@ -104,6 +104,9 @@ def _method(run: Run) -> list[str]:
     choice = ALPHA_WORDS.get(str(arguments.get("select", "")))
     if choice:
         said.append(f"Its penalty was chosen {choice}.")
+    if info.get("final_alpha"):
+        final = info["final_alpha"]
+        said.append(f"The saved probes are fitted to all samples, their penalty chosen {final}.")
     folds = [
         f"{run.samples[f'fold_{split}'].nunique()} ({text.split_words(split)})"
         for split in run.splits

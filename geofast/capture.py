@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .models import Model, Site, Tower, find_towers, match_sites
+from .models import Model, Site, Stage, Tower, find_towers, match_sites
+from .models.layout import Call, Layout, as_tokens, lay_out
 from .pooling import Pool, parse_pools, pool, role_bit
 from .rows import Rows
 
@@ -46,14 +47,16 @@ def capture(
     Inside the block, run the model as often as you like; each run adds a batch of rows. Nothing
     with a token axis outlives a hook. Padding is left out by the `attention_mask` [batch, tokens]
     (in a vision tower, the `pixel_attention_mask`) that the model, or a module between it and the
-    blocks, is called with. The model is as it was when the block ends, after an exception too.
+    blocks, is called with; tiles and packed patches come back to the images that they are of (see
+    `models.layout`). The model is as it was when the block ends, after an exception too.
 
     Parameters
     ----------
     model
         A `Model`, or any nn.Module whose blocks can be found by structure.
     sites
-        Names or globs (`lm.layers.*`); None takes `embed` and every layer of every tower.
+        Names or globs (`lm.layers.*`); None takes `embed`, every layer and `joint` of every tower,
+        and the projector.
     pool
         A pool or several (`"last"`, `["cls", "mean:patch"]`), a mapping from tower to such, or
         None for each tower's default.
@@ -77,27 +80,29 @@ def capture(
     RuntimeError
         When a site did not run in a forward pass, or ran outside one.
     """
-    towers = model.towers if isinstance(model, Model) else find_towers(model)
-    body = model.body if isinstance(model, Model) else model
+    stages = model.stages if isinstance(model, Model) else (Stage(model, find_towers(model)),)
+    towers = [tower for stage in stages for tower in stage.towers]
     wanted = match_sites(towers, sites)
-    _refuse_two_towers(body, towers, wanted)
     pools = _pools_by_tower(towers, wanted, pool)
-    recorder = _Recorder(
-        body, {t.name: t for t in towers}, wanted, pools, Rows() if rows is None else rows
-    )
+    rows = Rows() if rows is None else rows
     with ExitStack() as hooks:
-        recorder.attach(hooks)
-        yield recorder.rows
+        for stage in stages:
+            _refuse_two_towers(stage, wanted)
+            names = {t.name for t in stage.towers}
+            if here := [site for site in wanted if site.tower in names]:
+                _Recorder(stage, here, pools, rows).attach(hooks)
+        yield rows
 
 
-def _refuse_two_towers(body: nn.Module, towers: Sequence[Tower], sites: Sequence[Site]) -> None:
+def _refuse_two_towers(stage: Stage, sites: Sequence[Site]) -> None:
     # Each reads inputs of its own, so a row of the one is no row of the other.
-    paths = {t.name: t.path for t in towers if any(site.tower == t.name for site in sites)}
+    paths = {t.name: t.path for t in stage.towers if any(s.tower == t.name for s in sites)}
     if {"vision", "text"} <= paths.keys():
         part = paths["vision"].partition(".")[0]
         msg = (
-            f"{type(body).__name__} has two towers (vision, text), which are not supported "
-            f"together yet: capture model.{part} and call that, or choose sites='vision.layers.*'"
+            f"{type(stage.body).__name__} has two towers (vision, text), each for inputs of its "
+            f"own: capture model.{part} and call that, choose sites='vision.layers.*', or take the "
+            "model from gf.load"
         )
         raise ValueError(msg)
 
@@ -123,65 +128,52 @@ class _Recorder:
 
     def __init__(
         self,
-        body: nn.Module,
-        towers: Mapping[str, Tower],
+        stage: Stage,
         sites: Sequence[Site],
         pools: Mapping[str, tuple[Pool, ...]],
         rows: Rows,
     ) -> None:
-        self.rows = rows
-        self._body = body
-        self._towers = towers
+        self._rows = rows
+        self._body = stage.body
+        self._towers = {t.name: t for t in stage.towers}
         self._sites = sites
         self._pools = pools
         self._running = False
-        self._called_with: set[int] = set()
-        self._masks: dict[str, torch.Tensor] = {}
-        self._roles: dict[str, torch.Tensor] = {}
-        self._batch: int | None = None
+        self._call = Call()
+        self._layouts: dict[tuple[str, bool, int, int], Layout] = {}
+        self._samples: int | None = None
         self._seen: set[str] = set()
+        self._keys: list[str] = []
 
     def attach(self, hooks: ExitStack) -> None:
         """Register every hook so that leaving `hooks` removes it."""
         start = self._body.register_forward_pre_hook(self._start, with_kwargs=True)
         hooks.callback(start.remove)
-        for name in self._pools:
-            for module in _around(self._body, self._towers[name].blocks[0]):
-                take_mask = partial(self._take_mask, name)
-                handle = module.register_forward_pre_hook(take_mask, with_kwargs=True)
+        for name in {site.tower for site in self._sites}:
+            # What a projector is given, its vision tower was given before.
+            tower = self._towers["vision" if name == "projector" else name]
+            for module in _around(self._body, tower.blocks[0]):
+                note = partial(self._note_mask, tower.name)
+                handle = module.register_forward_pre_hook(note, with_kwargs=True)
                 hooks.callback(handle.remove)
         for site in self._sites:
             hooks.callback(site.watch(partial(self._read, site)).remove)
         hooks.callback(self._body.register_forward_hook(self._finish).remove)
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _arguments(module, args, kwargs).values()
-        self._called_with = {len(t) for t in given if isinstance(t, torch.Tensor) and t.ndim}
-        self._masks.clear()
-        self._roles.clear()
+        self._call = Call(_arguments(module, args, kwargs))
+        self._layouts.clear()
         self._seen.clear()
-        self._batch = None
+        self._keys.clear()
+        self._samples = None
         self._running = True
 
-    def _take_mask(
+    def _note_mask(
         self, tower: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        name = "pixel_attention_mask" if tower == "vision" else "attention_mask"
-        mask = _arguments(module, args, kwargs).get(name)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            self._masks[tower] = mask
-        elif mask is not None and tower not in self._masks:
-            # Further in, models make [batch, 1, tokens, tokens] of a mask that was seen before.
-            got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(f"{name} must be [batch, tokens] for pooling; got {got}")
+        self._call.note_mask(tower, _arguments(module, args, kwargs))
 
     def _read(self, site: Site, hidden: torch.Tensor) -> None:
-        if hidden.ndim == 2:
-            hidden = hidden[:, None]
-        if hidden.ndim != 3:
-            shape = list(hidden.shape)
-            msg = f"{site.name} gave hidden states of shape {shape}, not [batch, tokens, dim]"
-            raise ValueError(msg)
         if not self._running:
             called = type(self._body).__name__
             raise RuntimeError(
@@ -192,37 +184,41 @@ class _Recorder:
             raise RuntimeError(
                 f"{site.name} ran twice in one forward pass; its rows would be mixed"
             )
-        batch, _, dim = hidden.shape
-        if self._called_with and batch not in self._called_with:
-            sizes = " or ".join(map(str, sorted(self._called_with)))
-            shape = list(hidden.shape)
-            msg = f"{site.name} is {shape}, not [batch, tokens, dim]: the batch has {sizes} samples"
+        tokens = as_tokens(site, self._towers[site.tower], hidden.detach(), self._call)
+        layout = self._layout(site, tokens)
+        batch, dim = layout.samples, tokens.shape[-1]
+        if self._samples not in (None, batch):
+            msg = f"{site.name} saw {batch} samples where the sites before it saw {self._samples}"
             raise ValueError(msg)
-        if self._batch not in (None, batch):
-            msg = f"{site.name} saw {batch} samples where the sites before it saw {self._batch}"
-            raise ValueError(msg)
-        self._batch = batch
+        self._samples = batch
         pools = self._pools[site.tower]
-        keys = [f"{site.name}/{p.name}" for p in pools]
-        room = [self.rows.reserve(k, p.width(dim), batch) for k, p in zip(keys, pools, strict=True)]
+        pools = pools[:1] if site.is_vector else pools
+        keys = [self._rows.key(site.name, p.name) for p in pools]
+        room = [
+            self._rows.reserve(k, p.width(dim), batch) for k, p in zip(keys, pools, strict=True)
+        ]
         # Pool where the tokens are; only [batch, dim] travels to the host.
         out = room if hidden.is_cpu else [r.new_empty(r.shape, device=hidden.device) for r in room]
-        if hidden.stride(-1) != 1:
-            hidden = hidden.contiguous()
-        pool(hidden.detach(), self._roles_of(site, hidden), pools, out)
+        if tokens.stride(-1) != 1:
+            tokens = tokens.contiguous()
+        pool(tokens, layout.roles, pools, out, layout.starts)
         for r, o in zip(room, out, strict=True):
             if r is not o:
                 r.copy_(o)
         self._check_finite(keys, room, hidden.dtype)
+        self._keys += keys
         self._seen.add(site.name)
+        # Here and not when the model is done: a forward pass may stop at the deepest site.
+        if len(self._seen) == len(self._sites):
+            self._rows.commit(self._keys, batch)
 
-    def _roles_of(self, site: Site, hidden: torch.Tensor) -> torch.Tensor:
-        roles = self._roles.get(site.tower)
-        if roles is None or roles.shape[1] != hidden.shape[1]:
-            tower, mask = self._towers[site.tower], self._masks.get(site.tower)
-            roles = self._roles[site.tower] = token_roles(tower, hidden, mask)
-            _require_tokens(self._pools[site.tower], roles, site)
-        return roles
+    def _layout(self, site: Site, tokens: torch.Tensor) -> Layout:
+        kind = (site.tower, site.is_vector, *tokens.shape[:2])
+        if kind not in self._layouts:
+            layout = lay_out(site, self._towers[site.tower], tokens, self._call)
+            _require_tokens(self._pools[site.tower], layout, site)
+            self._layouts[kind] = layout
+        return self._layouts[kind]
 
     def _check_finite(self, keys: list[str], room: list[torch.Tensor], dtype: torch.dtype) -> None:
         for key, rows in zip(keys, room, strict=True):
@@ -243,7 +239,6 @@ class _Recorder:
             )
             raise RuntimeError(msg)
         self._running = False
-        self.rows.commit(self._batch or 0)
 
 
 def _around(body: nn.Module, block: nn.Module) -> list[nn.Module]:
@@ -257,32 +252,15 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
-def token_roles(tower: Tower, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the role byte of every token of `hidden` [batch, tokens, dim]: uint8 [batch, tokens].
-
-    `mask` [batch, tokens] is the model's attention mask, 0 at padding; None: no padding.
-    """
-    batch, tokens, _ = hidden.shape
-    bits = torch.ones(tokens, dtype=torch.uint8)
-    # CLIP's final norm sees the CLS token alone: what has no room for patches has none.
-    if len(tower.prefix) < tokens:
-        bits |= 1 << role_bit(tower.tokens)
-        for i, role in enumerate(tower.prefix):
-            bits[i] = 1 << role_bit(role) | 1
-    roles = bits.to(hidden.device).repeat(batch, 1)
-    if mask is not None:
-        if mask.shape != roles.shape:
-            shape = list(mask.shape)
-            msg = f"attention_mask is {shape} for hidden states of {batch} x {tokens} tokens"
-            raise ValueError(msg)
-        roles *= (mask != 0).to(roles.device)
-    return roles
-
-
-def _require_tokens(pools: Sequence[Pool], roles: torch.Tensor, site: Site) -> None:
+def _require_tokens(pools: Sequence[Pool], layout: Layout, site: Site) -> None:
     for p in pools:
         for _, role in p.parts:
-            empty = ((roles >> role_bit(role)) & 1).sum(1) == 0
+            has = ((layout.roles >> role_bit(role)) & 1).bool()
+            if layout.starts is None:
+                empty = ~has.any(1)
+            else:
+                ends = torch.nn.functional.pad(has[0].cumsum(0), (1, 0))[list(layout.starts)]
+                empty = ends.diff() == 0
             if empty.any():
                 first = int(empty.nonzero()[0])
                 msg = f"sample {first} of the batch has no {role} token"

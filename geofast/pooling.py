@@ -8,6 +8,7 @@ serves every pool.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,11 @@ def parse_pools(pools: str | Sequence[str]) -> tuple[Pool, ...]:
 
 
 def pool(
-    hidden: torch.Tensor, roles: torch.Tensor, pools: Sequence[Pool], out: Sequence[torch.Tensor]
+    hidden: torch.Tensor,
+    roles: torch.Tensor,
+    pools: Sequence[Pool],
+    out: Sequence[torch.Tensor],
+    starts: Sequence[int] | None = None,
 ) -> None:
     """Pool hidden states into rows; every pool comes out of one read of the tokens.
 
@@ -94,7 +99,15 @@ def pool(
     out
         For each pool a float32 tensor [batch, pool.width(dim)] on the device of `hidden`, written
         in place. Sums are float32 or better. A sample with no token of the role gives NaN.
+    starts
+        Where a sample is not a sequence of `hidden`: where each begins in the sequences laid end to
+        end, and the end, [samples + 1]; `roles` are [1, sequences * tokens].
     """
+    if starts is not None:
+        ends = hidden.reshape(1, -1, hidden.shape[-1])
+        for i, (a, b) in enumerate(itertools.pairwise(starts)):
+            pool(ends[:, a:b], roles[:, a:b], pools, [rows[i : i + 1] for rows in out])
+        return
     dim = hidden.shape[-1]
     jobs = [
         (operation, role_bit(role), rows[:, i * dim : (i + 1) * dim])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -31,10 +31,17 @@ class Rows(Mapping[str, torch.Tensor]):
         self._capacity = capacity
         self._room = room
         self._store: dict[str, torch.Tensor] = {}
-        self.n = 0
+        self._count: dict[str, int] = {}
+        self.label = ""
+        """Ends the keys of what is captured from now on: which prompt it was."""
+
+    @property
+    def n(self) -> int:
+        """Rows of the key that has most."""
+        return max(self._count.values(), default=0)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self._store[key][: self.n]
+        return self._store[key][: self._count[key]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._store)
@@ -42,10 +49,15 @@ class Rows(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._store)
 
+    def key(self, site: str, pool: str) -> str:
+        """Return "site/pool", or "site/pool/label"."""
+        return "/".join(filter(None, (site, pool, self.label)))
+
     def reserve(self, key: str, dim: int, batch: int) -> torch.Tensor:
         """Return the room [batch, dim] for the next rows of `key`; `commit` makes them count."""
         store = self._store.get(key)
-        need = self.n + batch
+        n = self._count.setdefault(key, 0)
+        need = n + batch
         if store is None:
             store = self._store[key] = self._allocate(max(self._capacity, need), dim)
         elif store.shape[1] != dim:
@@ -56,22 +68,23 @@ class Rows(Mapping[str, torch.Tensor]):
                 msg = f"rows on disk cannot grow: {need} rows came where {len(store)} fit"
                 raise ValueError(msg)
             grown = self._allocate(max(2 * len(store), need), dim)
-            grown[: self.n] = store[: self.n]
+            grown[:n] = store[:n]
             store = self._store[key] = grown
-        return store[self.n : need]
+        return store[n:need]
 
-    def commit(self, batch: int) -> None:
-        """Count the last `batch` reserved rows of every key."""
-        self.n += batch
+    def commit(self, keys: Iterable[str], batch: int) -> None:
+        """Count the last `batch` reserved rows of `keys`."""
+        for key in keys:
+            self._count[key] += batch
 
     def clear(self) -> None:
         """Forget the rows and keep their room."""
-        self.n = 0
+        self._count = dict.fromkeys(self._count, 0)
 
     def reorder(self, order: torch.Tensor) -> None:
         """Put row `order[i]` at place i, for every key; `order` is int64 [n]."""
-        for store in self._store.values():
-            store[: self.n] = store[order]
+        for key, store in self._store.items():
+            store[: self._count[key]] = store[order]
 
     # Rows made inside a forward pass are written to after it, which inference tensors forbid.
     @torch.inference_mode(False)

@@ -8,7 +8,7 @@ from torch import nn
 
 import geofast as gf
 from geofast.models import find_towers
-from geofast.models.model import text_collate
+from geofast.models.inputs import text_collate
 
 
 def hooks_of(model):

@@ -8,7 +8,8 @@ import torch
 import geofast as gf
 from geofast.data import SampleError, from_arrays
 from geofast.extract import first, forward, usable, worded
-from geofast.models.model import Model, stack_images, text_collate
+from geofast.models.inputs import stack_images, text_collate
+from geofast.models.model import Model
 
 
 def texts(*words, **columns):
@@ -79,7 +80,7 @@ def to_tensor(image):
 def vision():
     module = tiny.dinov2()
     model = gf.load(module, prepare=stack_images)
-    return Model(model.name, module, module, model.towers, "image", to_tensor, stack_images)
+    return Model(model.name, module, model.stages, "image", to_tensor, stack_images)
 
 
 def test_images_of_another_size_are_named(vision):

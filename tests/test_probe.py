@@ -15,7 +15,7 @@ from sklearn.model_selection import KFold
 
 import geofast as gf
 from geofast.data import from_arrays
-from geofast.models.model import text_collate
+from geofast.models.inputs import text_collate
 
 
 def painted(n=60, seed=0):
@@ -177,6 +177,21 @@ def test_groups_are_probed_on_their_own(vision):
     summed = gf.probe(vision, samples, sites="vision.layers.2", group="zone", storage="gram")
     again = gf.probe(vision, samples, sites="vision.layers.2", group="zone", select="gcv")
     pd.testing.assert_frame_equal(summed.layers, again.layers[summed.layers.columns], rtol=1e-4)
+
+
+def test_alpha_is_that_of_the_folds_where_they_agree(vision):
+    options = {"sites": "vision.layers.*", "select": "gcv"}
+    one = gf.probe(vision, painted(), alphas=[0.3], **options)
+    assert set(one.layers["alpha"]) == {0.3}
+    grid = [1e-4, 2e-4, 4e-4, 8e-4]
+    many = gf.probe(vision, painted(), alphas=grid, **options)
+    y = torch.tensor(many.samples[["latitude", "longitude"]].to_numpy())
+    fold = torch.tensor(many.samples["fold_kfold"].to_numpy())
+    for row, x in zip(many.layers.to_dict("records"), many.rows.values(), strict=True):
+        chosen = gf.cross_validate(x, y, fold, grid, select="gcv").alpha.tolist()
+        assert row["alpha"] == pytest.approx(np.prod(chosen) ** 0.2, rel=1e-12)
+        assert len(set(chosen)) > 1 or row["alpha"] == chosen[0]
+    assert not set(many.layers["alpha"]) <= set(grid)
 
 
 def test_baselines_stand_beside(vision):
@@ -483,7 +498,9 @@ def test_storage_is_chosen_and_said(language, capsys):
         ({"split": gf.KFold(40)}, "fold 0 of split 'kfold' has too few samples (1)"),
         ({"split": gf.KFold(2), "select": "folds"}, "needs at least 3 folds, and split 'kfold'"),
         ({"select": "aic"}, "select must be loo, gcv or folds; got 'aic'"),
-        ({"alphas": [0, 1]}, "alphas must be positive numbers; got [0, 1]"),
+        ({"alphas": [0, 1]}, "alphas must be positive numbers; got [0.0, 1.0]"),
+        ({"alphas": 5.0}, "alphas must be a list of positive numbers; got 5.0"),
+        ({"sites": []}, "sites= is empty; give names or globs"),
         ({"alphas": [float("nan")]}, "alphas must be positive numbers; got [nan]"),
         ({"alphas": []}, "alphas must be positive"),
         ({"targets": []}, "targets= needs one column or several"),
@@ -505,12 +522,17 @@ def test_bad_arguments(language, change, message):
         {"select": "loo", "storage": "gram"},
         {"storage": "disk"},
         {"alphas": [-1]},
+        {"alphas": 5.0},
+        {"alphas": "10"},
+        {"sites": []},
         {"batch_size": 0},
         {"workers": -1},
     ],
 )
 def test_what_can_be_known_is_told_before_the_model_loads(change):
-    with pytest.raises(ValueError, match=r"(?i)prompt|fold|rows|storage|alphas|batch_size") as told:
+    with pytest.raises(
+        ValueError, match=r"(?i)prompt|fold|rows|storage|alphas|batch_size|sites"
+    ) as told:
         gf.probe("/no/such/model", named(), **change)
     assert not isinstance(told.value, FileNotFoundError)
 

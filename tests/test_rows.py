@@ -11,7 +11,7 @@ from geofast.rows import Rows, on_disk
 def fill(rows, parts, dim=3):
     for part in parts:
         rows.reserve("a/last", dim, len(part)).copy_(part)
-        rows.commit(len(part))
+        rows.commit(list(rows), len(part))
     return rows
 
 
@@ -27,7 +27,7 @@ def test_rows_on_disk(tmp_path):
     for part, other in zip(x.split(7), y.split(7), strict=True):
         rows.reserve("a/last", 3, len(part)).copy_(part)
         rows.reserve("a_last", 5, len(other)).copy_(other)
-        rows.commit(len(part))
+        rows.commit(list(rows), len(part))
     assert torch.equal(rows["a/last"], x)
     assert torch.equal(rows["a_last"], y)
     with pytest.raises(ValueError, match="rows on disk cannot grow: 41 rows came where 40 fit"):

@@ -1,7 +1,17 @@
 """What a model is to the engine: loading, batches, sites and token roles."""
 
 from .load import load
-from .model import Batch, Model, describe
+from .model import Batch, Model, Stage, describe
 from .structure import Site, Tower, find_towers, match_sites
 
-__all__ = ["Batch", "Model", "Site", "Tower", "describe", "find_towers", "load", "match_sites"]
+__all__ = [
+    "Batch",
+    "Model",
+    "Site",
+    "Stage",
+    "Tower",
+    "describe",
+    "find_towers",
+    "load",
+    "match_sites",
+]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .model import Batch, ImageTransform, Model, stack_images, text_collate, wrap
-from .structure import block_lists, find_towers
+from .inputs import Conversations, Converse, ImageTransform, stack_images, text_collate
+from .model import Batch, Model, Stage, headless, wrap
+from .structure import Tower, block_lists, find_towers
 
 
 def load(
@@ -28,7 +31,9 @@ def load(
     ----------
     model
         A Hugging Face Hub id (`facebook/dinov2-small`, with or without `hf:`), a local folder, or
-        an nn.Module together with `prepare`. Vision encoders and causal language models.
+        an nn.Module together with `prepare`. Vision encoders, causal language models, models that
+        compare images with texts (CLIP, SigLIP) and models that talk about images (LLaVA,
+        Qwen-VL, Gemma 3). The last two take images first; `reading("text")` takes texts.
     prepare
         For an nn.Module: from a list of inputs to the module's keyword arguments.
     device
@@ -81,27 +86,29 @@ def _from_checkpoint(source: str, device: torch.device, dtype: torch.dtype | Non
             msg = f"the config.json of {source} cannot be used: {_said(error)}"
             raise ValueError(msg) from error
         raise FileNotFoundError(_why_not(source, error)) from error
-    causal = _is_causal(config)
-    if not causal and hasattr(config, "text_config") and hasattr(config, "vision_config"):
-        msg = (
-            f"{source} has a text and a vision tower (model type {config.model_type}); models of "
-            "two towers are not supported yet: load it with transformers and pass its vision "
-            "tower, gf.load(model.vision_model, prepare=...)"
-        )
-        raise ValueError(msg)
-    if hasattr(config, "mask_ratio"):
-        config.mask_ratio = 0.0  # masked autoencoders hide random patches, in eval mode too
-    loader = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    hide_nothing(config)
+    auto = _auto_class(config)
     with _reading("weights", source):
-        module = _weights(loader, source, config, dtype or _default_dtype(device))
+        module = _weights(auto, source, config, dtype or _default_dtype(device))
     module = module.eval().to(device)
-    body: nn.Module = module.base_model  # type: ignore[assignment]
     name = Path(source).name if Path(source).exists() else source
-    towers = find_towers(body)
-    if causal:
+    return _with_processors(name, source, module)
+
+
+def _with_processors(name: str, source: str, module: nn.Module) -> Model:
+    import transformers
+
+    body = headless(module)
+    towers = {t.name: t for t in find_towers(body)}
+    if hasattr(body, "get_image_features") and "lm" in towers:
+        return _conversing(name, module, body, towers, _processor(source))
+    if hasattr(body, "get_image_features") and {"vision", "text"} <= towers.keys():
+        return _comparing(name, module, towers, _processor(source))
+    stages = (Stage(body, tuple(towers.values())),)
+    if "lm" in towers:
         with _reading("tokenizer", source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        return Model(name, module, body, towers, "text", None, text_collate(tokenizer, body))
+        return Model(name, module, stages, "text", None, text_collate(tokenizer, body))
     if getattr(body, "main_input_name", None) != "pixel_values":
         msg = (
             f"{source} is a {type(module).__name__}: neither a vision encoder nor a causal "
@@ -110,7 +117,94 @@ def _from_checkpoint(source: str, device: torch.device, dtype: torch.dtype | Non
         raise ValueError(msg)
     with _reading("image processor", source):
         processor = transformers.AutoImageProcessor.from_pretrained(source)
-    return Model(name, module, body, towers, "image", ImageTransform(processor), stack_images)
+    return Model(name, module, stages, "image", ImageTransform(processor), stack_images)
+
+
+class _Method(nn.Module):
+    """A method of a model as a module, so that hooks see where a call begins and ends."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+        self.takes = inspect.signature(getattr(model, name)).parameters
+
+    def forward(self, **given: Any) -> Any:
+        return getattr(self.model, self.name)(**{k: v for k, v in given.items() if k in self.takes})
+
+
+def _comparing(name: str, module: nn.Module, towers: dict[str, Tower], processor: Any) -> Model:
+    """Take a model that compares images with texts: one tower for each."""
+    config: Any = module.config
+    # SigLIP was trained to read padding up to the end: its joint embedding is that of the last.
+    fixed = config.model_type.startswith("siglip")
+    collate = text_collate(processor.tokenizer, module.get_submodule("text_model"), fixed=fixed)
+    stages = (Stage(_Method(module, "get_text_features"), (towers["text"],)),)
+    text = Model(name, module, stages, "text", None, collate)
+    stages = (Stage(_Method(module, "get_image_features"), (towers["vision"],)),)
+    transform = ImageTransform(processor.image_processor)
+    return Model(name, module, stages, "image", transform, stack_images, text)
+
+
+def _conversing(
+    name: str, module: nn.Module, body: nn.Module, towers: dict[str, Tower], processor: Any
+) -> Model:
+    """Take a model that talks about images: the vision tower once an image, the LM every prompt."""
+    look = tuple(tower for tower in towers.values() if tower.name != "lm")
+    talk = Stage(body, (towers["lm"],))
+    collate = text_collate(processor.tokenizer, body)
+    text = Model(name, module, (talk,), "text", None, collate)
+    stages = (Stage(_Method(body, "get_image_features"), look), talk)
+    together = Conversations(processor.tokenizer.pad_token_id)
+    return Model(name, module, stages, "image", Converse(processor), together, text)
+
+
+def _processor(source: str) -> Any:
+    import transformers
+
+    with _reading("processor", source):
+        if find_spec("torchvision"):
+            return transformers.AutoProcessor.from_pretrained(source)
+        return _image_processor_with_tokenizer(source)
+
+
+def _image_processor_with_tokenizer(source: str) -> Any:
+    """Assemble a processor without its part for videos, which needs torchvision and is not read."""
+    import transformers
+    from transformers.models.auto import processing_auto
+
+    config = transformers.AutoConfig.from_pretrained(source)
+    names: Any = getattr(processing_auto, "PROCESSOR_MAPPING_NAMES")  # noqa: B009 - not exported
+    kind: Any = getattr(transformers, names[config.model_type])
+
+    class ImagesAndText(kind):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            return argument and super().check_argument_for_proper_class(name, argument)
+
+    parts = {
+        "image_processor": transformers.AutoImageProcessor.from_pretrained(source),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(source),
+    }
+    known, _ = kind.get_processor_dict(source)
+    return ImagesAndText.from_args_and_dict([parts.get(n) for n in kind.get_attributes()], known)
+
+
+def _auto_class(config: Any) -> Any:
+    """Return the class of transformers that loads the checkpoint whole, its head included."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if _is_causal(config):
+        return auto.AutoModelForCausalLM
+    talks = config.model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if talks and hasattr(config, "vision_config"):
+        return auto.AutoModelForImageTextToText
+    return auto.AutoModel
+
+
+def hide_nothing(config: Any) -> None:
+    """Have masked autoencoders see the whole image: they hide random patches, in eval mode too."""
+    if hasattr(config, "mask_ratio"):
+        config.mask_ratio = 0.0
 
 
 def _default_dtype(device: torch.device) -> torch.dtype | str:

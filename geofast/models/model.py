@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,21 @@ from torch import nn
 
 from .structure import Site, Tower, find_towers, match_sites
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Any]
+"""Arguments of a call. In two stages: `image`, those of the first, and `prompts`, a list of those
+of the second."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A call of a forward pass: `body` is called, and runs the blocks of `towers`."""
+
+    body: nn.Module
+    towers: tuple[Tower, ...]
+
+    def reads(self, sites: Sequence[Site]) -> bool:
+        """Whether one of `sites` is in this stage."""
+        return any(site.tower == tower.name for site in sites for tower in self.towers)
 
 
 @dataclass(frozen=True)
@@ -26,15 +39,28 @@ class Model:
     """Hub id, folder or class name: what the reports call the model."""
     module: nn.Module
     """The whole module, heads included."""
-    body: nn.Module
-    """The part that is run: no language-model head."""
-    towers: tuple[Tower, ...]
+    stages: tuple[Stage, ...]
+    """The calls of a forward pass, one after the other."""
     kind: Literal["image", "text"]
     """What one input is: a PIL image or a string."""
     transform: Callable[[Any], Any] | None
     """Runs on one input, ahead of the model and in a worker process; None leaves it as it is."""
     collate: Callable[[list[Any]], Batch]
     """Makes the keyword arguments of `body` from transformed inputs, on the CPU."""
+    other: Model | None = None
+    """The same model for inputs of the other kind, where it takes both."""
+    stop: Site | None = None
+    """The site after which a forward pass is broken off."""
+
+    @property
+    def body(self) -> nn.Module:
+        """The part that is run last: no language-model head."""
+        return self.stages[-1].body
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """All towers, in the order in which they run."""
+        return tuple(tower for stage in self.stages for tower in stage.towers)
 
     @property
     def device(self) -> torch.device:
@@ -50,24 +76,104 @@ class Model:
         """Return the sites that `patterns` name; see `structure.match_sites`."""
         return match_sites(self.towers, patterns)
 
-    def prepare(self, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether an image goes with prompts: the stage of the language model is the second."""
+        return self.kind == "image" and hasattr(self.transform, "prompts")
+
+    def reading(self, kind: str) -> Model:
+        """Return the model as it takes inputs of `kind`.
+
+        Raises
+        ------
+        ValueError
+            When it does not.
+        """
+        for model in (self, self.other):
+            if model is not None and model.kind == kind:
+                return model
+        raise ValueError(f"{self.name} reads {self.kind}, not {kind}")
+
+    def asking(self, prompts: Sequence[str]) -> Model:
+        """Return the model with other prompts about every image.
+
+        Raises
+        ------
+        ValueError
+            When the model takes no prompt beside an image.
+        """
+        if not self.takes_prompts:
+            msg = f"{self.name} takes no prompt beside an image; leave prompts= out"
+            raise ValueError(msg)
+        converse: Any = self.transform
+        return replace(self, transform=replace(converse, prompts=tuple(prompts)))
+
+    def until(self, sites: Sequence[Site]) -> Model:
+        """Return the model that stops after the deepest of `sites`, which `sites` returned."""
+        last = max(i for i, stage in enumerate(self.stages) if stage.reads(sites))
+        order = [s.name for tower in self.stages[last].towers for s in tower.sites()]
+        names = {s.name: s for s in sites}
+        deepest = max((n for n in names if n in order), key=order.index)
+        return replace(self, stages=self.stages[: last + 1], stop=names[deepest])
+
+    def prepare(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """Make the keyword arguments of `body` from raw inputs, on the model's device."""
         ready = [self.transform(x) for x in inputs] if self.transform else list(inputs)
         return self.to_device(self.collate(ready))
 
-    def to_device(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def to_device(self, batch: Batch) -> dict[str, Any]:
         """Move a batch to the model; floating-point inputs take its dtype."""
-        return {
-            key: t.to(self.device, self.dtype if t.is_floating_point() else None)
-            for key, t in batch.items()
-        }
+        return {key: self._moved(value) for key, value in batch.items()}
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(self.device, self.dtype if value.is_floating_point() else None)
+        if isinstance(value, Mapping):
+            return self.to_device(value)
+        return [self._moved(v) for v in value] if isinstance(value, list) else value
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> None:
-        """Run the body for its hooks, in eval mode; nothing is returned and no cache is built."""
-        takes_cache = "use_cache" in inspect.signature(self.body.forward).parameters
-        with _evaluating(self.body):
-            self.body(**batch, **({"use_cache": False} if takes_cache else {}))
+    def forward(self, batch: Batch, before: Callable[[int], None] = lambda _: None) -> None:
+        """Run the model for its hooks, in eval mode; nothing is returned and no cache is built.
+
+        `before` is called with the number of each prompt, where a batch has several.
+        """
+        with _evaluating(self.module), ExitStack() as hooks:
+            if self.stop is not None:
+                hooks.callback(self.stop.watch(_reached).remove)
+                hooks.enter_context(suppress(_ReachedError))
+            first, *more = self.stages
+            if not more and "prompts" not in batch:
+                _run(first.body, batch)
+                return
+            seen = _run(first.body, batch["image"])
+            for stage in more:
+                for i, prompt in enumerate(batch["prompts"]):
+                    before(i)
+                    with suppress(_ReachedError):
+                        _run(stage.body, prompt, mm_encoder_outputs={"image": seen})
+
+
+class _ReachedError(Exception):
+    """The deepest site that is wanted has been read."""
+
+
+def _reached(hidden: torch.Tensor) -> None:
+    raise _ReachedError
+
+
+def _run(body: nn.Module, batch: Batch, **more: Any) -> Any:
+    takes_cache = "use_cache" in inspect.signature(body.forward).parameters
+    return body(**batch, **more, **({"use_cache": False} if takes_cache else {}))
+
+
+def headless(module: nn.Module) -> nn.Module:
+    """Return the part of a transformers model that is under its head; any other model as it is."""
+    body = getattr(module, "base_model", module) if hasattr(module, "base_model_prefix") else module
+    assert isinstance(body, nn.Module)
+    # DINOv3 calls its stack of blocks so, which does not take pixels.
+    takes = inspect.signature(body.forward).parameters
+    return body if getattr(module, "main_input_name", "input_ids") in takes else module
 
 
 @contextmanager
@@ -102,82 +208,8 @@ def wrap(
     """
     towers = find_towers(module)
     guess: Literal["image", "text"] = "image" if any(t.name == "vision" for t in towers) else "text"
-    # transformers' models name what lies under their heads; elsewhere base_model may mean anything.
-    body = module.base_model if hasattr(module, "base_model_prefix") else module
-    assert isinstance(body, nn.Module)
-    return Model(type(module).__name__, module, body, towers, kind or guess, None, prepare)
-
-
-@dataclass(frozen=True)
-class ImageTransform:
-    """One PIL image to pixel values, by a Hugging Face image processor; picklable."""
-
-    processor: Any
-
-    def __call__(self, image: Any) -> torch.Tensor:
-        """Return pixel values [channels, height, width]."""
-        # Many processors take grey, palette and transparent images for what they are not.
-        values = self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
-        return torch.as_tensor(values)[0]
-
-
-def stack_images(images: list[torch.Tensor]) -> Batch:
-    """Make a batch of pixel values.
-
-    Raises
-    ------
-    ValueError
-        When the processor let images of different sizes through.
-    """
-    sizes = sorted({tuple(image.shape) for image in images})
-    if len(sizes) > 1:
-        msg = (
-            f"the image processor made images of different sizes in one batch ({sizes[0]} and "
-            f"{sizes[1]}): use batch_size=1, or a processor that resizes to a fixed size"
-        )
-        raise ValueError(msg)
-    return {"pixel_values": torch.stack(images)}
-
-
-@dataclass(frozen=True)
-class Tokenize:
-    """Strings to token ids and mask, by a Hugging Face tokenizer."""
-
-    tokenizer: Any
-    context: float
-    """The longest prompt that the model takes, in tokens."""
-
-    def __call__(self, texts: list[str]) -> Batch:
-        """Pad on the right to the longest, whichever side the tokenizer pads for generation.
-
-        There every text stands at the positions that it has alone, in every model. On the left it
-        does not: RoBERTa counts positions from its padding id, and RWKV has no attention mask.
-
-        Raises
-        ------
-        ValueError
-            For an empty text, or one that is longer than the model's context.
-        """
-        batch = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        for text, length in zip(texts, mask.sum(1).tolist(), strict=True):
-            if not length:
-                raise ValueError(f"the text {text!r} has no token; give the model a longer prompt")
-            if length > self.context:
-                msg = (
-                    f"the text {text[:40]!r}... has {length} tokens; the model takes {self.context}"
-                )
-                raise ValueError(msg)
-        return {"input_ids": ids, "attention_mask": mask}
-
-
-def text_collate(tokenizer: Any, body: nn.Module) -> Tokenize:
-    """Set a tokenizer up for batches of `body`."""
-    if tokenizer.pad_token is None:
-        # Masked, so any id will do.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    context = getattr(getattr(body, "config", None), "max_position_embeddings", None) or -1
-    return Tokenize(tokenizer, context if context > 0 else inf)  # XLNet has none and says -1
+    stages = (Stage(headless(module), towers),)
+    return Model(type(module).__name__, module, stages, kind or guess, None, prepare)
 
 
 def describe(model: Model) -> str:

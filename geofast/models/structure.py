@@ -2,7 +2,9 @@
 
 A tower is a stack of residual blocks: the largest list of modules of one class that belongs to it.
 The residual stream before block 0 is the site `<tower>.embed`, after block i
-`<tower>.layers.<i>`, and `<tower>.norm` is what the final norm makes of the last one.
+`<tower>.layers.<i>`, and `<tower>.norm` is what the final norm makes of the last one. Models that
+compare images with texts have `<tower>.joint`, one vector a sample in the space that both share,
+before it is scaled to length 1. Between a vision tower and a language model stands the `projector`.
 
 `<tower>.layers.<i>.attn` and `.mlp` are what the block's attention and feed-forward modules
 return, as they return it. What the block does to it afterwards is not in it: DINOv2's LayerScale,
@@ -14,13 +16,16 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+_ORDER = ("location", "vision", "projector", "text", "lm")
+_BETWEEN = ("projector", "connector", "merger", "aligner")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,11 @@ class Site:
     module: nn.Module
     at: str
     """`input` or `output` of `module`."""
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether a sample is one vector here, whatever the pool."""
+        return self.name.endswith(".joint")
 
     def watch(self, read: Callable[[torch.Tensor], None]) -> RemovableHandle:
         """Call `read` with the hidden states whenever a forward pass meets the site."""
@@ -68,11 +78,17 @@ class Tower:
     """Roles of the tokens that come before the patches: `cls`, `register`."""
     tokens: str
     """Role of all the others: `patch` in a vision tower, `text` in a text tower or LM."""
+    head: nn.Module | None = None
+    """Makes the joint embedding; without blocks, the projector itself."""
+    image_token: int | None = None
+    """The id that stands for an image's tokens among the text."""
+    channels_first: bool = False
+    """Whether hidden states with two spatial axes are [batch, dim, height, width]."""
 
     @property
     def branches(self) -> tuple[str, ...]:
         """Which of `attn` and `mlp` the first block has."""
-        return tuple(_branches(self.blocks[0]))
+        return tuple(_branches(self.blocks[0])) if self.blocks else ()
 
     @property
     def default_pool(self) -> str:
@@ -81,8 +97,19 @@ class Tower:
             return "last"
         return "cls" if "cls" in self.prefix else f"mean:{self.tokens}"
 
+    @property
+    def default_sites(self) -> tuple[str, ...]:
+        """Names and globs of what is read when nobody says what."""
+        if not self.blocks:
+            return (self.name,)
+        joint = (f"{self.name}.joint",) if self.head is not None else ()
+        return (f"{self.name}.embed", f"{self.name}.layers.*", *joint)
+
     def sites(self) -> Iterator[Site]:
         """Yield the tower's sites in the order in which the forward pass meets them."""
+        if not self.blocks and self.head is not None:
+            yield Site(self.name, self.name, None, self.head, "output")
+            return
         yield Site(f"{self.name}.embed", self.name, None, self.blocks[0], "input")
         for i, block in enumerate(self.blocks):
             yield Site(f"{self.name}.layers.{i}", self.name, i, block, "output")
@@ -90,6 +117,8 @@ class Tower:
                 yield Site(f"{self.name}.layers.{i}.{branch}", self.name, i, module, "output")
         if self.norm is not None:
             yield Site(f"{self.name}.norm", self.name, None, self.norm, "output")
+        if self.head is not None:
+            yield Site(f"{self.name}.joint", self.name, None, self.head, "output")
 
 
 def find_towers(root: nn.Module) -> tuple[Tower, ...]:
@@ -103,6 +132,8 @@ def find_towers(root: nn.Module) -> tuple[Tower, ...]:
     largest: dict[str, tuple[int, str, nn.Module]] = {}
     for path, blocks in block_lists(root):
         name = _tower_name(root, path, blocks)
+        if name is None:
+            continue
         size = sum(p.numel() for p in blocks.parameters())
         if name not in largest or size > largest[name][0]:
             largest[name] = size, path, blocks
@@ -113,7 +144,12 @@ def find_towers(root: nn.Module) -> tuple[Tower, ...]:
             "parameters. Put the blocks of a model of your own into a ModuleList"
         )
         raise ValueError(msg)
-    return tuple(_tower(root, name, path, blocks) for name, (_, path, blocks) in largest.items())
+    found = {n: _tower(root, n, path, blocks) for n, (_, path, blocks) in largest.items()}
+    if {"vision", "text"} <= found.keys():
+        found = {n: replace(tower, head=_joint(root, tower)) for n, tower in found.items()}
+    if {"vision", "lm"} <= found.keys() and (projector := _projector(root, found)) is not None:
+        found["projector"] = projector
+    return tuple(found[n] for n in _ORDER if n in found)
 
 
 def match_sites(
@@ -127,7 +163,8 @@ def match_sites(
         From `find_towers`.
     patterns
         A name, a glob (`lm.layers.*`), or several. A glob takes branch outputs (`.attn`, `.mlp`)
-        and norms only when it spells them. None: `embed` and every layer of every tower.
+        and norms only when it spells them. None: `embed`, every layer and `joint` of every tower,
+        and the projector.
 
     Raises
     ------
@@ -136,7 +173,7 @@ def match_sites(
     """
     sites = [site for tower in towers for site in tower.sites()]
     if patterns is None:
-        patterns = [p for t in towers for p in (f"{t.name}.embed", f"{t.name}.layers.*")]
+        patterns = [name for t in towers for name in t.default_sites]
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         names = [s.name for s in sites if _matches(s.name, pattern)]
@@ -157,10 +194,13 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _ranges(towers: Sequence[Tower]) -> str:
     def of(t: Tower) -> str:
+        if not t.blocks:
+            return t.name
         layers = f"{t.name}.layers.0 to .{len(t.blocks) - 1}"
         if t.branches:
             layers += f" (each also {' and '.join('.' + branch for branch in t.branches)})"
-        return ", ".join([f"{t.name}.embed", layers] + ([f"{t.name}.norm"] if t.norm else []))
+        last = [f"{t.name}.norm"] * (t.norm is not None) + [f"{t.name}.joint"] * bool(t.head)
+        return ", ".join([f"{t.name}.embed", layers, *last])
 
     return "; ".join(of(t) for t in towers)
 
@@ -182,15 +222,27 @@ def _is_block(module: nn.Module) -> bool:
     return holders >= 2
 
 
-def _tower_name(root: nn.Module, path: str, blocks: nn.Module) -> str:
-    for part, name in (("vision", "vision"), ("visual", "vision"), ("image", "vision")):
-        if part in path.lower():
-            return name
+def _tower_name(root: nn.Module, path: str, blocks: nn.Module) -> str | None:
+    if "audio" in path.lower():
+        return None
+    if any(part in path.lower() for part in ("vision", "visual", "image")):
+        return "vision"
+    if image_token(root) is not None:
+        return "lm"
     if "text" in path.lower() and "language" not in path.lower():
         return "text"
     if "language" not in path.lower() and _reads_pixels(root):
         return "vision"
     return "lm" if _is_causal(root, blocks) else "text"
+
+
+def image_token(root: nn.Module) -> int | None:
+    """Return the id that stands for an image's tokens among the text, or None."""
+    config = getattr(root, "config", None)
+    for name in ("image_token_id", "image_token_index"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    return None
 
 
 def _is_causal(root: nn.Module, blocks: nn.Module) -> bool:
@@ -222,7 +274,32 @@ def _tower(root: nn.Module, name: str, path: str, blocks: nn.Module) -> Tower:
     tokens = "patch" if name == "vision" else "text"
     # Not children(): it leaves out a block that comes again, and the numbers would shift.
     assert isinstance(blocks, nn.ModuleList | nn.Sequential)
-    return Tower(name, path, tuple(blocks), norm, prefix, tokens)
+    # Blocks that convolve keep the channels where convolutions want them.
+    channels_first = any(isinstance(m, nn.Conv2d) for m in blocks.modules())
+    token = image_token(root) if name == "lm" else None
+    return Tower(name, path, tuple(blocks), norm, prefix, tokens, None, token, channels_first)
+
+
+def _joint(root: nn.Module, tower: Tower) -> nn.Module | None:
+    """What takes one tower of two into the space that they share."""
+    around = tower.path.partition(".")[0]
+    side = {"vision": ("visual", "vision", "image"), "text": ("text",)}[tower.name]
+    for name in (*(f"{word}_projection" for word in side), f"{around}.head"):
+        try:
+            return root.get_submodule(name)
+        except AttributeError:
+            continue
+    return None
+
+
+def _projector(root: nn.Module, towers: Mapping[str, Tower]) -> Tower | None:
+    """What stands between the vision tower and the language model."""
+    language = towers["lm"].path.rpartition(".")[0]
+    for path, module in root.named_modules():
+        named = path.rpartition(".")[2].lower().endswith(_BETWEEN)
+        if named and not f"{path}.".startswith((f"{language}.", f"{towers['vision'].path}.")):
+            return Tower("projector", path, (), None, (), "patch", module)
+    return None
 
 
 def _prefix(tower: nn.Module) -> tuple[str, ...]:

@@ -1,0 +1,164 @@
+"""Which tokens of a hidden state belong to which sample, and what each of them is.
+
+Most models keep a sequence a sample, [batch, tokens, dim]. Others cut an image into tiles and keep
+a sequence a tile, or pack the patches of all images into one sequence [patches, dim]; convolutional
+ones keep [batch, dim, height, width]. All of them come out as sequences of tokens, and where a
+sample is not a sequence, with the place where it begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..pooling import role_bit
+from .structure import Site, Tower
+
+_PACKED = ("image_grid_thw", "grid_thw", "image_sizes")
+_MASKS = {"vision": ("pixel_attention_mask", "patch_attention_mask")}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Roles of all tokens, and where samples begin."""
+
+    roles: torch.Tensor
+    """uint8 [sequences, tokens], a bit a role."""
+    starts: tuple[int, ...] | None
+    """Where each sample begins in the sequences laid end to end, and the end; None where every
+    sequence is a sample."""
+
+    @property
+    def samples(self) -> int:
+        return len(self.roles) if self.starts is None else len(self.starts) - 1
+
+
+@dataclass
+class Call:
+    """What a forward pass was called with, as far as it says what tokens are."""
+
+    given: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the call."""
+    masks: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """By tower, the masks that modules on the way to its blocks were called with."""
+
+    @property
+    def sizes(self) -> set[int]:
+        """How many samples there may be: the lengths of the arguments."""
+        if isinstance(ids := self.given.get("input_ids"), torch.Tensor):
+            return {len(ids)}
+        if isinstance(tiles := self.given.get("tiles"), torch.Tensor):
+            return {len(tiles)}
+        return {len(t) for t in self.given.values() if isinstance(t, torch.Tensor) and t.ndim}
+
+    def note_mask(self, tower: str, given: Mapping[str, Any]) -> None:
+        """Keep the mask that a module on the way to the blocks of `tower` is called with."""
+        for name in _MASKS.get(tower, ("attention_mask",)):
+            mask = given.get(name)
+            # Further in, models make [batch, 1, tokens, tokens] of a mask that was seen before.
+            if isinstance(mask, torch.Tensor) and (mask.ndim == 2 or tower == "vision"):
+                self.masks.setdefault(tower, []).append(mask)
+            elif mask is not None and tower not in self.masks:
+                got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+                raise ValueError(f"{name} must be [batch, tokens] for pooling; got {got}")
+
+    def shares(self, sequences: int) -> torch.Tensor | None:
+        """How many tokens each image has in proportion to the others; None: a sequence each."""
+        tiles = self.given.get("tiles")
+        if isinstance(tiles, torch.Tensor) and sequences == int(tiles.sum()):
+            return None if sequences == len(tiles) else tiles
+        for name in _PACKED:
+            sizes = self.given.get(name)
+            if isinstance(sizes, torch.Tensor) and sizes.ndim == 2 and sequences == 1:
+                return sizes.prod(1)
+        return None
+
+
+def as_tokens(site: Site, tower: Tower, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    """Hidden states as [sequences, tokens, dim].
+
+    Raises
+    ------
+    ValueError
+        For any other shape.
+    """
+    packed = tower.tokens == "patch" and any(name in call.given for name in _PACKED[:2])
+    if hidden.ndim == 2:
+        return hidden[None] if packed and not site.is_vector else hidden[:, None]
+    if hidden.ndim == 4:
+        return hidden.flatten(2).mT if tower.channels_first else hidden.flatten(1, 2)
+    if hidden.ndim != 3:
+        shape = list(hidden.shape)
+        raise ValueError(
+            f"{site.name} gave hidden states of shape {shape}, not [batch, tokens, dim]"
+        )
+    return hidden
+
+
+def lay_out(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> Layout:
+    """Lay out `tokens` [sequences, tokens, dim], which `as_tokens` made.
+
+    Raises
+    ------
+    ValueError
+        When the sequences are not the samples of the call, nor tiles or packed images of them, or
+        a mask does not fit.
+    """
+    sequences, length, _ = tokens.shape
+    roles = _roles(site, tower, tokens, call)
+    shares = call.shares(sequences) if tower.tokens == "patch" else None
+    if shares is not None:
+        return Layout(roles.view(1, -1), _starts(site, shares, sequences * length))
+    if call.sizes and sequences not in call.sizes:
+        sizes = " or ".join(map(str, sorted(call.sizes)))
+        msg = (
+            f"{site.name} is {list(tokens.shape)}, not [batch, tokens, dim]: the batch has {sizes} "
+            "samples"
+        )
+        raise ValueError(msg)
+    return Layout(roles, None)
+
+
+def _starts(site: Site, shares: torch.Tensor, total: int) -> tuple[int, ...]:
+    ends = shares.cumsum(0).cpu() * total
+    whole = int(shares.sum())
+    if bool((ends % whole).any()):
+        raise ValueError(f"{site.name}: {total} tokens cannot be shared out by {shares.tolist()}")
+    return (0, *(ends // whole).tolist())
+
+
+def _roles(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> torch.Tensor:
+    sequences, length, _ = tokens.shape
+    if site.is_vector:
+        return torch.full((sequences, 1), 255, dtype=torch.uint8, device=tokens.device)
+    bits = torch.ones(length, dtype=torch.uint8)
+    # CLIP's final norm sees the CLS token alone: what has no room for patches has none.
+    prefix = tower.prefix if len(tower.prefix) < length else ()
+    if len(tower.prefix) < length:
+        bits |= 1 << role_bit(tower.tokens)
+    for i, role in enumerate(prefix):
+        bits[i] = 1 << role_bit(role) | 1
+    roles = bits.to(tokens.device).repeat(sequences, 1)
+    ids = call.given.get("input_ids")
+    if tower.image_token is not None and isinstance(ids, torch.Tensor) and ids.shape == roles.shape:
+        image = (ids == tower.image_token).to(roles.device)
+        roles[image] = 1 << role_bit("image") | 1
+    mask = _mask(tower, roles, call)
+    if mask is not None:
+        roles *= (mask != 0).to(roles.device)
+    return roles
+
+
+def _mask(tower: Tower, roles: torch.Tensor, call: Call) -> torch.Tensor | None:
+    masks = call.masks.get(tower.name, [])
+    for mask in reversed(masks):  # the last is the nearest to the blocks
+        if mask.flatten(1).shape == roles.shape:
+            return mask.flatten(1)
+    if masks and masks[-1].ndim == 2:
+        shape, (sequences, length) = list(masks[-1].shape), roles.shape
+        msg = f"attention_mask is {shape} for hidden states of {sequences} x {length} tokens"
+        raise ValueError(msg)
+    return None

@@ -1,0 +1,422 @@
+"""Tiny random checkpoints of every model family, with the processors that they really have."""
+
+import torch
+
+IMAGE = "<image>"
+VISION = dict(
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, image_size=32,
+    patch_size=8,
+)  # fmt: skip
+TEXT = dict(
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+    vocab_size=120, max_position_embeddings=64,
+)  # fmt: skip
+LANGUAGE = TEXT | dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=512)
+SIDE = {"height": 32, "width": 32}
+SPECIAL = (
+    "<image>", "<video>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<fake_token_around_image>",
+    "<global-img>", "<end_of_utterance>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<img>", "</img>",
+    "<IMG_CONTEXT>",
+)  # fmt: skip
+IDS = {word: 4 + i for i, word in enumerate(SPECIAL)}
+CHAT = (
+    "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}IMAGE "
+    "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}w9{% endif %}"
+)
+
+
+def tokenizer(**more):
+    """A word tokenizer made here: special tokens, and the words w0 to w59."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3} | IDS
+    words |= {f"w{i}": len(words) + i for i in range(60)}
+    plain = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
+        eos_token="</s>", **more,
+    )  # fmt: skip
+    made.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    return made
+
+
+def _processor(name, *parts, **more):
+    """A processor of class `name`, with or without a part for videos, which needs torchvision."""
+    import transformers
+
+    kind = getattr(transformers, name)
+
+    class ImagesAndText(kind):
+        def check_argument_for_proper_class(self, attribute, part):
+            return part and super().check_argument_for_proper_class(attribute, part)
+
+    ImagesAndText.__name__ = name
+    made = ImagesAndText(*parts, **more)
+    there = [a for a in kind.get_attributes() if getattr(made, a) is not None]
+    ImagesAndText.get_attributes = classmethod(lambda _: there)  # what is None cannot be saved
+    return made
+
+
+def chat(image):
+    return CHAT.replace("IMAGE", image)
+
+
+# ------ vision
+
+
+def vit():
+    import transformers as t
+
+    return t.ViTModel(t.ViTConfig(**VISION)), t.ViTImageProcessorPil(size=SIDE)
+
+
+def deit():
+    import transformers as t
+
+    return t.DeiTModel(t.DeiTConfig(**VISION)), t.DeiTImageProcessorPil(size=SIDE, crop_size=SIDE)
+
+
+def dinov2():
+    import transformers as t
+
+    small = {k: v for k, v in VISION.items() if k != "intermediate_size"}
+    return t.Dinov2Model(t.Dinov2Config(**small)), t.BitImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size=SIDE
+    )
+
+
+def dinov2_registers():
+    import transformers as t
+
+    small = {k: v for k, v in VISION.items() if k != "intermediate_size"}
+    config = t.Dinov2WithRegistersConfig(**small, num_register_tokens=4)
+    return t.Dinov2WithRegistersModel(config), dinov2()[1]
+
+
+def dinov3_vit():
+    import transformers as t
+
+    config = t.DINOv3ViTConfig(**VISION, num_register_tokens=4)
+    return t.DINOv3ViTModel(config), t.ViTImageProcessorPil(size=SIDE)
+
+
+def dinov3_convnext():
+    import transformers as t
+
+    config = t.DINOv3ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1])
+    side = {"height": 64, "width": 64}
+    return t.DINOv3ConvNextModel(config), t.ViTImageProcessorPil(size=side)
+
+
+def vit_mae():
+    import transformers as t
+
+    return t.ViTMAEModel(t.ViTMAEConfig(**VISION)), t.ViTImageProcessorPil(size=SIDE)
+
+
+def sam():
+    import transformers as t
+
+    config = t.SamVisionConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, mlp_dim=64, image_size=32,
+        patch_size=8, output_channels=16, window_size=2, global_attn_indexes=[1],
+    )  # fmt: skip
+    processor = t.SamImageProcessorPil(size={"longest_edge": 32}, pad_size=SIDE)
+    return t.SamVisionModel(config), processor
+
+
+def beit():
+    import transformers as t
+
+    return t.BeitModel(t.BeitConfig(**VISION)), t.BeitImageProcessorPil(
+        size=SIDE, do_center_crop=False
+    )
+
+
+def swin():
+    import transformers as t
+
+    config = t.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[2, 2, 2], num_heads=[2, 2, 2],
+        window_size=2,
+    )  # fmt: skip
+    return t.SwinModel(config), t.ViTImageProcessorPil(size=SIDE)
+
+
+def siglip_vision():
+    import transformers as t
+
+    return t.SiglipVisionModel(t.SiglipVisionConfig(**VISION)), t.SiglipImageProcessorPil(size=SIDE)
+
+
+# ------ vision and text
+
+
+def clip():
+    import transformers as t
+
+    config = t.CLIPConfig(
+        text_config=TEXT | dict(bos_token_id=2, eos_token_id=3, pad_token_id=0),
+        vision_config=VISION, projection_dim=16,
+    )  # fmt: skip
+    processor = t.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SIDE)
+    return t.CLIPModel(config), t.CLIPProcessor(processor, tokenizer())
+
+
+def siglip():
+    import transformers as t
+
+    text = TEXT | dict(projection_size=32, bos_token_id=2, eos_token_id=3, pad_token_id=0)
+    config = t.SiglipConfig(text_config=text, vision_config=VISION)
+    processor = t.SiglipImageProcessorPil(size=SIDE)
+    return t.SiglipModel(config), t.SiglipProcessor(processor, tokenizer())
+
+
+def siglip2():
+    import transformers as t
+
+    text = TEXT | dict(projection_size=32, bos_token_id=2, eos_token_id=3, pad_token_id=0)
+    vision = {k: v for k, v in VISION.items() if k != "image_size"} | {"num_patches": 16}
+    config = t.Siglip2Config(text_config=text, vision_config=vision)
+    processor = t.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    return t.Siglip2Model(config), t.Siglip2Processor(processor, tokenizer())
+
+
+# ------ images and language
+
+
+def llava():
+    import transformers as t
+
+    config = t.LlavaConfig(
+        vision_config=t.CLIPVisionConfig(**VISION), text_config=t.LlamaConfig(**LANGUAGE),
+        image_token_index=IDS[IMAGE],
+    )  # fmt: skip
+    processor = t.LlavaProcessor(
+        clip()[1].image_processor, tokenizer(), patch_size=8, chat_template=chat(IMAGE),
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    return t.LlavaForConditionalGeneration(config), processor
+
+
+def llava_next():
+    import transformers as t
+
+    grid = [[32, 64], [64, 32], [64, 64]]
+    config = t.LlavaNextConfig(
+        vision_config=t.CLIPVisionConfig(**VISION), text_config=t.LlamaConfig(**LANGUAGE),
+        image_token_index=IDS[IMAGE], image_grid_pinpoints=grid,
+    )  # fmt: skip
+    images = t.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size=SIDE, image_grid_pinpoints=grid
+    )
+    processor = t.LlavaNextProcessor(
+        images, tokenizer(), patch_size=8, chat_template=chat(IMAGE),
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    return t.LlavaNextForConditionalGeneration(config), processor
+
+
+def llava_onevision():
+    import transformers as t
+
+    grid = [[32, 64], [64, 32], [64, 64]]
+    config = t.LlavaOnevisionConfig(
+        vision_config=t.SiglipVisionConfig(**VISION), text_config=t.Qwen2Config(**LANGUAGE),
+        image_token_index=IDS[IMAGE], video_token_index=IDS["<video>"], image_grid_pinpoints=grid,
+        vision_aspect_ratio="anyres_max_9",
+    )  # fmt: skip
+    images = t.LlavaOnevisionImageProcessorPil(size=SIDE, image_grid_pinpoints=grid)
+    processor = _processor(
+        "LlavaOnevisionProcessor", images, tokenizer(), None, num_image_tokens=16,
+        vision_feature_select_strategy="full", chat_template=chat(IMAGE),
+    )  # fmt: skip
+    return t.LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def _qwen(kind, vision, processor_class):
+    import transformers as t
+
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    ids = dict(
+        image_token_id=IDS["<|image_pad|>"], video_token_id=IDS["<|video_pad|>"],
+        vision_start_token_id=IDS["<|vision_start|>"], vision_end_token_id=IDS["<|vision_end|>"],
+    )  # fmt: skip
+    config = getattr(t, f"{kind}Config")(
+        text_config=LANGUAGE | {"rope_parameters": rope}, vision_config=vision, **ids
+    )
+    images = t.Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 256, "longest_edge": 4096}
+    )
+    words = tokenizer(
+        extra_special_tokens={
+            "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
+            "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>",
+        }
+    )  # fmt: skip
+    template = chat("<|vision_start|><|image_pad|><|vision_end|>")
+    processor = _processor(processor_class, images, words, None, chat_template=template)
+    return getattr(t, f"{kind}ForConditionalGeneration")(config), processor
+
+
+def qwen2_vl():
+    vision = dict(depth=3, embed_dim=32, hidden_size=32, num_heads=4, patch_size=4, mlp_ratio=2)
+    return _qwen("Qwen2VL", vision, "Qwen2VLProcessor")
+
+
+def qwen2_5_vl():
+    vision = dict(
+        depth=3, hidden_size=32, out_hidden_size=32, num_heads=4, patch_size=4,
+        intermediate_size=64, window_size=16, fullatt_block_indexes=[1],
+    )  # fmt: skip
+    return _qwen("Qwen2_5_VL", vision, "Qwen2_5_VLProcessor")
+
+
+def qwen3_vl():
+    vision = dict(
+        depth=3, hidden_size=32, out_hidden_size=32, num_heads=4, patch_size=4,
+        intermediate_size=64, deepstack_visual_indexes=[1], num_position_embeddings=16,
+    )  # fmt: skip
+    return _qwen("Qwen3VL", vision, "Qwen3VLProcessor")
+
+
+def gemma3():
+    import transformers as t
+
+    config = t.Gemma3Config(
+        text_config=t.Gemma3TextConfig(**LANGUAGE), vision_config=t.SiglipVisionConfig(**VISION),
+        mm_tokens_per_image=4, image_token_index=IDS["<image_soft_token>"],
+        boi_token_index=IDS["<start_of_image>"], eoi_token_index=IDS["<end_of_image>"],
+    )  # fmt: skip
+    words = tokenizer(
+        extra_special_tokens={
+            "image_token": "<image_soft_token>", "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        }
+    )  # fmt: skip
+    processor = t.Gemma3Processor(
+        t.Gemma3ImageProcessorPil(size=SIDE), words, chat("<start_of_image>"), image_seq_length=4
+    )
+    model = t.Gemma3ForConditionalGeneration(config)
+    # Zero at the start of a training; then every image would look the same to the language model.
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return model, processor
+
+
+def paligemma():
+    import transformers as t
+
+    config = t.PaliGemmaConfig(
+        vision_config=t.SiglipVisionConfig(**VISION, projection_dim=32),
+        text_config=t.Gemma2Config(**LANGUAGE), image_token_index=IDS[IMAGE], projection_dim=32,
+    )  # fmt: skip
+    images = t.SiglipImageProcessorPil(size=SIDE)
+    images.image_seq_length = 16
+    words = tokenizer(extra_special_tokens={"image_token": IMAGE})
+    return t.PaliGemmaForConditionalGeneration(config), t.PaliGemmaProcessor(images, words)
+
+
+def internvl():
+    import transformers as t
+
+    vision = t.InternVLVisionConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
+        image_size=[32, 32], patch_size=[8, 8],
+    )  # fmt: skip
+    config = t.InternVLConfig(
+        vision_config=vision, text_config=t.Qwen2Config(**LANGUAGE),
+        image_token_id=IDS["<IMG_CONTEXT>"],
+    )  # fmt: skip
+    words = tokenizer(
+        extra_special_tokens={
+            "start_image_token": "<img>", "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>",
+        }
+    )  # fmt: skip
+    images = t.GotOcr2ImageProcessorPil(size=SIDE, crop_to_patches=True, max_patches=4)
+    processor = _processor(
+        "InternVLProcessor",
+        images,
+        words,
+        None,
+        image_seq_length=4,
+        chat_template=chat("<IMG_CONTEXT>"),
+    )
+    return t.InternVLForConditionalGeneration(config), processor
+
+
+def _idefics(kind, images, words, **more):
+    import transformers as t
+
+    config = getattr(t, f"{kind}Config")(
+        vision_config=VISION, text_config=t.LlamaConfig(**LANGUAGE), image_token_id=IDS[IMAGE],
+        scale_factor=2, pad_token_id=0,
+    )  # fmt: skip
+    processor = _processor(
+        f"{kind}Processor", images, words, image_seq_len=4, chat_template=chat(IMAGE), **more
+    )
+    return getattr(t, f"{kind}ForConditionalGeneration")(config), processor
+
+
+def idefics3():
+    import transformers as t
+
+    images = t.Idefics3ImageProcessorPil(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+    )
+    return _idefics("Idefics3", images, tokenizer())
+
+
+def smolvlm():
+    import transformers as t
+
+    images = t.SmolVLMImageProcessorPil(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+    )
+    return _idefics("SmolVLM", images, tokenizer(), video_processor=None)
+
+
+def mistral3():
+    import transformers as t
+
+    config = t.Mistral3Config(
+        vision_config=t.PixtralVisionConfig(**VISION | {"image_size": 64}),
+        text_config=t.MistralConfig(**LANGUAGE), image_token_index=IDS["[IMG]"],
+        spatial_merge_size=2,
+    )  # fmt: skip
+    images = t.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size=8)
+    processor = _processor(
+        "PixtralProcessor",
+        images,
+        tokenizer(),
+        patch_size=8,
+        spatial_merge_size=2,
+        chat_template=chat("[IMG]"),
+    )
+    return t.Mistral3ForConditionalGeneration(config), processor
+
+
+VISION_FAMILIES = (
+    vit, deit, dinov2, dinov2_registers, dinov3_vit, dinov3_convnext, vit_mae, sam, beit, swin,
+    siglip_vision,
+)  # fmt: skip
+COMPARING_FAMILIES = (clip, siglip, siglip2)
+TALKING_FAMILIES = (
+    llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, gemma3, paligemma, internvl,
+    idefics3, smolvlm, mistral3,
+)  # fmt: skip
+
+
+def save(family, folder):
+    """Write the checkpoint of `family` and its processor."""
+    torch.manual_seed(0)
+    model, processor = family()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -1,0 +1,218 @@
+"""Every model family under one vocabulary, from tiny random checkpoints and real processors."""
+
+from functools import partial
+
+import families
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import geofast as gf
+
+SIZES = ((40, 40), (30, 64), (70, 35))  # height and width: one square, one wide, one tall
+POOLS = {
+    "vision": ["mean:patch", "max"], "projector": "mean:patch", "lm": ["last", "mean:image"],
+    "text": "mean:text",
+}  # fmt: skip
+PROMPTS = ["w1 w2", "w3 w4 w5 w6", ""]
+ALL = (*families.VISION_FAMILIES, *families.COMPARING_FAMILIES, *families.TALKING_FAMILIES)
+# PaliGemma's processor hands numpy what it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+NEEDS = {"smolvlm": "num2words", "mistral3": "torchvision"}  # what transformers' processor imports
+
+
+def name_of(family):
+    return family.__name__
+
+
+@pytest.fixture(scope="module")
+def images():
+    r = np.random.default_rng(0)
+    return [Image.fromarray(r.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in SIZES]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Returns the model of a family, out of its checkpoint."""
+    made = {}
+
+    def of(family):
+        if needed := NEEDS.get(family.__name__):
+            pytest.importorskip(needed, reason=f"transformers' processor needs {needed}")
+        if family not in made:
+            made[family] = gf.load(families.save(family, tmp_path_factory.mktemp(family.__name__)))
+        return made[family]
+
+    return of
+
+
+def pools_of(model):
+    return {t.name: POOLS[t.name] for t in model.towers}
+
+
+def read(model, inputs, prompts=PROMPTS):
+    """Rows of one batch, those of an LM by prompt."""
+    several = len(model.stages) == 2
+    model = model.asking(prompts) if several else model
+    with gf.capture(model, pool=pools_of(model)) as rows:
+        model.forward(model.prepare(inputs), lambda i: setattr(rows, "label", prompts[i]))
+    return {key: rows[key] for key in rows}
+
+
+def assert_close(rows, expected, tolerance=2e-6):
+    assert rows.keys() == expected.keys()
+    for key in rows:
+        error = float((rows[key] - expected[key]).norm() / expected[key].norm())
+        assert error < tolerance, (key, error)
+
+
+@pytest.mark.parametrize("family", ALL, ids=name_of)
+def test_a_batch_gives_what_single_images_give(load, images, family):
+    model = load(family)
+    together = read(model, images)
+    for i, image in enumerate(images):
+        alone = read(model, [image])
+        assert_close({k: v[i : i + 1] for k, v in together.items()}, alone)
+    towers = {key.partition(".")[0].partition("/")[0] for key in together}
+    talks = family in families.TALKING_FAMILIES
+    assert towers == ({"vision", "projector", "lm"} if talks else {"vision"})
+
+
+@pytest.mark.parametrize("family", ALL, ids=name_of)
+def test_twice_the_same(load, images, family):
+    """Masked autoencoders hide other patches in every call; a run must not."""
+    model = load(family)
+    assert_close(read(model, images), read(model, images), tolerance=1e-6)
+
+
+def hidden_states_of(model, batch):
+    """Hidden states of the last stage by transformers' own means."""
+    return model.body(**batch, output_hidden_states=True, return_dict=True).hidden_states
+
+
+@pytest.mark.parametrize("family", families.VISION_FAMILIES, ids=name_of)
+def test_vision_sites_are_the_hidden_states(load, images, family):
+    model = load(family)
+    batch = model.prepare(images)
+    with torch.no_grad():
+        states = hidden_states_of(model, batch)
+    with gf.capture(model, pool="mean") as rows:
+        model.forward(batch)
+    names = [f"vision.layers.{i}/mean" for i in range(len(model.towers[0].blocks))]
+    by_width = {"swin": 1, "dinov3_convnext": 1}.get(family.__name__, 0)
+    for i, name in enumerate(names):
+        state = states[i + 1]
+        if state.ndim == 4:
+            state = state.flatten(2).mT if by_width else state.flatten(1, 2)
+        torch.testing.assert_close(rows[name], state.mean(1), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
+def test_one_look_at_an_image_serves_every_prompt(load, images, family):
+    """Rows of an LM equal those of a whole forward pass for each prompt, its own look included."""
+    model = load(family)
+    rows = read(model, images)
+    calls = []
+    blocks = next(t for t in model.towers if t.name == "vision").blocks
+    handle = blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    read(model, images)
+    handle.remove()
+    assert len(calls) == 1
+    whole = model.body
+    for i, prompt in enumerate(PROMPTS):
+        batch = model.asking(PROMPTS).prepare(images)
+        together = batch["prompts"][i] | {k: v for k, v in batch["image"].items() if k != "tiles"}
+        with (
+            gf.capture(whole, ["lm.embed", "lm.layers.*"], pools_of(model)) as expected,
+            torch.inference_mode(),
+        ):
+            whole(**together)
+        ending = f"/{prompt}" if prompt else ("/last", "/mean:image")
+        mine = {k: v for k, v in rows.items() if k.startswith("lm.") and k.endswith(ending)}
+        mine = {k.removesuffix(f"/{prompt}"): v for k, v in mine.items()}
+        assert_close(mine, {k: expected[k] for k in expected})
+
+
+@pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
+def test_language_sites_are_the_hidden_states(load, images, family):
+    """But for the last, which transformers gives after the final norm."""
+    model = load(family).asking(PROMPTS[:1])
+    batch = model.prepare(images)
+    together = batch["prompts"][0] | {k: v for k, v in batch["image"].items() if k != "tiles"}
+    with torch.inference_mode():
+        states = hidden_states_of(model, together)
+    with gf.capture(model, ["lm.embed", "lm.layers.*"], {"lm": "mean"}) as rows:
+        model.forward(batch)
+    mask = together["attention_mask"][..., None]
+    for key, state in list(zip(rows, states, strict=True))[:-1]:
+        mean = (state * mask).sum(1) / mask.sum(1)
+        torch.testing.assert_close(rows[key], mean, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
+def test_image_tokens_are_the_processors(load, images, family):
+    """The mean over the image tokens of the embedding is that of the projector's output."""
+    model = load(family).asking([""])
+    batch = model.prepare(images)
+    lm = model.towers[-1]
+    counts = (batch["prompts"][0]["input_ids"] == lm.image_token).sum(1)
+    assert (counts > 0).all()
+    embedded = []
+    pick = model.sites("lm.embed")[0].watch(embedded.append)
+    model.forward(batch)
+    pick.remove()
+    with gf.capture(model, "lm.embed", {"lm": "mean:image"}) as rows:
+        model.forward(batch)
+    for i in range(len(images)):
+        image = batch["prompts"][0]["input_ids"][i] == lm.image_token
+        torch.testing.assert_close(rows["lm.embed/mean:image"][i], embedded[0][i][image].mean(0))
+
+
+@pytest.mark.parametrize("family", families.COMPARING_FAMILIES, ids=name_of)
+def test_the_joint_embedding(load, images, family):
+    model = load(family)
+    inputs = {"image": images, "text": ["w1 w2", "w3", "w4 w5 w6"]}
+    for kind, tower in (("image", "vision"), ("text", "text")):
+        view = model.reading(kind)
+        batch = view.prepare(inputs[kind])
+        with gf.capture(view, f"{tower}.joint") as rows:
+            view.forward(batch)
+        (key,) = rows
+        ask = getattr(model.module, f"get_{kind}_features")
+        with torch.inference_mode():
+            torch.testing.assert_close(rows[key], ask(**batch).pooler_output)
+    with pytest.raises(ValueError, match="takes no prompt beside an image"):
+        model.asking(["w1"])
+
+
+@pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
+def test_a_pass_stops_at_the_deepest_site(load, images, family):
+    model = load(family)
+    ran, handles = [], []
+    for tower in model.towers:
+        for i, block in enumerate(tower.blocks):
+            note = partial(lambda who, *_: ran.append(who), (tower.name, i))
+            handles.append(block.register_forward_hook(note))
+    for sites, last in (("vision.layers.1", ("vision", 1)), ("lm.layers.1", ("lm", 1))):
+        short = model.until(model.sites(sites))
+        ran.clear()
+        with gf.capture(short, sites, "mean") as rows:
+            short.forward(short.prepare(images))
+        assert ran[-1] == last
+        with gf.capture(model, sites, "mean") as expected:
+            model.forward(model.prepare(images))
+        assert_close(dict(rows), dict(expected))
+    for handle in handles:
+        handle.remove()
+
+
+def test_texts_through_a_model_that_talks_about_images(load):
+    model = load(families.llava).reading("text")
+    assert model.kind == "text"
+    with gf.capture(model) as rows:
+        model.forward(model.prepare(["w1 w2", "w3"]))
+    assert next(iter(rows)) == "lm.embed/last"
+    assert rows.n == 2
+    with pytest.raises(ValueError, match="reads image, not text"):
+        load(families.vit).reading("text")

@@ -18,7 +18,7 @@ from torch import nn
 from . import _ops
 from .capture import Pools
 from .data import Samples, read
-from .extract import Extracted, Storage, add_sentence, extract, usable, worded
+from .extract import Extracted, Storage, add_sentence, extract, ready, usable, worded
 from .geo import Split, fold_scores, great_circle_km
 from .geo.folds import KFold, as_split
 from .gram import Gram
@@ -65,7 +65,8 @@ def probe(
         A pool or several, or a mapping from tower to such; None for each tower's default.
     prompts
         For text: one template or several that name columns, `{text}` being the input itself,
-        which is what None takes.
+        which is what None takes. For images: what a model that talks about them is asked, one
+        prompt or several; None shows it the image alone. The image is looked at once for all.
     split
         One or several ways to make folds: ours (`KFold`, `Blocks`, `GroupKFold`) or any
         scikit-learn splitter.
@@ -86,8 +87,8 @@ def probe(
     device, dtype
         What `load` takes.
     batch_size, workers
-        Samples in a forward pass, and processes that decode ahead of it (None: one for images
-        on files, none for the rest).
+        Samples in a forward pass, and processes that decode ahead of it (None: one for images,
+        none for text).
     scratch
         Folder for rows that memory is too small for; None takes the system's temporary one.
     strict
@@ -114,11 +115,12 @@ def probe(
     splits = _as_splits(split)
     targets = [targets] if isinstance(targets, str) else list(targets)
     given = _Given(samples, _targets(samples, targets), dict(baselines or {}))
-    _check_options(given, alphas, select, storage, batch_size, workers)
+    alphas = _as_list(alphas)
+    _check_options(given, sites, alphas, select, storage, batch_size, workers)
     inputs = worded(samples, prompts)
     tasks, warned = _tasks(given, splits, group, targets, select)  # before the model is loaded
-    model = load(model, device=device, dtype=dtype)
-    _check_model(model, samples, pool)
+    model = ready(load(model, device=device, dtype=dtype), samples, prompts, sites)
+    _check_pools(model, pool)
     if samples.kind == "text":
         good, unfit = usable(model, inputs, batch_size, strict)
         if unfit:
@@ -164,7 +166,7 @@ def probe(
             "sites": sites, "pool": pool, "group": group,
             "prompts": [prompts] if isinstance(prompts, str) else prompts,
             "split": {s.name: repr(s) for s in splits},
-            "alphas": [float(a) for a in alphas], "select": select, "storage": plan.kind,
+            "alphas": alphas, "select": select, "storage": plan.kind,
             "targets": targets, "baselines": [*given.baselines], "batch_size": batch_size,
             "workers": _workers(samples, workers),
         },
@@ -248,8 +250,15 @@ def _targets(samples: Samples, names: Sequence[str]) -> torch.Tensor:
     return torch.from_numpy(table[list(names)].to_numpy(np.float64, copy=True))
 
 
+def _as_list(alphas: Any) -> list[float]:
+    if not hasattr(alphas, "__len__") or np.ndim(alphas) != 1:
+        raise ValueError(f"alphas must be a list of positive numbers; got {alphas!r}")
+    return [float(a) for a in alphas]
+
+
 def _check_options(
     given: _Given,
+    sites: str | Sequence[str] | None,
     alphas: Sequence[float],
     select: str | None,
     storage: str,
@@ -257,6 +266,8 @@ def _check_options(
     workers: int | None,
 ) -> None:
     """Refuse what would only fail after the forward pass."""
+    if sites is not None and not len(sites):
+        raise ValueError("sites= is empty; give names or globs, or None for every layer")
     if batch_size < 1 or (workers or 0) < 0:
         msg = f"batch_size must be at least 1 and workers at least 0; got {batch_size}, {workers}"
         raise ValueError(msg)
@@ -279,9 +290,7 @@ def _check_options(
             raise ValueError(f"baseline {name!r} has NaN or infinite values; replace them")
 
 
-def _check_model(model: Model, samples: Samples, pool: Pools) -> None:
-    if samples.kind != model.kind:
-        raise ValueError(f"{model.name} reads {model.kind}; {samples.source} holds {samples.kind}")
+def _check_pools(model: Model, pool: Pools) -> None:
     towers = [t.name for t in model.towers]
     for name in pool if isinstance(pool, Mapping) else ():
         if name not in towers:
@@ -461,7 +470,7 @@ def _table(
             "control": s.control,
             "n": int((task.fold >= 0).sum()),
             "d": s.d,
-            "alpha": float(s.solution.alpha.log().mean().exp()),
+            "alpha": _common_alpha(s.solution.alpha),
             "r2": float(per_fold.mean()),
             "r2_se": _standard_error(per_fold),
         }
@@ -496,6 +505,12 @@ def _row_scores(
 def _layer(site: str) -> int | None:
     parts = site.split(".")
     return int(parts[2]) if len(parts) > 2 and parts[1] == "layers" else None
+
+
+def _common_alpha(alpha: torch.Tensor) -> float:
+    """Return the alpha of all folds, exactly; where they differ, their geometric mean."""
+    first = float(alpha[0])
+    return first if bool((alpha == first).all()) else float(alpha.log().mean().exp())
 
 
 def _standard_error(per_fold: torch.Tensor) -> float:

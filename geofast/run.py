@@ -167,15 +167,17 @@ class Run:
     layers : DataFrame
         One row per site x pool x prompt x group x split, controls among them: `site, tower,
         layer, pool, prompt, group, split, control, n, d, alpha, r2, r2_se, r2_<target>, ...`.
-        `control`, `prompt` and `group` are empty text where they do not apply; `layer` is missing
-        where a site is no block. A column that was not computed is absent.
+        `alpha` is the one that all folds chose, or the geometric mean of theirs where they
+        differ. `control`, `prompt` and `group` are empty text where they do not apply; `layer` is
+        missing where a site is no block. A column that was not computed is absent.
     samples : DataFrame
         `id`, targets, `fold_<split>` and other columns, in the order of the rows.
     probes : dict of str to Probe
         One per site, pool and prompt, under `Probe.name`.
     predictions : DataFrame
-        Held-out predictions of the best probe: `split, id, fold, <target>, <target>_predicted`,
-        and `error_km` for coordinates. Empty when no rows were kept to predict from.
+        Held-out predictions of the best probe of every split: `split, id, site, pool, prompt,
+        fold, <target>, <target>_predicted`, and `error_km` for coordinates. Empty when no rows were
+        kept to predict from.
     rows : mapping of str to Tensor [n, d], or None
         Pooled rows under the probes' names, when kept.
     grams : mapping of str to Gram, or None

@@ -148,6 +148,8 @@ class Plan:
     on_disk: bool
     floats: int
     """Numbers that the rows of one prompt take."""
+    kept: int
+    """Bytes of the rows or statistics that the run's folder will hold."""
     sentence: str
 
 
@@ -162,33 +164,57 @@ def make_plan(
     storage: str,
     select: str | None,
 ) -> Plan:
-    """Choose where pooled rows go, from their widths in a pass over one sample."""
+    """Choose where pooled rows go, from their widths in a pass over one sample.
+
+    `auto` keeps rows while they fit the budget or are smaller than the statistics, because only
+    rows give kilometres, MAE, Spearman and leave-one-out.
+
+    Raises
+    ------
+    ValueError
+        When statistics were asked for and the machine's memory cannot hold them.
+    """
     samples = next(iter(inputs.values()))
     index, example = first(model, samples)
     with capture(model, sites, pool) as rows:
-        forward(model, samples, index, example)
+        forward(model, samples, index, example, rows)
     widths = [rows[key].shape[1] for key in rows]
     floats = len(samples) * sum(widths)
     as_rows = 4 * floats * len(inputs)
     as_grams = 8 * cells * sum((w + 1 + targets) ** 2 for w in widths) * len(inputs)
-    budget = int(_MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    memory = _memory()
+    budget = int(_MEMORY_SHARE * memory)
+    if storage == "gram" and as_grams > memory:
+        raise ValueError(
+            f"statistics need {_mb(as_grams)}, more than the machine's {_mb(memory)}; use "
+            "storage='rows', which may lie on disk, or fewer sites, pools, prompts or groups"
+        )
     kind: Literal["rows", "gram"] = "gram" if storage == "gram" else "rows"
     why = f"as asked: {_mb(as_grams if kind == 'gram' else as_rows)}"
     if storage == "auto" and select == "loo":
         why = f"select='loo' needs them: {_mb(as_rows)}"
     elif storage == "auto":
-        kind = "rows" if as_rows <= max(budget, as_grams) else "gram"
+        smaller = as_rows <= max(budget, as_grams) or as_grams > memory
+        kind = "rows" if smaller else "gram"
         why = (
             f"chosen: rows need {_mb(as_rows)}, statistics {_mb(as_grams)}, "
             f"memory for them is {_mb(budget)}"
         )
     on_disk = kind == "rows" and as_rows > budget
+    if kind == "gram" and as_grams > budget:
+        why += f"; warning: statistics take more than {_MEMORY_SHARE:.0%} of the machine's memory"
     where = {"gram": "statistics (Gram matrices)", "rows": "pooled rows"}[kind]
     sentence = (
         f"{model.name}: {len(rows)} site x pool, {len(samples)} samples, {len(inputs)} prompt(s); "
         f"keeping {where}{' on disk' if on_disk else ''} ({why})"
     )
-    return Plan(kind, on_disk, floats, sentence)
+    kept = as_grams if kind == "gram" else 0 if on_disk else as_rows
+    return Plan(kind, on_disk, floats, kept, sentence)
+
+
+def _memory() -> int:
+    """Bytes of the machine's physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _mb(n: int) -> str:

@@ -3,13 +3,54 @@
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 
 import geofast as gf
-from geofast.plan import make_tasks, with_cells, without_skipped
+from geofast.data import from_arrays
+from geofast.plan import make_plan, make_tasks, with_cells, without_skipped
 
 TARGETS = ("latitude", "longitude")
 KFOLD = gf.KFold()
+
+
+def plan_of(storage, memory, monkeypatch, n=2, cells=5):
+    monkeypatch.setattr("geofast.plan._memory", lambda: memory)
+    model = gf.load(tiny.dinov2(), prepare=lambda _: {"pixel_values": torch.zeros(1, 3, 28, 28)})
+    samples = from_arrays([np.zeros((28, 28, 3), np.uint8)] * n, np.zeros(n), np.zeros(n))
+    return make_plan(
+        model, {"": samples}, "vision.layers.*", "cls", targets=2, cells=cells, storage=storage,
+        select=None,
+    )  # fmt: skip
+
+
+ROWS, GRAMS = 4 * 3 * 2 * 32, 8 * 5 * 3 * 35**2  # bytes of three sites; the Grams are larger
+
+
+def test_statistics_are_held_against_the_memory(monkeypatch):
+    plan = plan_of("gram", 4 * GRAMS, monkeypatch)
+    assert (plan.kind, plan.kept) == ("gram", GRAMS)
+    assert "warning" not in plan.sentence
+    plan = plan_of("gram", 4 * GRAMS - 4, monkeypatch)
+    assert "warning: statistics take more than 25% of the machine's memory" in plan.sentence
+    plan_of("gram", GRAMS, monkeypatch)
+    with pytest.raises(ValueError, match=r"statistics need 0 MB, more than the machine's 0 MB"):
+        plan_of("gram", GRAMS - 1, monkeypatch)
+
+
+def test_auto_keeps_rows_that_fit_or_are_smaller_or_must_be(monkeypatch):
+    """Of 200 samples the rows are larger than statistics of one cell."""
+    rows, grams = 100 * ROWS, GRAMS // 5
+    told = []
+    for memory in (4 * rows, 4 * rows - 4, grams, grams - 1):
+        plan = plan_of("auto", memory, monkeypatch, n=200, cells=1)
+        told.append((plan.kind, plan.on_disk, plan.kept))
+    kept = ("gram", False, grams)
+    assert told == [("rows", False, rows), kept, kept, ("rows", True, 0)]
+    plan = plan_of("auto", 4 * ROWS, monkeypatch)  # they fit
+    assert (plan.kind, plan.on_disk, plan.kept) == ("rows", False, ROWS)
+    plan = plan_of("auto", 4 * ROWS - 4, monkeypatch)  # they do not, and are smaller
+    assert (plan.kind, plan.on_disk, plan.kept) == ("rows", True, 0)
 
 
 def places(n=30, **columns):

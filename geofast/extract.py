@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from string import Formatter
 from typing import Any, Literal
 
 import numpy as np
@@ -108,6 +109,7 @@ class _Pass:
         order = self._longest_first() if text else np.arange(len(self.samples))
         capacity = _FLUSH + self.batch_size if self.storage.kind == "gram" else len(self.samples)
         rows = Rows(capacity, self.room)
+        rows.label = self.label
         grams: dict[str, Gram] = {}
         pending: list[int] = []
         kept: list[int] = []
@@ -120,7 +122,7 @@ class _Pass:
             for batch in stream:
                 skipped += batch.skipped
                 if len(batch.index):
-                    forward(self.model, self.samples, batch.index, batch.inputs)
+                    forward(self.model, self.samples, batch.index, batch.inputs, rows)
                     pending += batch.index.tolist()
                 if self.storage.kind == "gram" and rows.n >= _FLUSH:
                     self._flush(rows, grams, pending, kept)
@@ -130,7 +132,7 @@ class _Pass:
             return Extracted(np.sort(kept), None, grams, skipped)
         if text:
             rows.reorder(torch.from_numpy(np.argsort(pending, kind="stable")))
-        return Extracted(np.sort(pending), {self._key(k): rows[k] for k in rows}, None, skipped)
+        return Extracted(np.sort(pending), dict(rows), None, skipped)
 
     def _flush(
         self, rows: Rows, grams: dict[str, Gram], pending: list[int], kept: list[int]
@@ -141,15 +143,12 @@ class _Pass:
         y, cell = self.storage.targets[index], self.storage.cell[index]
         for key in rows:
             x = rows[key]
-            if (name := self._key(key)) not in grams:
-                grams[name] = Gram(x.shape[1], y.shape[1], int(self.storage.cell.max()) + 1)
-            grams[name].update(x, y, cell)
+            if key not in grams:
+                grams[key] = Gram(x.shape[1], y.shape[1], int(self.storage.cell.max()) + 1)
+            grams[key].update(x, y, cell)
         rows.clear()
         kept += pending
         pending.clear()
-
-    def _key(self, key: str) -> str:
-        return f"{key}/{self.label}" if self.label else key
 
     def _longest_first(self) -> np.ndarray:
         # Batches of like length waste little on padding, and the largest comes first: if it fits,
@@ -162,23 +161,32 @@ class _Pass:
 
 
 def forward(
-    model: Model, samples: Samples, index: NDArray[np.int64], inputs: Sequence[Any]
+    model: Model, samples: Samples, index: NDArray[np.int64], inputs: Sequence[Any], rows: Rows
 ) -> None:
-    """Run the model over the transformed inputs of the samples at `index`.
+    """Run the model over the transformed inputs of the samples at `index`, captured in `rows`.
+
+    Where images have several prompts, `rows` is told which one it is that the model reads.
 
     Raises
     ------
     FloatingPointError, ValueError, RuntimeError
         As `capture`, the model and its `collate` do, with the sample named.
     """
+    label, prompts = rows.label, model.prompts
+
+    def say_which(i: int) -> None:
+        rows.label = prompts[i] if len(prompts) > 1 else label
+
     try:
-        model.forward(model.to_device(model.collate(list(inputs))))
+        model.forward(model.to_device(model.collate(list(inputs))), say_which)
     except NonFiniteError as error:
         add_sentence(error, f"That is {samples.where(index[error.sample])}.")
         raise
     except (ValueError, RuntimeError) as error:
         add_sentence(error, _blame(samples, index, inputs))
         raise
+    finally:
+        rows.label = label
 
 
 def first(model: Model, samples: Samples) -> tuple[NDArray[np.int64], list[Any]]:
@@ -227,22 +235,46 @@ def add_sentence(error: Exception, sentence: str) -> None:
 def worded(samples: Samples, prompts: str | Sequence[str] | None) -> dict[str, Samples]:
     """Put text into the words of every prompt; by the prompt, or by "" where there is one.
 
+    Images stay as they are: their prompts go into the model (`ready`).
+
     Raises
     ------
     ValueError
-        For prompts with images, no prompt, one twice, or one that cannot be filled in.
+        For no prompt, one twice, or one that cannot be filled in.
     """
+    many = _several(prompts, "{text}")
     if samples.kind == "image":
-        if prompts is not None:
-            raise ValueError(f"prompts are for text; {samples.source} holds images: leave them out")
         return {"": samples}
-    many = ["{text}"] if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+    return {prompt if len(many) > 1 else "": _word(samples, prompt) for prompt in many}
+
+
+def _several(prompts: str | Sequence[str] | None, default: str) -> Sequence[str]:
+    many = [default] if prompts is None else [prompts] if isinstance(prompts, str) else prompts
     twice = [p for p, times in Counter(many).items() if times > 1]
     if twice:
         raise ValueError(f"the prompt {twice[0]!r} is given twice; leave one out")
     if not many:
         raise ValueError("prompts= is empty; give one, such as '{text}', or leave it out")
-    return {prompt if len(many) > 1 else "": _word(samples, prompt) for prompt in many}
+    return many
+
+
+def ready(
+    model: Model,
+    samples: Samples,
+    prompts: str | Sequence[str] | None,
+    sites: str | Sequence[str] | None,
+) -> Model:
+    """Return the model as it reads `samples`, up to the deepest of `sites`.
+
+    Raises
+    ------
+    ValueError
+        When it does not read them, takes no prompt beside an image, or has no such site.
+    """
+    model = model.reading(samples.kind)
+    if samples.kind == "image" and prompts is not None:
+        model = model.asking(_several(prompts, ""))
+    return model.until(model.sites(sites))
 
 
 def _word(samples: Samples, prompt: str) -> Samples:
@@ -250,6 +282,8 @@ def _word(samples: Samples, prompt: str) -> Samples:
     table = samples.table.assign(text=list(samples.inputs))
     columns = ", ".join(map(str, table.columns))
     try:
+        if not any(name is not None for _, name, _, _ in Formatter().parse(prompt)):
+            raise ValueError("it names no column, so every sample would read the same")
         texts = [prompt.format(**row) for row in table.to_dict("records")]
     except (KeyError, IndexError) as error:
         msg = f"the prompt {prompt!r} names {error}; the samples have {columns}"

@@ -1,5 +1,7 @@
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -69,7 +71,7 @@ def test_sites(job, capsys):
         (["--device", "cuda"], "no GPU for device='cuda'"),
         (["--alphas", "0", "1"], "alphas must be positive numbers; got [0.0, 1.0]"),
         (["--id", "photo"], "has no column 'photo'"),
-        (["--prompt", "in {image}"], "prompts are for text"),
+        (["--prompt", "in {image}"], "takes no prompt beside an image"),
     ],
 )
 def test_an_error_is_one_line_and_leaves_nothing(job, tmp_path, capsys, change, message):
@@ -139,6 +141,27 @@ def test_an_out_that_cannot_be_is_refused_before_anything_is_read(
     code = main(["probe", "no model", str(tmp_path / "no.csv"), "--out", str(out), *options])
     assert code == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("storage", "needed"), [("rows", 30 * 32 * 4), ("gram", 8 * 5 * 35**2)])
+def test_a_full_disk_is_told_before_the_pass(job, tmp_path, capsys, monkeypatch, storage, needed):
+    free = [needed - 1]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    monkeypatch.setattr(sys.modules["geofast.probe"], "extract", stop)
+    arguments = ["probe", str(job / "model"), str(job / "photos.csv"), "--storage", storage]
+    arguments += ["--sites", "vision.layers.2", "--out", str(tmp_path / "below" / "run")]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    size = f"{needed / 1e6:.1f} MB"
+    assert f"the run will need {size} in {tmp_path}, where {size} are free; make room" in said
+    assert list(tmp_path.iterdir()) == []
+    free[0] = needed
+    assert main(arguments) == 1
+    assert "the pass began" in capsys.readouterr().err
+
+
+def stop(*_, **__):
+    raise RuntimeError("the pass began")
 
 
 def test_an_empty_out_is_free(job, tmp_path, capsys):

@@ -7,9 +7,10 @@ import torch
 
 import geofast as gf
 from geofast.data import SampleError, from_arrays
-from geofast.extract import first, forward, usable, worded
+from geofast.extract import first, forward, ready, usable, worded
 from geofast.models.inputs import stack_images, text_collate
 from geofast.models.model import Model
+from geofast.rows import Rows
 
 
 def texts(*words, **columns):
@@ -50,11 +51,20 @@ def test_prompts_are_put_into_words():
     }
 
 
-def test_prompts_are_for_text():
+def test_prompts_for_images_go_into_the_model(vision):
     images = from_arrays([np.zeros((4, 4, 3), np.uint8)], [0], [0])
-    assert list(worded(images, None)) == [""]
-    with pytest.raises(ValueError, match="prompts are for text; arrays holds images"):
-        worded(images, ["a", "b"])
+    assert list(worded(images, ["a", "b"])) == [""]
+    assert ready(vision, images, None, None).stop.name == "vision.layers.2"
+    with pytest.raises(ValueError, match="takes no prompt beside an image; leave prompts= out"):
+        ready(vision, images, ["a", "b"], None)
+    with pytest.raises(ValueError, match="'a' is given twice"):
+        worded(images, ["a", "a"])
+
+
+def test_a_prompt_that_names_no_column():
+    texts = from_arrays(["w1", "w2"], [0, 1], [0, 1])
+    with pytest.raises(ValueError, match="'in a town' cannot be filled in: it names no column"):
+        worded(texts, "in a town")
 
 
 def test_texts_that_the_model_cannot_take_are_found(language):
@@ -88,7 +98,7 @@ def test_images_of_another_size_are_named(vision):
     samples = from_arrays(arrays, np.arange(8), np.arange(8), ids=list("abcdefgh"))
     inputs = [to_tensor(a) for a in arrays]
     with pytest.raises(ValueError, match="different sizes in one batch") as told:
-        forward(vision, samples, np.arange(8), inputs)
+        forward(vision, samples, np.arange(8), inputs, Rows())
     assert "Most of the batch is 3 x 28 x 28, but not arrays, id c (3 x 28 x 42), arrays, id f" in (
         str(told.value)
     )
@@ -100,7 +110,7 @@ def test_a_prepare_of_ones_own_that_only_stacks(vision):
     own = gf.load(vision.module, prepare=lambda images: {"pixel_values": torch.stack(images)})
     inputs = [torch.zeros(3, 28, 28), torch.zeros(3, 28, 28), torch.zeros(3, 28, 42)]
     with pytest.raises(RuntimeError, match="stack expects .* but not arrays, id 2"):
-        forward(own, samples, np.arange(3), inputs)
+        forward(own, samples, np.arange(3), inputs, Rows())
 
 
 def test_the_first_sample_that_can_be_read(vision):

@@ -216,3 +216,23 @@ def test_texts_through_a_model_that_talks_about_images(load):
     assert rows.n == 2
     with pytest.raises(ValueError, match="reads image, not text"):
         load(families.vit).reading("text")
+
+
+@pytest.mark.parametrize("storage", ["rows", "gram"])
+def test_prompts_about_images_are_probed_beside_each_other(load, storage):
+    model = load(families.qwen2_5_vl)
+    r = np.random.default_rng(1)
+    photos = [r.integers(0, 255, (40, 40 + 8 * (i % 3), 3), dtype=np.uint8) for i in range(24)]
+    places = [np.linspace(-60, 60, 24), np.linspace(-90, 90, 24) ** 2 / 90]
+    samples = gf.data.from_arrays(photos, *places)
+    options = dict(split=gf.KFold(3), storage=storage, batch_size=5, workers=0)
+    run = gf.probe(model, samples, prompts=["w1 w2", "w3/w4"], **options)
+    layers = run.layers
+    assert set(layers["prompt"]) == {"", "w1 w2", "w3/w4"}
+    assert len(layers[layers["prompt"] == ""]) == 4 + 1
+    assert len(layers[layers["prompt"] == "w3/w4"]) == 4
+    alone = gf.probe(model, samples, prompts="w3/w4", **options).layers
+    mine = layers[layers["prompt"].isin(["", "w3/w4"])]
+    np.testing.assert_allclose(mine["r2"], alone["r2"], rtol=1e-3, atol=1e-4)
+    few = gf.probe(model, samples, sites="vision.layers.*", **options)
+    assert set(few.layers["tower"]) == {"vision"}

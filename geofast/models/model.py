@@ -26,10 +26,6 @@ class Stage:
     body: nn.Module
     towers: tuple[Tower, ...]
 
-    def reads(self, sites: Sequence[Site]) -> bool:
-        """Whether one of `sites` is in this stage."""
-        return any(site.tower == tower.name for site in sites for tower in self.towers)
-
 
 @dataclass(frozen=True)
 class Model:
@@ -77,9 +73,9 @@ class Model:
         return match_sites(self.towers, patterns)
 
     @property
-    def takes_prompts(self) -> bool:
-        """Whether an image goes with prompts: the stage of the language model is the second."""
-        return self.kind == "image" and hasattr(self.transform, "prompts")
+    def prompts(self) -> tuple[str, ...]:
+        """What a model that talks about images is asked about each; () for every other model."""
+        return tuple(getattr(self.transform, "prompts", ()))
 
     def reading(self, kind: str) -> Model:
         """Return the model as it takes inputs of `kind`.
@@ -92,7 +88,8 @@ class Model:
         for model in (self, self.other):
             if model is not None and model.kind == kind:
                 return model
-        raise ValueError(f"{self.name} reads {self.kind}, not {kind}")
+        msg = f"{self.name} reads {self.kind}, not {kind}: name the samples' {self.kind} column"
+        raise ValueError(msg)
 
     def asking(self, prompts: Sequence[str]) -> Model:
         """Return the model with other prompts about every image.
@@ -102,7 +99,7 @@ class Model:
         ValueError
             When the model takes no prompt beside an image.
         """
-        if not self.takes_prompts:
+        if not self.prompts:
             msg = f"{self.name} takes no prompt beside an image; leave prompts= out"
             raise ValueError(msg)
         converse: Any = self.transform
@@ -110,11 +107,8 @@ class Model:
 
     def until(self, sites: Sequence[Site]) -> Model:
         """Return the model that stops after the deepest of `sites`, which `sites` returned."""
-        last = max(i for i, stage in enumerate(self.stages) if stage.reads(sites))
-        order = [s.name for tower in self.stages[last].towers for s in tower.sites()]
-        names = {s.name: s for s in sites}
-        deepest = max((n for n in names if n in order), key=order.index)
-        return replace(self, stages=self.stages[: last + 1], stop=names[deepest])
+        order = [site.name for tower in self.towers for site in tower.sites()]
+        return replace(self, stop=max(sites, key=lambda site: order.index(site.name)))
 
     def prepare(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """Make the keyword arguments of `body` from raw inputs, on the model's device."""

@@ -24,11 +24,22 @@ def job():
 
 @pytest.fixture(scope="module")
 def answer(job):
+    """Alphas and R2 by selection: the study's, which eigenvectors in float64 confirm, and GCV's."""
     xs, y, fold = job
-    return [peers.study(x, y, fold) for x in xs]
+    study, found = [peers.study(x, y, fold) for x in xs], [peers.exact(x, y, fold) for x in xs]
+    check(study, [one["loo"] for one in found])
+    return {"loo": study, "gcv": [one["gcv"] for one in found]}
 
 
-@pytest.mark.parametrize("select", ["loo", "gcv"])
+def check(found, answer):
+    for (alphas, r2), (want_alphas, want_r2) in zip(found, answer, strict=True):
+        # The CLS token before the first layer is the same for every image: no alpha is the best.
+        if want_r2.max() > 0:
+            np.testing.assert_allclose(alphas, want_alphas, rtol=1e-9)
+        np.testing.assert_allclose(r2, want_r2, atol=1e-6)
+
+
+@pytest.mark.parametrize("select", ["gcv", "loo"])
 def test_geofast(benchmark, job, answer, select):
     xs, y, fold = job
     benchmark.group = f"probe stage on the demo's rows: n={CROPS}, d=384, 26 sites and pools"
@@ -36,15 +47,12 @@ def test_geofast(benchmark, job, answer, select):
     def table():
         return [gf.cross_validate(x, y, fold, select=select) for x in xs]
 
-    found = benchmark.pedantic(table, rounds=5, warmup_rounds=1)
-    if select == "loo":
-        for mine, (alphas, r2) in zip(found, answer, strict=True):
-            np.testing.assert_allclose(mine.alpha, alphas)
-            np.testing.assert_allclose(mine.r2, r2, atol=1e-6)
+    check([(one.alpha, one.r2) for one in table()], answer[select])
+    benchmark.pedantic(table, rounds=5)
 
 
-def test_study(benchmark, job, answer):
+@pytest.mark.usefixtures("answer")
+def test_study(benchmark, job):
     xs, y, fold = job
     benchmark.group = f"probe stage on the demo's rows: n={CROPS}, d=384, 26 sites and pools"
-    again = benchmark.pedantic(lambda: [peers.study(x, y, fold) for x in xs], rounds=1)
-    assert len(again) == len(answer)
+    benchmark.pedantic(lambda: [peers.study(x, y, fold) for x in xs], rounds=1)

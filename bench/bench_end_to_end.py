@@ -82,11 +82,11 @@ def answer(model, photos):
 
 def test_geofast(benchmark, model, photos, answer):
     benchmark.group = f"end to end: {IMAGES} images, DINOv2-S, study's HDF5"
-    run = benchmark.pedantic(ours, (model, photos), rounds=1, warmup_rounds=1)
+    run = ours(model, photos)
     np.testing.assert_allclose(run.layers["r2"], answer, atol=2e-4)  # batch 16 rounds otherwise
+    benchmark.pedantic(ours, (model, photos), rounds=1)
 
 
-def test_study(benchmark, model, photos, answer):
+def test_study(benchmark, model, photos):
     benchmark.group = f"end to end: {IMAGES} images, DINOv2-S, study's HDF5"
-    scores = benchmark.pedantic(study, (model, photos), rounds=1)
-    np.testing.assert_allclose(np.stack(scores).mean((1, 2)), answer, atol=1e-6)
+    benchmark.pedantic(study, (model, photos), rounds=1)

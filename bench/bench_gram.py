@@ -42,6 +42,12 @@ def job(d, folds, products, dtype):
         error = (found.matrix[f, :d, :d] - want).abs() / (scale[:, None] * scale)
         # Float32 products add up to 128 rows before float64 takes over.
         assert float(error.max()) < (1e-12 if products == "float64" else 128 * 2.0**-24)
+    sums, wide = ways["torch"](None), rows.double()
+    for f in range(folds):
+        want = wide[fold == f].mT @ wide[fold == f]
+        scale = want.diagonal().sqrt()
+        error = (sums[f] - want).abs() / (scale[:, None] * scale)
+        assert float(error.max()) < (1e-12 if products == "float64" else N * 2.0**-24)
     return ways
 
 

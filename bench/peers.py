@@ -25,6 +25,38 @@ def study(x, y, fold):
     return np.array(alphas), np.array(scores)
 
 
+def exact(x, y, fold, folds=None):
+    """Probe one layer by leave-one-out and by GCV from eigenvectors, in plain torch float64.
+
+    Returns alphas [folds] and R2 [folds, k] for "loo" and for "gcv", of the first `folds` folds.
+    """
+    found = {"loo": [], "gcv": []}
+    for f in range(int(fold.max()) + 1 if folds is None else folds):
+        train = fold != f
+        for select, (alpha, w, mean, y_mean) in _least(x[train].double(), y[train]).items():
+            guess = (x[~train].double() - mean) @ w + y_mean
+            found[select].append((alpha, r2_score(y[~train], guess, multioutput="raw_values")))
+    return {k: [np.array(v) for v in zip(*pairs, strict=True)] for k, pairs in found.items()}
+
+
+def _least(x, y):
+    """Alpha, coefficients and means at the least of each of the two curves."""
+    alphas = torch.tensor(gf.ALPHAS, dtype=torch.float64)
+    mean, y_mean, n = x.mean(0), y.mean(0), len(x)
+    x, y = x - mean, y - y_mean
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    values, turned = values.clamp_min(0), x @ vectors
+    inverse = 1.0 / (values + alphas[:, None])  # [A, d]
+    w = vectors @ (inverse[..., None] * (turned.T @ y))  # [A, d, k]
+    error = y - x @ w
+    leverage = 1 / n + inverse @ turned.square().T  # [A, n]
+    curves = {
+        "loo": (error / (1 - leverage)[..., None]).square().mean((1, 2)),
+        "gcv": error.square().sum((1, 2)) / (n - 1 - (values * inverse).sum(1)).square(),
+    }
+    return {k: (float(alphas[c.argmin()]), w[c.argmin()], mean, y_mean) for k, c in curves.items()}
+
+
 def himalaya(x, y, fold):
     """Probe one layer by himalaya's RidgeCV on its torch backend, inside every fold."""
     from himalaya.backend import set_backend

@@ -59,6 +59,17 @@ def check_free(target: Path, overwrite: bool) -> None:
         raise FileExistsError(msg)
 
 
+def check_space(place: Path, needed: int) -> None:
+    """Refuse a run whose `needed` bytes of rows or statistics the disk of `place` cannot take."""
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        msg = (
+            f"the run will need {_size(needed)} in {place}, where {_size(free)} are free; make "
+            "room, write it to another disk, or probe fewer sites, pools or prompts"
+        )
+        raise OSError(errno.ENOSPC, msg)
+
+
 def above(target: Path) -> Path:
     """Return the nearest parent that is there."""
     return next(p for p in target.parents if p.exists())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from . import _ops
+from ._folder import check_space
 from .capture import Pools
 from .data import Samples, read
 from .extract import Extracted, Storage, add_sentence, extract, ready, usable, worded
@@ -90,7 +91,9 @@ def probe(
         Samples in a forward pass, and processes that decode ahead of it (None: one for images,
         none for text).
     scratch
-        Folder for rows that memory is too small for; None takes the system's temporary one.
+        Folder for rows that memory is too small for, on the disk where the run will be saved:
+        what it will need there is held against the free space before the pass. None takes the
+        system's temporary folder for such rows, and holds nothing.
     strict
         Stop at the first sample that cannot be used instead of counting it as skipped.
     progress
@@ -108,7 +111,7 @@ def probe(
     FloatingPointError
         For NaN or infinite activations, naming site, sample and dtype.
     OSError
-        When rows must go to disk and `scratch` has no room.
+        When `scratch` has no room for the run or for rows that must go to disk.
     """
     clock = _Clock()
     samples = data if isinstance(data, Samples) else read(data, strict=strict)
@@ -137,6 +140,8 @@ def probe(
     if progress:
         print(plan.sentence, flush=True)
     room = None
+    if scratch:
+        check_space(Path(scratch), plan.kept)
     if plan.on_disk:
         folder = Path(scratch or tempfile.gettempdir())
         room = on_disk(folder, plan.floats * len(inputs)).view(len(inputs), plan.floats)

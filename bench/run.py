@@ -3,13 +3,15 @@
 python bench/run.py              run all, print the tables, write them to bench/results/
 python bench/run.py FILE         run one file, likewise
 python bench/run.py -k pool      run some, print only
-python bench/run.py --compare    show pytest-benchmark's comparison of the last two runs
+python bench/run.py --compare    show pytest-benchmark's comparison of the last two whole runs
+                                 of the same benchmarks
 """
 
 import json
 import re
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,35 +22,58 @@ STORE = f"--benchmark-storage=file://{RESULTS / 'runs'}"
 
 def main(arguments):
     if "--compare" in arguments:
-        saved = sorted((RESULTS / "runs").rglob("*.json"), key=lambda p: p.name)[-2:]
-        if len(saved) < 2:
-            sys.exit("two saved runs are needed: call `make bench` at both commits")
-        compare = [
-            "compare",
-            *map(str, saved),
-            "--group-by=fullname",
-            "--columns=median,iqr,rounds",
-        ]
-        return subprocess.call(
-            [Path(sys.executable).with_name("pytest-benchmark"), STORE, *compare]
-        )
+        return compare()
     files = [a for a in arguments if a.endswith(".py")] or [str(HERE)]
     options = [a for a in arguments if not a.endswith(".py")]
-    RESULTS.mkdir(exist_ok=True)
-    pytest = [Path(sys.executable).with_name("pytest"), *files, "-q", "-W", "default", *options]
-    code = subprocess.call([*pytest, "--benchmark-autosave", "--benchmark-quiet", STORE])
-    saved = sorted((RESULTS / "runs").rglob("*.json"), key=lambda p: p.stat().st_mtime)
-    if not saved:
-        return code
-    report = json.loads(saved[-1].read_text())
-    folder = RESULTS / name_of(report)
-    folder.mkdir(exist_ok=True)
+    code, report = run(files, options)
+    if report is None:
+        print("no benchmark was run, so there is no table", file=sys.stderr)
+        return code or 1
     for name, members in by_file(report).items():
         text = f"Measured on {machine(report)}.\n\n{table(members)}"
         print(text)
         if not options:  # all of the file was run
+            folder = RESULTS / name_of(report)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{name}.md").write_text(text)
     return code
+
+
+def run(files, options):
+    """Return pytest's exit code and its report, None if nothing was measured.
+
+    A run with options may lack benchmarks: it is not kept, so nothing is compared with it.
+    """
+    pytest = [Path(sys.executable).with_name("pytest"), *files, "-q", "-W", "default", *options]
+    keep = [] if options else ["--benchmark-autosave", STORE]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "report.json")
+        code = subprocess.call([*pytest, "--benchmark-quiet", f"--benchmark-json={path}", *keep])
+        return code, json.loads(path.read_text()) if path.exists() else None
+
+
+def compare():
+    """Show what changed between the last two runs of the same benchmarks."""
+    saved = last_alike((RESULTS / "runs").rglob("*.json"))
+    if saved is None:
+        sys.exit(
+            "two saved runs of the same benchmarks are needed: call `make bench` at both commits"
+        )
+    command = [Path(sys.executable).with_name("pytest-benchmark"), STORE, "compare"]
+    options = ["--group-by=fullname", "--columns=median,iqr,rounds"]
+    return subprocess.call([*command, *map(str, saved), *options])
+
+
+def last_alike(paths):
+    """Return the newest two reports of one machine with the same benchmarks, the older first."""
+    reports = [(json.loads(path.read_text()), path) for path in paths]
+    later = {}
+    for report, path in sorted(reports, key=lambda r: r[0]["datetime"], reverse=True):
+        alike = path.parent, frozenset(b["fullname"] for b in report["benchmarks"])
+        if alike in later:
+            return path, later[alike]
+        later[alike] = path
+    return None
 
 
 def by_file(report):
@@ -69,7 +94,8 @@ def table(benchmarks):
         first = seconds(members[0])
         for b in members:
             name = b["name"].split("[")[0].removeprefix("test_").replace("_", " ")
-            select = f" ({b['param']})" if b.get("param") and b is not members[0] else ""
+            # The group says the other parameters.
+            select = f" ({b['params']['select']})" if "select" in (b["params"] or {}) else ""
             note = "; ".join(f"{k} {v}" for k, v in b["extra_info"].items() if k != "layers")
             lines.append(
                 f"| {name}{select} | {1e3 * seconds(b):,.3g} | {seconds(b) / first:.3g} | {note} |"

@@ -138,8 +138,8 @@ def test_peak_memory(benchmark, name):
         )  # fmt: skip
         return int(done.stdout) / 1024
 
+    benchmark.group = f"peak memory: {name}, batch 16"
     bare = min(peak("bare") for _ in range(2))
     above = benchmark.pedantic(lambda: min(peak("probed") for _ in range(2)) - bare, rounds=1)
-    benchmark.group = f"peak memory: {name}, batch 16"
     benchmark.extra_info["MB above bare"] = f"{above:.1f} of {bare:.0f}"
     assert above < 32

@@ -43,11 +43,11 @@ extern "C" double multiply_add_float64(int64_t steps) { return multiply_add<doub
 
 @cache
 def _library():
-    folder = Path(tempfile.mkdtemp(prefix="geofast-bench-"))
-    (folder / "limits.cpp").write_text(SOURCE)
     flags = ["-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
-    subprocess.run(["c++", *flags, "limits.cpp", "-o", "limits.so"], cwd=folder, check=True)
-    library = ctypes.CDLL(str(folder / "limits.so"))
+    with tempfile.TemporaryDirectory(prefix="geofast-bench-") as folder:
+        Path(folder, "limits.cpp").write_text(SOURCE)
+        subprocess.run(["c++", *flags, "limits.cpp", "-o", "limits.so"], cwd=folder, check=True)
+        library = ctypes.CDLL(str(Path(folder, "limits.so")))  # once loaded, the file may go
     library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     for name in ("float32", "float64"):
         function = getattr(library, f"multiply_add_{name}")

@@ -146,7 +146,6 @@ def _show(o: argparse.Namespace) -> None:
 
 
 def _print(run: Any, folder: Path) -> None:
-    print(f"\n{run.summary()}\n")
     counts = run.info.get("counts", {})
     if counts.get("skipped"):
         print(f"Skipped {counts['skipped']} samples, the first: {counts['why'][0]}")
@@ -156,3 +155,4 @@ def _print(run: Any, folder: Path) -> None:
     for path in [*pictures, folder / "report.html"]:
         if path.exists():
             print(path)
+    print(f"\n{run.summary()}")

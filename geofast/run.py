@@ -261,7 +261,10 @@ class Run:
         return table[(table["split"] == split) & (table["control"] != "") & (table["group"] == "")]
 
     def summary(self) -> str:
-        """Tell the run in at most 100 columns: the finding, then the best sites of every split."""
+        """Tell the run in at most 100 columns: the best sites of every split and group.
+
+        The last line is one sentence on what was found, as long as it takes.
+        """
         from .report import text
 
         return text.summary(self)

@@ -42,6 +42,8 @@ def test_probe_writes_a_run_and_prints_it(job, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "vision.layers" in printed
     assert str(out / "map.png") in printed
+    last = printed.splitlines()[-1]
+    assert re.fullmatch(r"model reads? .*R² .*\(vision\..*; random folds\)\.", last)
     info = json.loads((out / "run.json").read_text())
     assert info["counts"]["read"] == 30
     assert list(info["arguments"]["split"]) == ["kfold", "blocks30"]
@@ -116,7 +118,9 @@ def test_ids_alphas_and_groups_reach_the_run(job, tmp_path, capsys):
     assert main([*arguments, *options]) == 1
     assert "choose another column with id=... (--id)" in capsys.readouterr().err
     assert main([*arguments, *options, "--id", "name", "--alphas", "1", "100"]) == 0
-    assert "Warning: Groups left out: few (kfold)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Warning: Groups left out: few (kfold)" in printed
+    assert re.search(r"^many +vision\.layers\.2 +cls +27 ", printed, re.MULTILINE)
     info = json.loads((out / "run.json").read_text())
     assert info["arguments"]["alphas"] == [1, 100]
     assert pd.read_csv(out / "samples.csv")["id"].tolist()[:2] == ["p0", "p1"]

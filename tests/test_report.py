@@ -126,12 +126,42 @@ def test_summary_fits_a_terminal(shift: float) -> None:
         shift=shift,
     )
     summary = run.summary()
-    assert max(map(len, summary.splitlines())) <= 100
+    *lines, last = summary.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert last == finding(run)[0]
+    assert "falls to" in " ".join(lines)
     assert "Folds by country" in summary
     best = run.rows_of("group:country")["r2"].max()
     assert f"{best:.3f} ± 0.021" in summary
     assert "nan" not in summary
     assert "honest best" in summary.lower()
+
+
+def test_every_group_has_a_row_per_split(tmp_path: Path) -> None:
+    run = example_run(60, blocks=2, prompts=("bare", "city"))
+    assert text.groups_table(run, "kfold") is None
+    assert "Groups" not in run.summary()
+    parts = [run.layers]
+    for group, n, lift in (("Asia", 1234, 0.1), ("Europe", 40, -0.2)):
+        part = run.layers[run.layers["split"] == "kfold"].assign(group=group, n=n)
+        parts.append(part.assign(r2=part["r2"] + lift))
+    control = parts[1]["control"] != ""
+    parts[1].loc[control, "r2"] = 1.0  # a control is no best site
+    run.layers = pd.concat(parts, ignore_index=True)
+    best = run.rows_of("kfold").sort_values("r2").iloc[-1]
+    table = text.groups_table(run, "kfold")
+    assert table is not None
+    where = [best["site"], best["pool"], best["prompt"]]
+    assert table.cells == [
+        ["Asia", *where, "1,234", f"{best['r2'] + 0.1:.3f} ± 0.021"],
+        ["Europe", *where, "40", f"{best['r2'] - 0.2:.3f} ± 0.021"],
+    ]
+    assert text.groups_table(run, "blocks15") is None
+    assert f"Groups, random folds\n{table.text()}" in run.summary()
+    run.predictions = pd.DataFrame()
+    page.write_report(run, tmp_path)
+    assert table.markdown() in (tmp_path / "README.md").read_text()
+    assert '<td class="word">Europe</td>' in (tmp_path / "report.html").read_text()
 
 
 def test_summary_rows_are_the_best_of_each_pool_with_the_control_beside() -> None:

@@ -162,6 +162,8 @@ def _markdown(run: Run, folder: Path, pictures: list[str]) -> str:
         parts.append(f"## {text.split_words(split).capitalize()}")
         parts.append(text.summary_table(run, split).markdown())
         parts.append("\n".join(f"- {line}" for line in text.notes(run, split)))
+        if (groups := text.groups_table(run, split)) is not None:
+            parts.append(groups.markdown())
     parts += [f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in pictures]
     code = f"{_again(folder)}\n{_USES}"
     parts += ["## Open it again", f"```python\n{code}\n```"]
@@ -206,6 +208,8 @@ def _html(run: Run, folder: Path, pictures: list[str]) -> str:
         body.append(f"<h2>{escape(text.split_words(split).capitalize())}</h2>")
         body.append(_html_table(text.summary_table(run, split)))
         body += [f'<p class="note">{escape(line)}</p>' for line in text.notes(run, split)]
+        if (groups := text.groups_table(run, split)) is not None:
+            body.append(_html_table(groups))
     body += [_html_picture(folder / name) for name in pictures]
     body.append("<h2>Method</h2>")
     body.append(f"<p>{escape(' '.join(_method(run)))}</p>")

@@ -219,6 +219,23 @@ def summary_table(run: Run, split: str) -> Table:
     return Table(headers, cells, 3 if prompts else 2)
 
 
+def groups_table(run: Run, split: str) -> Table | None:
+    """Best site of every group of a split, and how many samples it has; None without groups."""
+    table = run.layers
+    rows = table[(table["split"] == split) & (table["control"] == "") & (table["group"] != "")]
+    if rows.empty:
+        return None
+    several = bool((rows["prompt"] != "").any())
+    cells = []
+    for group, part in rows.groupby("group", sort=False):
+        best = part.sort_values("r2", ascending=False, kind="stable").iloc[0]
+        cell = [clip_label(str(group)), best["site"], best["pool"]]
+        cell += [clip_label(best["prompt"])] if several else []
+        cells.append([*cell, f"{best['n']:,}", with_error(best["r2"], best.get("r2_se"))])
+    words = ["group", "best site", "pool", *(["prompt"] if several else [])]
+    return Table([*words, "n", "R² ± se"], cells, len(words))
+
+
 def notes(run: Run, split: str) -> list[str]:
     """Lines below a split's table: the honest best layer, and the controls by name."""
     lines = []
@@ -265,11 +282,14 @@ def headline(run: Run) -> str:
 
 
 def summary(run: Run) -> str:
-    """Tell a run in at most 100 columns."""
+    """Tell a run in at most 100 columns; the last line, of any length, is the finding."""
     blocks = [headline(run)]
     for split in run.splits:
         table = summary_table(run, split).text()
         below = [textwrap.fill(line, 96, subsequent_indent="  ") for line in notes(run, split)]
         blocks.append("\n".join([split_words(split).capitalize(), table, *below]))
-    blocks.append(textwrap.fill(" ".join(finding(run)), 96))
-    return "\n\n".join(blocks)
+        if (groups := groups_table(run, split)) is not None:
+            blocks.append(f"Groups, {split_words(split)}\n{groups.text()}")
+    found, *more = finding(run)
+    blocks += [textwrap.fill(" ".join(more), 96)] if more else []
+    return "\n\n".join([*blocks, found])

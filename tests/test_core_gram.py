@@ -147,20 +147,49 @@ def test_massive_dimensions_and_rows(products: str, isa: str) -> None:
     check(x, shift, z, *cells_of([200, 300], 500), products, isa)
 
 
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return the same rows in other memory, NaN wherever nobody may look."""
+    n, d = x.shape
+    if layout == "skipped rows":
+        whole = x.new_full((3 * n + 1, d), torch.nan)
+        part = whole[1::3]
+    elif layout == "columns of a table":
+        whole = x.new_full((n, d + 5), torch.nan)
+        part = whole[:, 3 : 3 + d]
+    elif layout == "both":
+        whole = x.new_full((2 * n, d + 1), torch.nan)
+        part = whole[::2, 1:]
+    else:
+        return x
+    return part.copy_(x)
+
+
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
-    d=st.integers(1, 90),
+    n=st.one_of(st.integers(1, 5), st.integers(1, 300)),
+    d=st.one_of(st.integers(1, 90), st.sampled_from([127, 192, 193, 260])),
     q=st.integers(0, 6),
     counts=st.lists(st.integers(0, 300), min_size=1, max_size=5),
     dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["plain", "skipped rows", "columns of a table", "both"]),
     products=st.sampled_from(["float64", "float32"]),
+    seed=st.integers(0, 1000),
 )
 def test_any_shape(
-    isa: str, d: int, q: int, counts: list[int], dtype: torch.dtype, products: str
+    isa: str,
+    n: int,
+    d: int,
+    q: int,
+    counts: list[int],
+    dtype: torch.dtype,
+    layout: str,
+    products: str,
+    seed: int,
 ) -> None:
-    x, shift, z = problem(64, d, q, dtype)
-    check(x, shift, z, *cells_of(counts, 64), products, isa, BOUND)
+    x, shift, z = problem(n, d, q, dtype, seed)
+    order, offsets = cells_of(counts, n, seed)
+    check(laid_out(x, layout), shift, z, order, offsets, products, isa, BOUND)
 
 
 def test_half_widens_exactly() -> None:

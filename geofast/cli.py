@@ -81,6 +81,10 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
         "--split", nargs="+", default=["kfold"],
         help="kfold, kfold:10, blocks:15, group:COLUMN (default: %(default)s)",
     )  # fmt: skip
+    how.add_argument(
+        "--folds", type=_count, default=5, help="folds of a split that names none (default: 5)"
+    )
+    how.add_argument("--seed", type=int, default=42, help="of the folds (default: 42)")
     how.add_argument("--alphas", nargs="+", type=float, help="penalties (default: 12, 0.1 to 1e4)")
     how.add_argument("--select", choices=["loo", "gcv", "folds"], help="how alpha is chosen")
     how.add_argument("--storage", choices=["auto", "rows", "gram"], default="auto")
@@ -103,6 +107,7 @@ def _probe(o: argparse.Namespace) -> None:
 
     from . import _folder
     from .data import read
+    from .geo.folds import parse_split
     from .probe import probe
 
     out = o.out.expanduser().resolve()
@@ -113,7 +118,8 @@ def _probe(o: argparse.Namespace) -> None:
     )  # fmt: skip
     optional = {"targets": o.targets, "alphas": o.alphas}
     run = probe(
-        o.model, samples, sites=o.sites, pool=o.pool, prompts=o.prompt, split=o.split,
+        o.model, samples, sites=o.sites, pool=o.pool, prompts=o.prompt,
+        split=[parse_split(text, o.folds, o.seed) for text in o.split],
         group=o.group, select=o.select, storage=o.storage, device=o.device,
         dtype=getattr(torch, o.dtype) if o.dtype else None, batch_size=o.batch_size,
         workers=o.workers, scratch=_folder.above(out), strict=o.strict, progress=True,

@@ -68,6 +68,8 @@ def test_sites(job, capsys):
         (["--split", "kfold:40"], "40"),
         (["--latitude", "lat"], "lat"),
         (["--targets", "height"], "height"),
+        (["--split", "blocks:30", "--folds", "1"], "a split needs at least 2 folds, got 1"),
+        (["--seed", "-1"], "Seed must be between 0 and"),
         (["--split", "kfold:30"], "too few samples (1), R2 needs two"),
         (["--split", "kfold:2", "--select", "folds"], "needs at least 3 folds, and split 'kfold'"),
         (["--device", "cuda"], "no GPU for device='cuda'"),
@@ -124,6 +126,22 @@ def test_ids_alphas_and_groups_reach_the_run(job, tmp_path, capsys):
     info = json.loads((out / "run.json").read_text())
     assert info["arguments"]["alphas"] == [1, 100]
     assert pd.read_csv(out / "samples.csv")["id"].tolist()[:2] == ["p0", "p1"]
+
+
+def test_folds_and_seed_reach_every_split(job, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["probe", str(job / "model"), str(job / "photos.csv"), "--out", str(out)]
+    options = ["--sites", "vision.layers.2", "--workers", "0", "--folds", "3", "--seed", "7"]
+    splits = ["--split", "kfold", "kfold:4", "blocks:30", "group:id"]
+    assert main([*arguments, *options, *splits]) == 1
+    assert "two splits have the same name: kfold, kfold" in capsys.readouterr().err
+    assert main([*arguments, *options, *splits[:1], *splits[2:]]) == 0
+    info = json.loads((out / "run.json").read_text())
+    assert info["arguments"]["split"] == {
+        "kfold": "KFold(folds=4, seed=7)",
+        "blocks30": "Blocks(degrees=30.0, folds=3, seed=7)",
+        "group:id": "GroupKFold(column='id', folds=3, seed=7)",
+    }
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])

@@ -15,7 +15,10 @@
 namespace geofast::GEOFAST_ISA {
 namespace {
 
-constexpr int64_t kDepth = 128;           // rows in one float32 sum: see PERF; and two panels of 12 KB fit in L1
+// Rows in one float32 sum before float64 takes over, which costs about 6 %: with 2048 features, 2.4
+// times as many rows and alpha 0.1, R2 is off by 4e-5, and by 8e-5 with 1000 rows in a sum. Two panels
+// of 12 KB fit in L1.
+constexpr int64_t kDepth = 128;
 constexpr int64_t kTileColumns = 192;     // small enough to share evenly, large enough to reuse what is read
 constexpr int64_t kBlockBytes = 6 << 20;  // packed rows of a block; three are alive, in the third-level cache
 constexpr int64_t kBlockRows = 1024;      // at least, so that reading and writing G stays below a few per cent

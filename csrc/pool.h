@@ -29,7 +29,7 @@ struct PoolArgs {
     const PoolJob* jobs;
     std::ptrdiff_t job_count;
     unsigned reductions[8];     // per bit of the role byte: a set of kPoolMean, kPoolMax, kPoolMin
-    float* scratch;             // threads * 2 * scratch_floats, aligned to 64 bytes
+    float* scratch;             // threads * 2 * scratch_size, aligned to 64 bytes
     std::ptrdiff_t dim_padded;  // dim, rounded up to 16
     std::ptrdiff_t
         scratch_size;  // floats for one set of accumulators: 16 + 5 * dim_padded for each role with reductions

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 ALPHAS = tuple(float(a) for a in torch.logspace(-1, 4, 12, dtype=torch.float64))
-"""The study's penalties: 12, from 0.1 to 10,000, evenly in logarithm."""
+"""Those of Locatelli et al. (ICML 2026, arXiv 2606.07172): 12 from 0.1 to 10,000, log-spaced."""
 
 EQUAL = 1e-12  # relative; scores closer than this are a tie, which the smaller penalty wins
 

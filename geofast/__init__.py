@@ -7,6 +7,7 @@ import torch  # noqa: F401 - before the core, so that both share one OpenMP runt
 from . import data
 from ._core import __version__
 from .capture import capture
+from .doctor import doctor
 from .geo import Blocks, GroupKFold, KFold
 from .gram import Gram
 from .models import Model, load
@@ -36,6 +37,7 @@ __all__ = [
     "capture",
     "cross_validate",
     "data",
+    "doctor",
     "fit",
     "load",
     "open",

@@ -402,6 +402,51 @@ def mistral3():
     return t.Mistral3ForConditionalGeneration(config), processor
 
 
+# ------ language
+
+
+def _language(name, **more):
+    import transformers as t
+
+    config = getattr(t, f"{name}Config")(**LANGUAGE | more)
+    return getattr(t, f"{name}ForCausalLM")(config), tokenizer()
+
+
+def llama():
+    return _language("Llama")
+
+
+def qwen3():
+    return _language("Qwen3")
+
+
+def gemma2():
+    return _language("Gemma2")
+
+
+def mistral():
+    return _language("Mistral")
+
+
+def gpt_neox():
+    import transformers as t
+
+    return t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**TEXT)), tokenizer()
+
+
+def gpt2():
+    import transformers as t
+
+    config = t.GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=120)
+    return t.GPT2LMHeadModel(config), tokenizer()
+
+
+def bert():
+    import transformers as t
+
+    return t.BertModel(t.BertConfig(**TEXT)), tokenizer()
+
+
 VISION_FAMILIES = (
     vit, deit, dinov2, dinov2_registers, dinov3_vit, dinov3_convnext, vit_mae, sam, beit, swin,
     siglip_vision,
@@ -411,6 +456,8 @@ TALKING_FAMILIES = (
     llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, gemma3, paligemma, internvl,
     idefics3, smolvlm, mistral3,
 )  # fmt: skip
+LANGUAGE_FAMILIES = (llama, qwen3, gemma2, mistral, gpt_neox, gpt2, bert)
+NEEDS = {"smolvlm": "num2words", "mistral3": "torchvision"}  # what transformers' processor imports
 
 
 def save(family, folder):

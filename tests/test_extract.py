@@ -109,7 +109,7 @@ def test_a_prepare_of_ones_own_that_only_stacks(vision):
     samples = from_arrays([np.zeros((28, 28, 3), np.uint8)] * 3, np.arange(3), np.arange(3))
     own = gf.load(vision.module, prepare=lambda images: {"pixel_values": torch.stack(images)})
     inputs = [torch.zeros(3, 28, 28), torch.zeros(3, 28, 28), torch.zeros(3, 28, 42)]
-    with pytest.raises(RuntimeError, match="stack expects .* but not arrays, id 2"):
+    with pytest.raises(RuntimeError, match=r"stack expects .* but not arrays, id 2"):
         forward(own, samples, np.arange(3), inputs, Rows())
 
 

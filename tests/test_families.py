@@ -19,7 +19,6 @@ PROMPTS = ["w1 w2", "w3 w4 w5 w6", ""]
 ALL = (*families.VISION_FAMILIES, *families.COMPARING_FAMILIES, *families.TALKING_FAMILIES)
 # PaliGemma's processor hands numpy what it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-NEEDS = {"smolvlm": "num2words", "mistral3": "torchvision"}  # what transformers' processor imports
 
 
 def name_of(family):
@@ -38,7 +37,7 @@ def load(tmp_path_factory):
     made = {}
 
     def of(family):
-        if needed := NEEDS.get(family.__name__):
+        if needed := families.NEEDS.get(family.__name__):
             pytest.importorskip(needed, reason=f"transformers' processor needs {needed}")
         if family not in made:
             made[family] = gf.load(families.save(family, tmp_path_factory.mktemp(family.__name__)))

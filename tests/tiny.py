@@ -88,3 +88,12 @@ def clip():
         vision_config=small | {"image_size": 28, "patch_size": 14},
     )
     return CLIPModel(config).eval()
+
+
+def sound():
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    torch.manual_seed(0)
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    few = dict(conv_dim=(32, 32), conv_stride=(2, 2), conv_kernel=(2, 2))
+    return Wav2Vec2Model(Wav2Vec2Config(**small, **few, num_feat_extract_layers=2))

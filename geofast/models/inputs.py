@@ -51,6 +51,18 @@ def stack_images(images: list[Any]) -> Batch:
 
 
 @dataclass(frozen=True)
+class InOrder:
+    """Makes batches for a masked autoencoder, which shuffles the patches of every image."""
+
+    patches: int
+
+    def __call__(self, images: list[torch.Tensor]) -> Batch:
+        """Stack images, with the `noise` [batch, patches] by which patches are sorted: in order."""
+        batch = stack_images(images)
+        return {**batch, "noise": torch.arange(self.patches).repeat(len(images), 1)}
+
+
+@dataclass(frozen=True)
 class Tokenize:
     """Strings to token ids and mask, by a Hugging Face tokenizer."""
 

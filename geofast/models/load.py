@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .inputs import Conversations, Converse, ImageTransform, stack_images, text_collate
+from .inputs import (
+    Conversations,
+    Converse,
+    ImageTransform,
+    InOrder,
+    stack_images,
+    text_collate,
+)
 from .model import Batch, Model, Stage, headless, wrap
 from .structure import Tower, block_lists, find_towers
 
@@ -31,9 +38,9 @@ def load(
     ----------
     model
         A Hugging Face Hub id (`facebook/dinov2-small`, with or without `hf:`), a local folder, or
-        an nn.Module together with `prepare`. Vision encoders, causal language models, models that
-        compare images with texts (CLIP, SigLIP) and models that talk about images (LLaVA,
-        Qwen-VL, Gemma 3). The last two take images first; `reading("text")` takes texts.
+        an nn.Module together with `prepare`. Vision encoders, language models and text encoders,
+        models that compare images with texts (CLIP, SigLIP) and models that talk about images
+        (LLaVA, Qwen-VL, Gemma 3). The last two take images; `reading("text")` takes texts.
     prepare
         For an nn.Module: from a list of inputs to the module's keyword arguments.
     device
@@ -47,9 +54,8 @@ def load(
     FileNotFoundError
         When there is no such folder and the Hub cannot be reached or has no such model.
     ValueError
-        When the model is neither a vision encoder nor a causal language model, or its blocks
-        cannot be found; when config.json cannot be read or names a model type that transformers
-        does not know.
+        When the model reads neither images nor text, or its blocks cannot be found; when
+        config.json cannot be read or names a model type that transformers does not know.
     RuntimeError
         When weights, tokenizer or image processor are missing, broken or do not fit the
         configuration.
@@ -86,7 +92,8 @@ def _from_checkpoint(source: str, device: torch.device, dtype: torch.dtype | Non
             msg = f"the config.json of {source} cannot be used: {_said(error)}"
             raise ValueError(msg) from error
         raise FileNotFoundError(_why_not(source, error)) from error
-    hide_nothing(config)
+    if hasattr(config, "mask_ratio"):
+        config.mask_ratio = 0.0  # masked autoencoders hide random patches, in eval mode too
     auto = _auto_class(config)
     with _reading("weights", source):
         module = _weights(auto, source, config, dtype or _default_dtype(device))
@@ -98,26 +105,32 @@ def _from_checkpoint(source: str, device: torch.device, dtype: torch.dtype | Non
 def _with_processors(name: str, source: str, module: nn.Module) -> Model:
     import transformers
 
-    body = headless(module)
+    body: Any = headless(module)
     towers = {t.name: t for t in find_towers(body)}
     if hasattr(body, "get_image_features") and "lm" in towers:
         return _conversing(name, module, body, towers, _processor(source))
     if hasattr(body, "get_image_features") and {"vision", "text"} <= towers.keys():
         return _comparing(name, module, towers, _processor(source))
     stages = (Stage(body, tuple(towers.values())),)
-    if "lm" in towers:
+    reads = getattr(body, "main_input_name", None)
+    if reads == "input_ids":
         with _reading("tokenizer", source):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         return Model(name, module, stages, "text", None, text_collate(tokenizer, body))
-    if getattr(body, "main_input_name", None) != "pixel_values":
+    if reads != "pixel_values":
         msg = (
-            f"{source} is a {type(module).__name__}: neither a vision encoder nor a causal "
-            "language model. Pass the nn.Module itself with prepare= to probe it"
+            f"{source} is a {type(module).__name__}, which reads {reads}: neither images nor text. "
+            "Pass the nn.Module itself with prepare= to probe it"
         )
         raise ValueError(msg)
     with _reading("image processor", source):
         processor = transformers.AutoImageProcessor.from_pretrained(source)
-    return Model(name, module, stages, "image", ImageTransform(processor), stack_images)
+    transform = ImageTransform(processor)
+    if hasattr(body.config, "mask_ratio"):
+        patches = (body.config.image_size // body.config.patch_size) ** 2
+        note = "masking is off: the model sees every patch, in order"
+        return Model(name, module, stages, "image", transform, InOrder(patches), notes=(note,))
+    return Model(name, module, stages, "image", transform, stack_images)
 
 
 class _Method(nn.Module):
@@ -127,10 +140,11 @@ class _Method(nn.Module):
         super().__init__()
         self.model = model
         self.name = name
-        self.takes = inspect.signature(getattr(model, name)).parameters
+        self.takes = tuple(inspect.signature(getattr(model, name)).parameters)
 
     def forward(self, **given: Any) -> Any:
-        return getattr(self.model, self.name)(**{k: v for k, v in given.items() if k in self.takes})
+        takes = (*self.takes, "output_hidden_states", "return_dict")
+        return getattr(self.model, self.name)(**{k: v for k, v in given.items() if k in takes})
 
 
 def _comparing(name: str, module: nn.Module, towers: dict[str, Tower], processor: Any) -> Model:
@@ -199,12 +213,6 @@ def _auto_class(config: Any) -> Any:
     if talks and hasattr(config, "vision_config"):
         return auto.AutoModelForImageTextToText
     return auto.AutoModel
-
-
-def hide_nothing(config: Any) -> None:
-    """Have masked autoencoders see the whole image: they hide random patches, in eval mode too."""
-    if hasattr(config, "mask_ratio"):
-        config.mask_ratio = 0.0
 
 
 def _default_dtype(device: torch.device) -> torch.dtype | str:

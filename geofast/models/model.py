@@ -45,6 +45,8 @@ class Model:
     """Makes the keyword arguments of `body` from transformed inputs, on the CPU."""
     other: Model | None = None
     """The same model for inputs of the other kind, where it takes both."""
+    notes: tuple[str, ...] = ()
+    """What was changed in the model so that it can be probed."""
     stop: Site | None = None
     """The site after which a forward pass is broken off."""
 
@@ -218,6 +220,7 @@ def describe(model: Model) -> str:
             hooks.callback(site.watch(partial(note, site.name)).remove)
         model.forward(model.prepare([_example(model.kind)]))
     lines = [f"{model.name}: {model.kind} in, {str(model.dtype).removeprefix('torch.')}"]
+    lines += model.notes
     for tower in model.towers:
         prefix = [f"{tower.prefix.count(r)} {r}" for r in dict.fromkeys(tower.prefix)]
         roles = ", ".join([*prefix, f"then {tower.tokens}" if prefix else tower.tokens])

@@ -6,11 +6,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-# Without a GPU the constraints keep the gigabytes of CUDA packages away.
-CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+# The constraints are the versions that the tests passed with; without a GPU they also keep the
+# gigabytes of CUDA packages away.
+CONSTRAINTS := -c $(if $(shell command -v nvidia-smi 2>/dev/null),constraints.txt,constraints-cpu.txt)
 PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 OR_SAY_WHY  := || { echo "The install failed. Where the lines above name nvidia or triton, this package index has torch for CUDA only: see the top of the README." >&2; exit 1; }
-SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.py' -o -name '*.png') CMakeLists.txt pyproject.toml constraints-cpu.txt
+SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.py' -o -name '*.png') CMakeLists.txt pyproject.toml constraints.txt constraints-cpu.txt
 
 .PHONY: demo test check bench bench-compare sanitize clean
 

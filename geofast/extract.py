@@ -130,6 +130,10 @@ class _Pass:
         if self.storage.kind == "gram":
             self._flush(rows, grams, pending, kept)
             return Extracted(np.sort(kept), None, grams, skipped)
+        short = [key for key in rows if len(rows[key]) != len(pending)]
+        if short:
+            got = len(rows[short[0]])
+            raise RuntimeError(f"{short[0]} has {got} rows for {len(pending)} samples")
         if text:
             rows.reorder(torch.from_numpy(np.argsort(pending, kind="stable")))
         return Extracted(np.sort(pending), dict(rows), None, skipped)

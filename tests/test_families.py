@@ -193,12 +193,19 @@ def test_a_pass_stops_at_the_deepest_site(load, images, family):
         for i, block in enumerate(tower.blocks):
             note = partial(lambda who, *_: ran.append(who), (tower.name, i))
             handles.append(block.register_forward_hook(note))
-    for sites, last in (("vision.layers.1", ("vision", 1)), ("lm.layers.1", ("lm", 1))):
+    for sites, last in (
+        ("vision.layers.1", ("vision", 1)),
+        ("lm.layers.1", ("lm", 1)),
+        (["lm.layers.1.*", "lm.layers.1"], ("lm", 1)),
+        ("lm.layers.0.mlp", ("lm", 0)),
+    ):
         short = model.until(model.sites(sites))
         ran.clear()
         with gf.capture(short, sites, "mean") as rows:
             short.forward(short.prepare(images))
         assert ran[-1] == last
+        assert len(rows) == len(model.sites(sites))
+        assert all(len(rows[key]) == len(images) for key in rows)
         with gf.capture(model, sites, "mean") as expected:
             model.forward(model.prepare(images))
         assert_close(dict(rows), dict(expected))

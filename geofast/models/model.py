@@ -70,6 +70,11 @@ class Model:
         """Dtype of the first floating-point parameter."""
         return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
 
+    @property
+    def every_site(self) -> tuple[Site, ...]:
+        """All sites, those that are read only when somebody asks included."""
+        return tuple(site for tower in self.towers for site in tower.sites())
+
     def sites(self, patterns: str | Sequence[str] | None = None) -> tuple[Site, ...]:
         """Return the sites that `patterns` name; see `structure.match_sites`."""
         return match_sites(self.towers, patterns)
@@ -109,8 +114,11 @@ class Model:
 
     def until(self, sites: Sequence[Site]) -> Model:
         """Return the model that stops after the deepest of `sites`, which `sites` returned."""
-        order = [site.name for tower in self.towers for site in tower.sites()]
-        return replace(self, stop=max(sites, key=lambda site: order.index(site.name)))
+        order = {site.name: i for i, site in enumerate(self.every_site)}
+        last = max(sites, key=lambda site: order[site.name])
+        if last.layer is not None:  # its branches run in whatever order, but inside the block
+            (last,) = self.sites(f"{last.tower}.layers.{last.layer}")
+        return replace(self, stop=last)
 
     def prepare(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """Make the keyword arguments of `body` from raw inputs, on the model's device."""
@@ -216,7 +224,7 @@ def describe(model: Model) -> str:
         shapes[name] = " x ".join(map(str, hidden.shape[1:]))
 
     with ExitStack() as hooks:
-        for site in (site for tower in model.towers for site in tower.sites()):
+        for site in model.every_site:
             hooks.callback(site.watch(partial(note, site.name)).remove)
         model.forward(model.prepare([_example(model.kind)]))
     lines = [f"{model.name}: {model.kind} in, {str(model.dtype).removeprefix('torch.')}"]

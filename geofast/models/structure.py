@@ -106,7 +106,7 @@ class Tower:
         return (f"{self.name}.embed", f"{self.name}.layers.*", *joint)
 
     def sites(self) -> Iterator[Site]:
-        """Yield the tower's sites in the order in which the forward pass meets them."""
+        """Yield the tower's sites, from the first block to the last; branches after their block."""
         if not self.blocks and self.head is not None:
             yield Site(self.name, self.name, None, self.head, "output")
             return

@@ -121,7 +121,7 @@ def finding(run: Run) -> list[str]:
     where = place(best["site"], best["pool"], best["prompt"])
     sentences = [f"{name} {_reads(run, best)} ({where}; {split_words(first)})."]
     if pd.notna(best.get("median_km")):
-        sentences.append(f"Its median error there is {km(best['median_km'])} km.")
+        sentences.append(f"The median error of the best probe is {km(best['median_km'])} km.")
     honest = run.best_layer(first).honest
     if honest is not None:
         score = with_error(honest.r2, honest.r2_se, 2)

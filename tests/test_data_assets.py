@@ -138,37 +138,48 @@ def test_the_cache_folder(monkeypatch):
     assert assets.cache_dir() == Path.home() / ".cache" / "geofast"
 
 
-def test_a_prepared_folder_is_built_once(tmp_path):
+def test_a_prepared_folder_is_built_once_for_every_pin(tmp_path, monkeypatch):
     calls = []
+    pin(monkeypatch, "a" * 64)
 
     def build(folder):
         calls.append(folder)
         (folder / "a").write_text("x")
 
     for _ in range(2):
-        folder = assets.prepared("thing", build, tmp_path / "cache")
+        folder = assets.prepared("thing", "tiny-asset", build, tmp_path / "cache")
+        assert folder == tmp_path / "cache" / "tiny-asset-1.0-aaaaaaaa" / "thing"
         assert (folder / "a").read_text() == "x"
     assert len(calls) == 1
+    pin(monkeypatch, "b" * 64)
+    assert assets.prepared("thing", "tiny-asset", build, tmp_path / "cache") != folder
+    assert len(calls) == 2
 
 
-def test_a_build_that_fails_leaves_nothing(tmp_path):
+def test_a_build_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    pin(monkeypatch, "a" * 64)
+
     def build(folder):
         (folder / "a").write_text("half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left on device"):
-        assets.prepared("thing", build, tmp_path)
+        assets.prepared("thing", "tiny-asset", build, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_build_that_another_process_overtakes(tmp_path):
+def test_a_build_that_another_process_overtakes(tmp_path, monkeypatch):
+    pin(monkeypatch, "a" * 64)
+    theirs = tmp_path / "tiny-asset-1.0-aaaaaaaa" / "thing"
+
     def build(folder):
         (folder / "a").write_text("mine")
-        (tmp_path / "thing").mkdir()
-        (tmp_path / "thing" / "a").write_text("theirs")
+        theirs.mkdir(parents=True)
+        (theirs / "a").write_text("theirs")
 
-    assert (assets.prepared("thing", build, tmp_path) / "a").read_text() == "theirs"
-    assert everything(tmp_path) == ["thing/a"]
+    folder = assets.prepared("thing", "tiny-asset", build, tmp_path)
+    assert (folder / "a").read_text() == "theirs"
+    assert everything(tmp_path) == ["tiny-asset-1.0-aaaaaaaa/thing/a"]
 
 
 def test_the_pins():

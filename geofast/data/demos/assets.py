@@ -105,14 +105,28 @@ def asset(name: str, member: str, cache: Path | None = None) -> Path:
     return folder / member
 
 
-def prepared(name: str, build: Callable[[Path], None], cache: Path | None = None) -> Path:
-    """Return a folder of the cache that `build` fills the first time.
+def prepared(
+    name: str, source: str, build: Callable[[Path], None], cache: Path | None = None
+) -> Path:
+    """Return a folder of the cache that `build` fills the first time, out of a pinned wheel.
 
-    `build` works in a scratch folder that is renamed when it is complete, so a folder under this
-    name is always whole.
+    It lies in a folder of that very wheel, so that another pin is built anew. `build` works in a
+    scratch folder that is renamed when it is complete, so a folder under this name is always whole.
+
+    Parameters
+    ----------
+    name : str
+        Name of the folder, which reports show as the model's.
+    source : str
+        A key of `ASSETS`.
+    build : callable
+        Fills the folder that it is given.
+    cache : Path, optional
+        Cache folder; `cache_dir()` by default.
     """
+    wheel = ASSETS[source]
     cache = cache or cache_dir()
-    folder = cache / name
+    folder = cache / f"{wheel.name}-{wheel.version}-{wheel.sha256[:8]}" / name
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
@@ -122,6 +136,7 @@ def prepared(name: str, build: Callable[[Path], None], cache: Path | None = None
         build(part)
         for file in part.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
+        folder.parent.mkdir(exist_ok=True)
         try:
             part.rename(folder)
         except OSError:

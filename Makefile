@@ -16,7 +16,7 @@ SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.h' -o
 .PHONY: demo test check bench bench-compare sanitize clean
 
 demo: $(VENV)/.demo
-	$(BIN)/geofast demo satellite --out runs/satellite
+	$(BIN)/geofast demo satellite --out runs/satellite --overwrite
 
 test: $(VENV)/.dev
 	$(BIN)/pytest

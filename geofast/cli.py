@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("name", choices=["satellite", "cities"])
     demo.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     demo.add_argument("--samples", type=_count, help="fewer samples, for a quick look")
+    demo.add_argument("--overwrite", action="store_true", help="replace the run folder")
     demo.set_defaults(run=_demo)
 
     probe = commands.add_parser("probe", help="probe a model on geotagged samples")
@@ -133,9 +134,9 @@ def _demo(o: argparse.Namespace) -> None:
     from . import _folder, demo
 
     out = o.out or Path("runs") / o.name
-    _folder.check_free(out.expanduser().resolve(), True)
+    _folder.check_free(out.expanduser().resolve(), o.overwrite)
     run = getattr(demo, o.name)(o.samples)
-    run.save(out, overwrite=True)
+    run.save(out, overwrite=o.overwrite)
     _print(run, out)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from test_run import example_run
 from transformers import BitImageProcessorPil
 
 from geofast.cli import main
@@ -184,6 +185,17 @@ def test_a_full_disk_is_told_before_the_pass(job, tmp_path, capsys, monkeypatch,
 
 def stop(*_, **__):
     raise RuntimeError("the pass began")
+
+
+def test_a_demo_replaces_a_run_only_when_told_to(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("geofast.demo.cities", stop)
+    out = example_run(30, blocks=1).save(tmp_path / "run")
+    before = (out / "run.json").read_text()
+    assert main(["demo", "cities", "--out", str(out)]) == 1
+    assert "holds a run already; pass overwrite=True (--overwrite)" in capsys.readouterr().err
+    assert main(["demo", "cities", "--out", str(out), "--overwrite"]) == 1
+    assert "the pass began" in capsys.readouterr().err
+    assert (out / "run.json").read_text() == before
 
 
 def test_an_empty_out_is_free(job, tmp_path, capsys):

@@ -29,7 +29,7 @@ def key(site: str, pool: str, prompt: str = "") -> str:
     return "/".join([site, pool, prompt] if prompt else [site, pool])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Probe:
     """A linear map from pooled hidden states to targets: x @ coef + intercept.
 
@@ -69,6 +69,9 @@ class Probe:
     def name(self) -> str:
         """`site/pool`, or `site/pool/prompt`: the probe's name in a run."""
         return key(self.site, self.pool, self.prompt)
+
+    def __repr__(self) -> str:
+        return f"Probe({self.name}, d={len(self.coef)}, alpha={self.alpha:.4g})"
 
     @overload
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
@@ -149,8 +152,15 @@ class _Stored(Mapping[str, _T]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __repr__(self) -> str:
+        return f"<{len(self)} read from disk when asked for: {_few(list(self))}>"
 
-@dataclass(eq=False)
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names if len(names) < 4 else [names[0], "...", names[-1]])
+
+
+@dataclass(eq=False, repr=False)
 class Run:
     """What a probe found.
 
@@ -197,6 +207,16 @@ class Run:
 
     def __post_init__(self) -> None:
         self.layers = _tidy(self.layers)
+
+    def __repr__(self) -> str:
+        from .report import text
+
+        pools = self.layers.loc[self.layers["control"] == "", "pool"].nunique()
+        try:
+            best = f"; best: {self.best!r}"
+        except (KeyError, ValueError):  # no split, no R2, no probes
+            best = ""
+        return f"Run({text.headline(self)}, {pools} pools{best})"
 
     @property
     def splits(self) -> list[str]:

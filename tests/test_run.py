@@ -211,6 +211,18 @@ def test_probe_names_and_moves() -> None:
     assert probe.coef.device.type == "cpu"
 
 
+def test_what_is_printed_is_short(whole: Path) -> None:
+    run = geofast.run.open(whole)
+    said = "Probe(vision.layers.6/cls, d=8, alpha=152)"
+    assert repr(run.best) == said
+    counted = "dinov2-small on satellite: 300 samples (3 skipped), 13 sites, 2 pools"
+    assert repr(run) == f"Run({counted}; best: {said})"
+    names = "vision.embed/cls, ..., vision.layers.9/mean:patch"
+    assert repr(run.rows) == f"<26 read from disk when asked for: {names}>"
+    run.probes = {}
+    assert repr(run) == f"Run({counted})"
+
+
 def test_probe_refuses_what_does_not_fit() -> None:
     probe = make_probe()
     with pytest.raises(ValueError, match=r"takes rows \[n, 5\]; got \[2, 4\]"):

@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
+# Editable, because the sources here hide a plain installation from a Python started in this folder.
 # The constraints are the versions that the tests passed with; without a GPU they also keep the
 # gigabytes of CUDA packages away.
 CONSTRAINTS := -c $(if $(shell command -v nvidia-smi 2>/dev/null),constraints.txt,constraints-cpu.txt)
@@ -44,10 +45,10 @@ $(BIN)/python:
 
 $(VENV)/.demo: $(BIN)/python $(SOURCES)
 	@echo "Installing geofast and what the demo needs into $(VENV) (about two minutes the first time)"
-	$(PIP) '.[demo]' $(OR_SAY_WHY)
+	$(PIP) -e '.[demo]' $(OR_SAY_WHY)
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python $(SOURCES)
 	@echo "Installing geofast and its development tools into $(VENV) (about three minutes the first time)"
-	SKBUILD_CMAKE_DEFINE=GEOFAST_WERROR=ON $(PIP) '.[dev]' $(OR_SAY_WHY)
+	SKBUILD_CMAKE_DEFINE=GEOFAST_WERROR=ON $(PIP) -e '.[dev]' $(OR_SAY_WHY)
 	touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -11,7 +12,7 @@ from .data.demos import cities as cities_data
 from .data.demos import dinov2_small, raw_pixels, smollm2
 from .data.demos import satellite as satellite_data
 from .geo import Blocks, GroupKFold, KFold
-from .models import load
+from .models import Model, load
 from .probe import probe
 from .run import Run
 
@@ -28,8 +29,7 @@ def satellite(samples: int | None = None) -> Run:
     All 13 sites, CLS and patch mean, random folds and 15-degree blocks, beside raw pixels.
     """
     data = satellite_data(1200 if samples is None else samples)
-    with _no_bar():
-        model = load(dinov2_small())
+    model = _load(dinov2_small())
     return probe(
         model, data, pool=["cls", "mean:patch"], split=[KFold(), Blocks(15)],
         baselines={"raw pixels": torch.from_numpy(raw_pixels(data))}, progress=True,
@@ -42,12 +42,17 @@ def cities(samples: int | None = None) -> Run:
     All 31 sites, last token, three prompts, random folds and folds that keep countries together.
     """
     data = cities_data(2500 if samples is None else samples)
-    with _no_bar():
-        model = load(smollm2())
+    model = _load(smollm2())
     return probe(
         model, data, prompts=CITY_PROMPTS, batch_size=64,
         split=[KFold(), GroupKFold("country")], progress=True,
     )  # fmt: skip
+
+
+def _load(folder: Path) -> Model:
+    print(f"Model: {folder}")
+    with _no_bar():
+        return load(folder)
 
 
 @contextmanager

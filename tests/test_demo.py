@@ -7,6 +7,8 @@ our own mistakes can move the numbers.
 """
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +87,8 @@ def check_what_a_person_sees(run, printed):
     """The plan, the samples as they go by, the finding, the pictures; no bar but our own."""
     n = len(run.samples)
     assert f"{n} samples" in printed.out
+    (folder,) = re.findall(r"^Model: (.+)$", printed.out, re.MULTILINE)
+    assert Path(folder, "model.safetensors").is_file()
     assert "sample/s" in printed.err
     assert "Loading weights" not in printed.err
     for name in ("layers.png", "map.png", "report.html"):

@@ -84,6 +84,10 @@ def capture(
     towers = [tower for stage in stages for tower in stage.towers]
     wanted = match_sites(towers, sites)
     pools = _pools_by_tower(towers, wanted, pool)
+    if isinstance(model, Model) and model.stop is not None:
+        last = model.deepest([model.stop, *wanted])
+        if last.layer != model.stop.layer and last.name != model.stop.name:
+            raise ValueError(f"{last.name} lies beyond {model.stop.name}, where this model stops")
     rows = Rows() if rows is None else rows
     with ExitStack() as hooks:
         for stage in stages:
@@ -152,7 +156,7 @@ class _Recorder:
         for name in {site.tower for site in self._sites}:
             # What a projector is given, its vision tower was given before.
             tower = self._towers["vision" if name == "projector" else name]
-            for module in _around(self._body, tower.blocks[0]):
+            for module in _around(self._body, (*tower.blocks, tower.head)[0]):
                 note = partial(self._note_mask, tower.name)
                 handle = module.register_forward_pre_hook(note, with_kwargs=True)
                 hooks.callback(handle.remove)
@@ -241,7 +245,7 @@ class _Recorder:
         self._running = False
 
 
-def _around(body: nn.Module, block: nn.Module) -> list[nn.Module]:
+def _around(body: nn.Module, block: nn.Module | None) -> list[nn.Module]:
     """Return the modules from `body` down to `block`, which is left out."""
     path = next((name for name, module in body.named_modules() if module is block), "")
     parts = path.split(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,10 +123,11 @@ def example(kind: str) -> list[Any]:
     return images
 
 
-def quick(model: Model, examples: Examples) -> Iterator[Check]:
-    """Yield the checks that cost a few small forward passes and that a probe cannot do without."""
-    for name in ("repeats", "batch"):
-        yield replace(_CHECKS[name](model, examples), name=name)
+def quick(model: Model, prepared: Examples, *, batched: bool = True) -> list[Check]:
+    """Make the checks that a probe cannot do without, on inputs that are transformed already."""
+    model = replace(model, transform=None, stop=None)
+    names = ("repeats", "batch") if batched else ("repeats",)
+    return [replace(_CHECKS[name](model, prepared), name=name) for name in names]
 
 
 # ------ what is compared
@@ -136,18 +137,19 @@ def _rows(model: Model, inputs: Examples) -> dict[str, torch.Tensor]:
     """Rows of the default pools, and of the mean over all tokens, which no mistake escapes."""
     pools = {t.name: [t.default_pool, "mean"] for t in model.towers}
     with capture(model, pool=pools) as rows:
-        model.forward(model.prepare(inputs))
+        model.forward(model.prepare(inputs), lambda i: setattr(rows, "label", str(i)))
     return dict(rows)
 
 
 def _difference(
     rows: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> tuple[str, float]:
-    """Return the site and pool of the largest difference, relative to the spread of the inputs."""
+    """Return the key of the largest difference, relative to the spread of the inputs, and that."""
     worst, where = 0.0, next(iter(expected))
     for key, x in expected.items():
-        spread = (x - x.mean(0)).norm(dim=1).mean() + 1e-3 * x.norm(dim=1).mean()
-        off = float((rows[key] - x).norm(dim=1).max() / spread.clamp_min(1e-30))
+        spread = (x - x.mean(0)).norm(dim=1).mean()
+        least = 0.1 * x.norm(dim=1).mean()  # inputs may be much the same
+        off = float((rows[key] - x).norm(dim=1).max() / torch.maximum(spread, least))
         if not off <= worst:  # NaN too
             worst, where = off, key
     return where, worst

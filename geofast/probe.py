@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +19,20 @@ from . import _ops
 from ._folder import check_space
 from .capture import Pools
 from .data import Samples, read
+from .data.stream import batches
+from .doctor import Check, quick
 from .extract import Extracted, Storage, add_sentence, extract, ready, usable, worded
 from .geo import Split, fold_scores, great_circle_km
 from .geo.folds import KFold, as_split
 from .gram import Gram
 from .models import Model, load
+from .models.twin import random_twin
 from .plan import Task, make_plan, make_tasks, with_cells, without_skipped
 from .ridge import ALPHAS, Select, Solution, cross_validate, fit, fold_errors, solve
 from .rows import on_disk
 from .run import Probe, Run, key
+
+_CONTROLS = {"random-weights": random_twin}
 
 
 def probe(
@@ -44,12 +49,14 @@ def probe(
     storage: Literal["auto", "rows", "gram"] = "auto",
     targets: str | Sequence[str] = ("latitude", "longitude"),
     baselines: Mapping[str, torch.Tensor] | None = None,
+    controls: str | Sequence[str] = (),
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     batch_size: int = 16,
     workers: int | None = None,
     scratch: str | Path | None = None,
     strict: bool = False,
+    check: bool = True,
     progress: bool = False,
 ) -> Run:
     """Probe every site of a model for where its samples are.
@@ -85,6 +92,9 @@ def probe(
         Numeric columns to regress, degrees or any other unit.
     baselines
         Named features [n, d] of the same samples, probed beside the model as controls.
+    controls
+        `random-weights` also probes a twin of the model whose weights nobody trained, at every
+        site: what its architecture and the inputs give away by themselves.
     device, dtype
         What `load` takes.
     batch_size, workers
@@ -96,6 +106,9 @@ def probe(
         system's temporary folder for such rows, and holds nothing.
     strict
         Stop at the first sample that cannot be used instead of counting it as skipped.
+    check
+        Stop before the pass when the model fails the quick checks of `doctor` on the first
+        samples: two passes differ, or a batch differs from its samples alone.
     progress
         Print the plan, and a bar with the time left.
 
@@ -120,6 +133,10 @@ def probe(
     given = _Given(samples, _targets(samples, targets), dict(baselines or {}))
     alphas = _as_list(alphas)
     _check_options(given, sites, alphas, select, storage, batch_size, workers)
+    controls = [controls] if isinstance(controls, str) else list(controls)
+    for name in controls:
+        if name not in _CONTROLS:
+            raise ValueError(f"unknown control {name!r}; there is {', '.join(_CONTROLS)}")
     inputs = worded(samples, prompts)
     tasks, warned = _tasks(given, splits, group, targets, select)  # before the model is loaded
     model = ready(load(model, device=device, dtype=dtype), samples, prompts, sites)
@@ -131,6 +148,8 @@ def probe(
             given = replace(given, samples=given.samples.skipping(unfit))
             tasks, warned = _tasks(given, splits, group, targets, select)
     clock.lap("load")
+    checks = _examine(model, inputs, batch_size) if check else []
+    clock.lap("check")
 
     cells, tasks = with_cells(tasks)
     plan = make_plan(
@@ -139,16 +158,22 @@ def probe(
     )  # fmt: skip
     if progress:
         print(plan.sentence, flush=True)
-    room = None
     if scratch:
         check_space(Path(scratch), plan.kept)
-    if plan.on_disk:
-        folder = Path(scratch or tempfile.gettempdir())
-        room = on_disk(folder, plan.floats * len(inputs)).view(len(inputs), plan.floats)
-    found = extract(
-        model, inputs, Storage(plan.kind, given.y, cells, room), sites=sites, pool=pool,
-        batch_size=batch_size, workers=_workers(samples, workers), strict=strict, progress=progress,
-    )  # fmt: skip
+
+    def one_pass(model: Model) -> Extracted:
+        room = None
+        if plan.on_disk:
+            folder = Path(scratch or tempfile.gettempdir())
+            room = on_disk(folder, plan.floats * len(inputs)).view(len(inputs), plan.floats)
+        return extract(
+            model, inputs, Storage(plan.kind, given.y, cells, room), sites=sites, pool=pool,
+            batch_size=batch_size, workers=_workers(samples, workers), strict=strict,
+            progress=progress,
+        )  # fmt: skip
+
+    found = one_pass(model)
+    beside = {name: one_pass(_CONTROLS[name](model)) for name in controls}
     clock.lap("forward")
     if len(found.kept) < len(given.samples):
         kept = given.take(found.kept)
@@ -159,7 +184,7 @@ def probe(
             warned = warned + more
         given = replace(kept, samples=kept.samples.skipping(found.skipped))
     select = select or ("loo" if found.rows is not None else "gcv")
-    solved = _solve_all(found, given, tasks, targets, alphas, select)
+    solved = _solve_all({"": found, **beside}, given, tasks, targets, alphas, select)
     probes = _probes(found, given.y, tasks[0], targets, alphas, select)
     clock.lap("solve")
 
@@ -172,7 +197,8 @@ def probe(
             "prompts": [prompts] if isinstance(prompts, str) else prompts,
             "split": {s.name: repr(s) for s in splits},
             "alphas": alphas, "select": select, "storage": plan.kind,
-            "targets": targets, "baselines": [*given.baselines], "batch_size": batch_size,
+            "targets": targets, "baselines": [*given.baselines], "controls": controls,
+            "batch_size": batch_size,
             "workers": _workers(samples, workers),
         },
         "seeds": {s.name: s.seed for s in splits if hasattr(s, "seed")},
@@ -190,7 +216,8 @@ def probe(
         "seconds": clock.seconds,
         "versions": _versions(),
         "honest": _honest(solved, layers),
-        "warnings": warned,
+        "checks": [asdict(c) for c in checks],
+        "warnings": [*model.notes, *warned, *_at_the_edge(solved, alphas)],
     }  # fmt: skip
     return Run(
         info=info,
@@ -295,6 +322,24 @@ def _check_options(
             raise ValueError(f"baseline {name!r} has NaN or infinite values; replace them")
 
 
+def _examine(model: Model, inputs: Mapping[str, Samples], batch_size: int) -> list[Check]:
+    """Make the quick checks on the first samples; refuse a model that fails one."""
+    samples = next(iter(inputs.values()))
+    stream = batches(samples, range(min(3, len(samples))), 3, transform=model.transform)
+    try:
+        few = [x for batch in stream for x in batch.inputs]
+        checks = quick(model, few, batched=batch_size > 1)
+    except (ValueError, RuntimeError, FloatingPointError):
+        return []  # what is wrong with a sample, the pass itself says, and of which
+    for check in checks:
+        if check.outcome == "fail":
+            raise ValueError(
+                f"{model.name} fails the check {check.name!r}: {check.detail}; {check.advice}. "
+                "`geofast doctor` examines the whole model; check=False (--unchecked) goes on"
+            )
+    return checks
+
+
 def _check_pools(model: Model, pool: Pools) -> None:
     towers = [t.name for t in model.towers]
     for name in pool if isinstance(pool, Mapping) else ():
@@ -353,7 +398,7 @@ class _Solved:
 
 
 def _solve_all(
-    found: Extracted,
+    found: Mapping[str, Extracted],
     given: _Given,
     tasks: Sequence[Task],
     targets: Sequence[str],
@@ -363,14 +408,15 @@ def _solve_all(
     solved = []
     for t, task in enumerate(tasks):
         inner = task.folds >= 3
-        sources = [(*_parts(name), "", x) for name, x in (found.rows or {}).items()]
-        controls = [("input", name, "", name, x) for name, x in given.baselines.items()]
-        for name, gram in (found.grams or {}).items():
-            solution = solve(
-                gram, alphas, folds=task.fold_of_cell, select=_of_grams(select), inner=inner
-            )
-            solved.append(_Solved(*_parts(name), "", t, gram.dim, solution, None))
-        for site, pool, prompt, control, x in [*sources, *controls]:
+        sources = [("input", name, "", name, x) for name, x in given.baselines.items()]
+        for control, one in found.items():
+            sources += [(*_parts(name), control, x) for name, x in (one.rows or {}).items()]
+            for name, gram in (one.grams or {}).items():
+                solution = solve(
+                    gram, alphas, folds=task.fold_of_cell, select=_of_grams(select), inner=inner
+                )
+                solved.append(_Solved(*_parts(name), control, t, gram.dim, solution, None))
+        for site, pool, prompt, control, x in sources:
             try:
                 solution, member = _solve_rows(x, given.y, task.fold, alphas, select, inner)
             except ValueError as error:
@@ -452,6 +498,19 @@ _FINAL_ALPHA = {
 }
 
 
+def _at_the_edge(solved: Sequence[_Solved], alphas: Sequence[float]) -> list[str]:
+    """Warn where the best penalty may lie beyond those that were tried."""
+    real = [s.solution.alpha for s in solved if not s.control]
+    edges = {"smallest": min(alphas), "largest": max(alphas)}
+    many = {which: sum(bool((a == edge).all()) for a in real) for which, edge in edges.items()}
+    return [
+        f"alpha is the {which} that was tried, {edges[which]:g}, for {n} of {len(real)} probes: "
+        "with others in alphas= (--alphas) their R2 may be higher"
+        for which, n in many.items()
+        if 10 * n >= len(real) and len(alphas) > 1
+    ]
+
+
 # ------ tables
 
 
@@ -466,7 +525,7 @@ def _table(
         per_fold = r2.mean(1)
         row: dict[str, Any] = {
             "site": s.site,
-            "tower": "" if s.control else s.site.partition(".")[0],
+            "tower": "" if s.site == "input" else s.site.partition(".")[0],
             "layer": _layer(s.site),
             "pool": s.pool,
             "prompt": s.prompt,

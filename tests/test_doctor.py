@@ -2,6 +2,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import families
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -49,7 +50,7 @@ def test_chance_is_seen():
     assert check.outcome == "fail"
     assert "lm.layers." in check.detail
     assert "switch it off" in check.advice
-    assert next(c.outcome for c in quick(model, WORDS)) == "fail"
+    assert [c.outcome for c in quick(model, WORDS)] == ["fail", "fail"]
 
 
 def test_a_model_that_mixes_its_samples():
@@ -60,6 +61,13 @@ def test_a_model_that_mixes_its_samples():
     assert check.outcome == "fail"
     assert "use batch_size=1" in check.advice
     assert outcome(model, "repeats").outcome == "pass"
+    assert [c.outcome for c in quick(model, WORDS)] == ["pass", "fail"]
+    assert [c.name for c in quick(model, WORDS, batched=False)] == ["repeats"]
+    samples = gf.data.from_arrays(WORDS * 4, np.arange(12), np.arange(12))
+    with pytest.raises(ValueError, match=r"fails the check 'batch': .* \(--unchecked\) goes on"):
+        gf.probe(model, samples, split=gf.KFold(3))
+    for told in ({"check": False}, {"batch_size": 1}):
+        assert len(gf.probe(model, samples, split=gf.KFold(3), **told).layers)
 
 
 def test_positions_that_padding_moves():

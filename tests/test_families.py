@@ -211,6 +211,9 @@ def test_a_pass_stops_at_the_deepest_site(load, images, family):
         assert_close(dict(rows), dict(expected))
     for handle in handles:
         handle.remove()
+    message = r"lm.layers.2 lies beyond lm.layers.0, where this model stops"
+    with pytest.raises(ValueError, match=message), gf.capture(short, "lm.layers.2"):
+        pass
 
 
 def test_texts_through_a_model_that_talks_about_images(load):

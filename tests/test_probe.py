@@ -16,6 +16,7 @@ from sklearn.model_selection import KFold
 import geofast as gf
 from geofast.data import from_arrays
 from geofast.models.inputs import text_collate
+from geofast.models.twin import random_twin
 
 
 def painted(n=60, seed=0):
@@ -546,3 +547,40 @@ def test_a_constant_target_is_named(language):
 def test_images_are_no_text(language):
     with pytest.raises(ValueError, match="reads text, not image: name the samples' text column"):
         gf.probe(language, painted())
+
+
+def test_penalties_at_the_edge_of_those_tried_are_warned_of(vision):
+    few = gf.probe(vision, painted(), alphas=[1e5, 1e6]).info["warnings"]
+    assert few == [
+        "alpha is the smallest that was tried, 100000, for 4 of 4 probes: with others in alphas= "
+        "(--alphas) their R2 may be higher"
+    ]
+    assert not gf.probe(
+        vision, painted(), pool="mean:patch", alphas=[1e-12, 1e-3, 0.1, 10, 1e6]
+    ).info["warnings"]
+
+
+def test_random_weights_are_probed_beside_the_models_own():
+    vision, data = gf.load(tiny.dinov2(), prepare=pixels), painted()
+    for parameter in vision.module.parameters():
+        parameter.data *= 1.3  # as drawn, they would be the twin's
+    run = gf.probe(vision, data, controls="random-weights", workers=0)
+    plain = gf.probe(vision, data, workers=0)
+    mine = run.layers[run.layers["control"] == ""]
+    pd.testing.assert_frame_equal(mine.reset_index(drop=True), plain.layers)
+    twin = run.layers[run.layers["control"] == "random-weights"]
+    assert list(twin["site"]) == list(mine["site"])
+    assert set(twin["tower"]) == {"vision"}
+    alone = gf.probe(random_twin(vision), data, workers=0).layers
+    np.testing.assert_array_equal(twin["r2"], alone["r2"])
+    assert not np.allclose(twin["r2"], mine["r2"])
+    assert run.best.site == plain.best.site
+    assert {p.site for p in run.probes.values()} == set(mine["site"])
+    by_gram = gf.probe(vision, data, controls="random-weights", storage="gram", workers=0).layers
+    rows = gf.probe(vision, data, controls="random-weights", select="gcv", workers=0).layers
+    order = ["control", "site"]
+    np.testing.assert_allclose(
+        by_gram.sort_values(order)["r2"], rows.sort_values(order)["r2"], atol=1e-6
+    )
+    with pytest.raises(ValueError, match="unknown control 'noise'; there is random-weights"):
+        gf.probe(vision, data, controls=["noise"])

@@ -112,10 +112,14 @@ class Model:
         converse: Any = self.transform
         return replace(self, transform=replace(converse, prompts=tuple(prompts)))
 
+    def deepest(self, sites: Sequence[Site]) -> Site:
+        """Return the one of `sites` that a forward pass meets last."""
+        order = {site.name: i for i, site in enumerate(self.every_site)}
+        return max(sites, key=lambda site: order[site.name])
+
     def until(self, sites: Sequence[Site]) -> Model:
         """Return the model that stops after the deepest of `sites`, which `sites` returned."""
-        order = {site.name: i for i, site in enumerate(self.every_site)}
-        last = max(sites, key=lambda site: order[site.name])
+        last = self.deepest(sites)
         if last.layer is not None:  # its branches run in whatever order, but inside the block
             (last,) = self.sites(f"{last.tower}.layers.{last.layer}")
         return replace(self, stop=last)

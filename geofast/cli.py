@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
 
@@ -16,6 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `geofast show RUN | head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        return 141  # what a shell makes of SIGPIPE
     except _ERRORS as error:
         if options.traceback:
             raise
@@ -27,11 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"geofast: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    from . import __version__
+
+    parser = _Parser(
         prog="geofast",
         description="Where does a model keep the place? Probe every layer in one pass.",
     )
+    parser.add_argument("--version", action="version", version=f"geofast {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -75,32 +91,68 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--sites", nargs="+", help="names or globs, as 'lm.layers.*' (default: all layers)"
     )
-    what.add_argument("--pool", nargs="+", help="cls, last, mean, max, min; mean:patch; a+b")
+    what.add_argument(
+        "--pool", nargs="+",
+        help="how a sample's tokens become one row: cls, last, mean, max or min; mean:patch for "
+        "one role; a+b for both side by side (default: the tower's own, which `geofast sites` "
+        "prints)",
+    )  # fmt: skip
     what.add_argument("--prompt", nargs="+", help="templates for text, as 'The city of {text}'")
     how = probe.add_argument_group("how it is scored")
     how.add_argument(
         "--split", nargs="+", default=["kfold"],
-        help="kfold, kfold:10, blocks:15, group:COLUMN (default: %(default)s)",
+        help="kfold, kfold:10, blocks:15, group:COLUMN (default: kfold)",
     )  # fmt: skip
     how.add_argument(
         "--folds", type=_count, default=5, help="folds of a split that names none (default: 5)"
     )
     how.add_argument("--seed", type=int, default=42, help="of the folds (default: 42)")
     how.add_argument("--alphas", nargs="+", type=float, help="penalties (default: 12, 0.1 to 1e4)")
-    how.add_argument("--select", choices=["loo", "gcv", "folds"], help="how alpha is chosen")
-    how.add_argument("--storage", choices=["auto", "rows", "gram"], default="auto")
+    how.add_argument(
+        "--select", choices=["loo", "gcv", "folds"],
+        help="how alpha is chosen in each training part: exact leave-one-out, generalised "
+        "cross-validation, or inner folds (default: loo where rows are kept, else gcv)",
+    )  # fmt: skip
+    how.add_argument(
+        "--storage", choices=["auto", "rows", "gram"], default="auto",
+        help="keep pooled rows, or only their statistics (gram), whose size is the same for any "
+        "number of samples, but without predictions and kilometres (default: auto, rows while "
+        "they fit a quarter of the memory)",
+    )  # fmt: skip
     run = probe.add_argument_group("running")
-    run.add_argument("--device")
-    run.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
-    run.add_argument("--batch-size", type=_count, default=16)
-    run.add_argument("--workers", type=int, help="processes that decode images ahead of the model")
+    run.add_argument(
+        "--device", type=_device, help="cpu, cuda or cuda:N (default: a GPU where there is one)"
+    )
+    run.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"],
+        help="of the model (default: float32 on the CPU, the checkpoint's own elsewhere)",
+    )  # fmt: skip
+    run.add_argument(
+        "--batch-size", type=_count, default=16,
+        help="samples in a forward pass (default: %(default)s)",
+    )  # fmt: skip
+    run.add_argument(
+        "--workers",
+        type=_count_or_none,
+        help="processes that decode images ahead of the model (default: 1 for images, 0 for text)",
+    )
     run.add_argument("--overwrite", action="store_true", help="replace the run folder")
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+def _count(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least}, got {text!r}")
     return int(text)
+
+
+def _count_or_none(text: str) -> int:
+    return _count(text, 0)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"write cpu, cuda or cuda:N, got {text!r}")
+    return text
 
 
 def _probe(o: argparse.Namespace) -> None:
@@ -126,7 +178,7 @@ def _probe(o: argparse.Namespace) -> None:
         workers=o.workers, scratch=_folder.above(out), strict=o.strict, progress=True,
         **{name: value for name, value in optional.items() if value},
     )  # fmt: skip
-    run.save(out, overwrite=o.overwrite)
+    run.save(o.out, overwrite=o.overwrite)
     _print(run, o.out)
 
 

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import tiny
 from test_run import example_run
 from transformers import BitImageProcessorPil
 
+from geofast import __version__
 from geofast.cli import main
 
 
@@ -196,6 +199,50 @@ def test_a_demo_replaces_a_run_only_when_told_to(job, tmp_path, capsys, monkeypa
     assert main(["demo", "cities", "--out", str(out), "--overwrite"]) == 1
     assert "the pass began" in capsys.readouterr().err
     assert (out / "run.json").read_text() == before
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    out = example_run(30, blocks=1).save(tmp_path / "run")
+    read, write = os.pipe()
+    os.close(read)
+    script = "import sys; from geofast.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "show", str(out)], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND; see geofast --help"),
+        (["probe", "m"], "the following arguments are required: data, --out; see geofast probe"),
+        (["probe", "m", "d", "--out", "o", "--workers", "-1"], "a whole number from 0, got '-1'"),
+        (["probe", "m", "d", "--out", "o", "--device", "gpu"], "write cpu, cuda or cuda:N, got"),
+        (["demo", "mars"], "invalid choice: 'mars' (choose from"),
+    ],
+)
+def test_a_wrong_command_is_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("geofast: ")
+    assert said.count("\n") == 1
+    assert message in said
+
+
+def test_version_and_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"geofast {__version__}\n"
+    with pytest.raises(SystemExit):
+        main(["probe", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for option in ("--pool POOL", "--select", "--storage", "--device DEVICE", "--dtype", "--work"):
+        assert re.search(rf"{option}.*?\(default: ", words.partition("what is read")[2])
 
 
 def test_an_empty_out_is_free(job, tmp_path, capsys):

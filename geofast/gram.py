@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from numpy.typing import ArrayLike
 
 from . import _ops
 
@@ -67,8 +68,8 @@ class Gram:
         self.matrix = out.zero_()
         self.shift: torch.Tensor | None = None
 
-    def update(self, x: torch.Tensor, y: torch.Tensor, cell: torch.Tensor | None = None) -> Gram:
-        """Add a batch of rows.
+    def update(self, x: ArrayLike, y: ArrayLike, cell: ArrayLike | None = None) -> Gram:
+        """Add a batch of rows, of torch or NumPy.
 
         Parameters
         ----------
@@ -77,21 +78,24 @@ class Gram:
         y
             [n, k] targets, taken as float64.
         cell
-            int64 [n] cell of each row; None puts all of them into cell 0. Rows with a negative
+            int64 [n] cell of each row, which a Gram of one cell does without. Rows with a negative
             cell are left out.
 
         Raises
         ------
         ValueError
-            When shapes disagree, or `cell` is not int64 [n] or out of range.
+            When shapes disagree, or `cell` is missing, not int64 [n] or out of range.
         """
+        x, y = torch.as_tensor(x), torch.as_tensor(y)
         if x.ndim != 2 or x.shape[1] != self.dim or y.shape != (len(x), self.targets):
             msg = (
                 f"expected rows [n, {self.dim}] and targets [n, {self.targets}]; got "
                 f"{list(x.shape)} and {list(y.shape)}"
             )
             raise ValueError(msg)
-        cell = torch.zeros(len(x), dtype=torch.int64) if cell is None else cell
+        if cell is None and self.cells > 1:
+            raise ValueError(f"this Gram has {self.cells} cells: say the cell of every row, cell=")
+        cell = torch.zeros(len(x), dtype=torch.int64) if cell is None else torch.as_tensor(cell)
         _check_int64("cell", cell, len(x), "row")
         if not len(x):
             return self

@@ -41,6 +41,9 @@ class Rows(Mapping[str, torch.Tensor]):
         return max(self._count.values(), default=0)
 
     def __getitem__(self, key: str) -> torch.Tensor:
+        if key not in self._store:
+            like = [k for k in self._store if k.startswith(key)] or [*self._store]
+            raise KeyError(f"{key}; there is {', '.join(like[:5]) or 'nothing yet'}")
         return self._store[key][: self._count[key]]
 
     def __iter__(self) -> Iterator[str]:

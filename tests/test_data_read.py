@@ -222,12 +222,12 @@ def test_a_parquet_that_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("header", "options", "message"),
     [
-        ("name,y,lon", {}, "no column 'latitude'; its columns are: name, y, lon. Pass latitude="),
-        ("name,lat,x", {}, "no column 'longitude'; its columns are: name, lat, x. Pass longitude="),
+        ("name,y,lon", {}, "no column 'latitude'; its columns are: name, y, lon. Name the right"),
+        ("name,lat,x", {}, "no column 'longitude'; .* lat, x. Name the right one with longitude="),
         ("name,lat,lon", {"latitude": "y"}, "no column 'y'"),
-        ("name,lat,lon", {"image": "photo"}, "no column 'photo'.* Pass image="),
-        ("name,lat,lon", {"text": "words"}, "no column 'words'.* Pass text="),
-        ("name,lat,lon", {"id": "key"}, "no column 'key'.* Pass id="),
+        ("name,lat,lon", {"image": "photo"}, "no column 'photo'.* with image="),
+        ("name,lat,lon", {"text": "words"}, "no column 'words'.* with text="),
+        ("name,lat,lon", {"id": "key"}, "no column 'key'.* with id="),
         ("what,lat,lon", {}, r"no column of images \(image, path,.*its columns are: what, lat"),
         ("name,lat,lon", {"image": "name", "text": "name"}, "give image= or text=, not both"),
     ],
@@ -235,6 +235,11 @@ def test_a_parquet_that_is_none(tmp_path):
 def test_missing_columns(tmp_path, header, options, message):
     with pytest.raises(ValueError, match=message):
         read(text_file(tmp_path, f"{header}\na,1,2\n"), **options)
+
+
+def test_semicolons(tmp_path):
+    with pytest.raises(ValueError, match="seem to be separated by semicolons: write commas"):
+        read(text_file(tmp_path, "name;latitude;longitude\na;1;2\n"))
 
 
 def test_everything_skipped(tmp_path):

@@ -97,7 +97,7 @@ def test_save_and_load(tmp_path):
     back = gf.Gram.load(tmp_path / "a.safetensors")
     assert torch.equal(back.matrix, gram.matrix)
     assert torch.equal(back.shift, gram.shift)
-    back.update(x, y)
+    back.update(x, y, torch.zeros(50, dtype=torch.int64))
     assert float(back.count.sum()) == 100
     several = {"lm.layers.1/last": gram, "lm.layers.2/last": back}
     statistics.save(several, tmp_path / "b.safetensors")
@@ -165,3 +165,17 @@ def test_files_that_hold_no_statistics(tmp_path):
     with pytest.raises(FileNotFoundError):
         gf.Gram.load(tmp_path / "none")
     assert gf.Gram.load(path).dim == 5
+
+
+def test_arrays_of_numpy_and_a_fold_that_was_forgotten():
+    r = np.random.default_rng(0)
+    x, y, fold = (
+        r.normal(size=(20, 3)).astype(np.float32),
+        r.normal(size=(20, 2)),
+        np.arange(20) % 4,
+    )
+    gram = gf.Gram(3, 2, 4).update(x, y, fold)
+    same = gf.Gram(3, 2, 4).update(*map(torch.from_numpy, (x, y, fold)))
+    assert torch.equal(gram.matrix, same.matrix)
+    with pytest.raises(ValueError, match="this Gram has 4 cells: say the cell of every row, cell="):
+        gram.update(x, y)

@@ -82,3 +82,8 @@ def test_reorder():
 def test_width_must_stay():
     with pytest.raises(ValueError, match="have width 3; a batch came with width 4"):
         fill(Rows(), [torch.zeros(1, 3)]).reserve("a/last", 4, 1)
+
+
+def test_a_key_that_is_not_there_names_some_that_are():
+    with pytest.raises(KeyError, match="a; there is a/last"):
+        fill(Rows(), [torch.zeros(1, 3)])["a"]

@@ -254,7 +254,11 @@ def _find(path: Path, names: list[str], name: str, what: str, aliases: tuple[str
     found = _guess(names, aliases) if name == what else None
     if found is None:
         columns = ", ".join(map(str, names)) or "none"
-        msg = f"{path} has no column {name!r}; its columns are: {columns}. Pass {what}=..."
+        msg = f"{path} has no column {name!r}; its columns are: {columns}. "
+        if len(names) == 1 and ";" in str(names[0]):
+            msg += "They seem to be separated by semicolons: write commas, or save it as .tsv"
+        else:
+            msg += f"Name the right one with {what}= (--{what})"
         raise ValueError(msg)
     return found
 
@@ -273,7 +277,7 @@ def _find_input(
     columns = ", ".join(map(str, names))
     msg = (
         f"{path} has no column of images ({', '.join(IMAGES)}) or text ({', '.join(TEXTS)}); "
-        f"its columns are: {columns}. Pass image=... or text=..."
+        f"its columns are: {columns}. Name one with image= or text= (--image, --text)"
     )
     raise ValueError(msg)
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,9 +35,12 @@ def check_free(target: Path, overwrite: bool) -> None:
     if not place.is_dir():
         msg = f"{target} cannot be made: {place} is not a folder; choose another path"
         raise NotADirectoryError(msg)
-    if not os.access(place, os.W_OK):
-        msg = f"{target} cannot be made: {place} may not be written to; choose another path"
-        raise PermissionError(msg)
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
+    except OSError as err:
+        reason = os.strerror(err.errno or errno.EIO)
+        msg = f"{target} cannot be made: {place} takes no folder ({reason}); choose another path"
+        raise type(err)(msg) from err
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     try:

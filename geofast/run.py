@@ -325,7 +325,7 @@ class Run:
         # A value that JSON lacks must fail before gigabytes are written.
         _folder.plain(self.info, "info")
         with _folder.making(target, _nbytes(self), overwrite) as folder:
-            _write(self, folder)
+            _write(self, folder, path)
         self.path = target
         return target
 
@@ -400,7 +400,8 @@ def _nbytes(run: Run) -> int:
     return _PAGES + text + sum(t.nbytes for t in tensors)
 
 
-def _write(run: Run, folder: Path) -> None:
+def _write(run: Run, folder: Path, told: str | Path) -> None:
+    """Write all files; `told` is the path that the pages tell to open, as the caller gave it."""
     from safetensors.torch import save_file
 
     from . import gram, report
@@ -416,7 +417,7 @@ def _write(run: Run, folder: Path) -> None:
         save_file(rows, folder / "rows.safetensors")
     if run.grams is not None:
         gram.save(run.grams, folder / "gram.safetensors")
-    report.write_report(run, folder)
+    report.write_report(run, folder, told)
     _folder.seal(folder, run.info, tables)
 
 

@@ -155,6 +155,7 @@ def test_folds_and_seed_reach_every_split(job, tmp_path, capsys):
         (lambda out: (out.mkdir(), (out / "mine.txt").write_text("x")), "is not a run's folder"),
         (lambda out: out.write_text("x"), "is not a run's folder"),
         (lambda out: out.parent.write_text("x"), "cannot be made: .*below is not a folder"),
+        (lambda out: out.parent.symlink_to("/proc/foo"), "cannot be made: /proc takes no folder"),
     ],
 )
 def test_an_out_that_cannot_be_is_refused_before_anything_is_read(

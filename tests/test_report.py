@@ -422,12 +422,25 @@ def test_readme_shows_the_pictures_and_how_to_open_the_run(saved: Path) -> None:
     pictures = re.findall(r"\]\(([^)]+)\)", readme)
     assert pictures == ["layers.png", "map.png"]
     assert all((saved / name).exists() for name in pictures)
-    assert 'run = gf.open("dino")' in readme
+    assert f'run = gf.open("{saved}")' in readme
     assert "by exact leave-one-out" in readme
     assert "5 (15-degree blocks)" in readme
     assert "aggregate" in readme or "many samples at once" in readme
     run = geofast.run.open(saved)
     assert " ".join(finding(run)) in readme
+
+
+def test_pages_open_the_run_by_the_path_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = example_run(40, blocks=1, splits=("kfold",))
+    run.predictions = pd.DataFrame()
+    run.save("runs/dino")
+    for name in ("README.md", "report.html"):
+        page = (tmp_path / "runs" / "dino" / name).read_text(encoding="utf-8")
+        assert 'run = gf.open("runs/dino")' in page.replace("&quot;", '"')
+    geofast.run.open("runs/dino")
 
 
 def test_pages_escape_what_users_named(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ write_report = report.write_report
 def plain_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes half a second, and most tests here are about other files."""
 
-    def write(run: Run, folder: Path) -> None:
+    def write(run: Run, folder: Path, told: str | Path) -> None:
         (folder / "README.md").write_text(run.summary())
 
     monkeypatch.setattr(report, "write_report", write)
@@ -599,6 +599,9 @@ def test_a_place_where_no_folder_can_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotADirectoryError, match=r"cannot be made: .*file is not a folder"):
         fast_run().save(tmp_path / "file" / "r")
     assert folders(tmp_path) == ["file"]
+    # As root nothing is read-only but what the system makes up.
+    with pytest.raises(OSError, match=r"/r cannot be made: /proc takes no folder \([A-Z].*choose"):
+        fast_run().save("/proc/foo/r")
 
 
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:

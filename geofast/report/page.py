@@ -37,7 +37,7 @@ CAPTIONS = {
 }
 
 
-def write_report(run: Run, folder: str | Path) -> None:
+def write_report(run: Run, folder: str | Path, told: str | Path | None = None) -> None:
     """Write layers.png, map.png, README.md and report.html into an existing folder.
 
     Without matplotlib the pages have no pictures; without held-out coordinates they have no map.
@@ -48,12 +48,15 @@ def write_report(run: Run, folder: str | Path) -> None:
     ----------
     run : Run
     folder : path
+    told : path, optional
+        What the pages tell to open; `folder` by default, which may go by another name later.
     """
     folder = Path(folder)
+    told = folder if told is None else Path(told)
     pictures = _draw(run, folder)
     for name, page in (("README.md", _markdown), ("report.html", _html)):
         with _kept_going(run, name):
-            (folder / name).write_text(page(run, folder, pictures), encoding="utf-8")
+            (folder / name).write_text(page(run, folder, pictures, told), encoding="utf-8")
 
 
 def _draw(run: Run, folder: Path) -> list[str]:
@@ -141,11 +144,9 @@ def _fact(value: Any) -> str:
     return str(value)
 
 
-def _again(folder: Path) -> str:
-    name = folder.name
-    if name.startswith(".") and ".partial-" in name:  # while it is written, see Run.save
-        name = name[1:].rpartition(".partial-")[0]
-    return f"import geofast as gf\n\nrun = gf.open({json.dumps(name, ensure_ascii=False)})"
+def _again(told: Path) -> str:
+    name = json.dumps(str(told), ensure_ascii=False)
+    return f"import geofast as gf\n\nrun = gf.open({name})\n{_USES}"
 
 
 _USES = """run.layers            # the whole table, one row per site, pool, prompt and split
@@ -156,7 +157,7 @@ print(run.summary())  # what this page says"""
 # ---------------------------------------------------------------- README.md
 
 
-def _markdown(run: Run, folder: Path, pictures: list[str]) -> str:
+def _markdown(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
     parts = [f"# {text.headline(run)}", " ".join(text.finding(run))]
     for split in run.splits:
         parts.append(f"## {text.split_words(split).capitalize()}")
@@ -165,8 +166,7 @@ def _markdown(run: Run, folder: Path, pictures: list[str]) -> str:
         if (groups := text.groups_table(run, split)) is not None:
             parts.append(groups.markdown())
     parts += [f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in pictures]
-    code = f"{_again(folder)}\n{_USES}"
-    parts += ["## Open it again", f"```python\n{code}\n```"]
+    parts += ["## Open it again", f"```python\n{_again(told)}\n```"]
     parts += ["## Method", " ".join(_method(run))]
     if run.info.get("warnings"):
         parts += ["## Warnings", "\n".join(f"- {w}" for w in run.info["warnings"])]
@@ -201,7 +201,7 @@ details { margin-top: 1rem; } summary { cursor: pointer; }
 """
 
 
-def _html(run: Run, folder: Path, pictures: list[str]) -> str:
+def _html(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
     title = escape(text.headline(run))
     body = [f"<h1>{title}</h1>", f'<p class="finding">{escape(" ".join(text.finding(run)))}</p>']
     for split in run.splits:
@@ -215,8 +215,7 @@ def _html(run: Run, folder: Path, pictures: list[str]) -> str:
     body.append(f"<p>{escape(' '.join(_method(run)))}</p>")
     for message in run.info.get("warnings", []):
         body.append(f'<p class="note">Warning: {escape(str(message))}</p>')
-    code = f"{_again(folder)}\n{_USES}"
-    body.append(f"<h2>Open it again</h2><pre>{escape(code)}</pre>")
+    body.append(f"<h2>Open it again</h2><pre>{escape(_again(told))}</pre>")
     body.append(f"<h2>Use</h2><p>{escape(USE)}</p>")
     body.append("<h2>R² by site</h2>")
     for split in run.splits:

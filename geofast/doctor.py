@@ -24,6 +24,7 @@ _TEXTS = (
     "The city of Buenos Aires",
     "What are the latitude and longitude of the city of Reykjavik, in Iceland?",
 )
+_PLACES = ((48.8584, 2.2945), (-34.6, -58.38), (64.15, -21.94))
 _SIZES = ((224, 224), (180, 320), (400, 240))  # height and width: square, wide, tall
 
 
@@ -112,6 +113,8 @@ def example(kind: str) -> list[Any]:
     """Return three inputs of `kind` and of different sizes."""
     if kind == "text":
         return list(_TEXTS)
+    if kind == "location":
+        return list(_PLACES)
     import numpy as np
     from PIL import Image
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from .structure import Site, Tower, find_towers, match_sites
 
+Kind = Literal["image", "text", "location"]
 Batch = Mapping[str, Any]
 """Arguments of a call. In two stages: `image`, those of the first, and `prompts`, a list of those
 of the second."""
@@ -37,8 +38,8 @@ class Model:
     """The whole module, heads included."""
     stages: tuple[Stage, ...]
     """The calls of a forward pass, one after the other."""
-    kind: Literal["image", "text"]
-    """What one input is: a PIL image or a string."""
+    kind: Kind
+    """What one input is: a PIL image, a string, or latitude and longitude in degrees."""
     transform: Callable[[Any], Any] | None
     """Runs on one input, ahead of the model and in a worker process; None leaves it as it is."""
     collate: Callable[[list[Any]], Batch]
@@ -201,7 +202,7 @@ def wrap(
     module: nn.Module,
     prepare: Callable[[list[Any]], Batch],
     *,
-    kind: Literal["image", "text"] | None = None,
+    kind: Kind | None = None,
 ) -> Model:
     """Take any module with a function that prepares its keyword arguments.
 
@@ -212,10 +213,12 @@ def wrap(
     prepare
         From a list of inputs (PIL images or strings) to the keyword arguments of `module`.
     kind
-        What an input is; None takes `image` for a vision tower and `text` for any other.
+        What an input is; None takes `image` for a vision tower, `location` for that of a location
+        encoder and `text` for any other.
     """
     towers = find_towers(module)
-    guess: Literal["image", "text"] = "image" if any(t.name == "vision" for t in towers) else "text"
+    first = {tower.name.partition(".")[0] for tower in towers}
+    guess: Kind = "image" if "vision" in first else "location" if "location" in first else "text"
     stages = (Stage(headless(module), towers),)
     return Model(type(module).__name__, module, stages, kind or guess, None, prepare)
 
@@ -254,6 +257,8 @@ def describe(model: Model) -> str:
 def _example(kind: str) -> Any:
     if kind == "text":
         return "Paris"
+    if kind == "location":
+        return (48.8584, 2.2945)
     from PIL import Image
 
     return Image.new("RGB", (224, 224), "grey")

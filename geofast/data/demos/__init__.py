@@ -2,10 +2,19 @@
 
 from .cities import cities
 from .dinov2 import dinov2_small
+from .geoclip import geoclip_gallery, geoclip_weights
 from .satellite import raw_pixels, satellite
 from .smollm2 import smollm2
 
-__all__ = ["cities", "dinov2_small", "raw_pixels", "satellite", "smollm2"]
+__all__ = [
+    "cities",
+    "dinov2_small",
+    "geoclip_gallery",
+    "geoclip_weights",
+    "raw_pixels",
+    "satellite",
+    "smollm2",
+]
 
 
 def __dir__() -> list[str]:

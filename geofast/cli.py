@@ -208,8 +208,6 @@ def _print(run: Any, folder: Path) -> None:
     counts = run.info.get("counts", {})
     if counts.get("skipped"):
         print(f"Skipped {counts['skipped']} samples, the first: {counts['why'][0]}")
-    for warning in run.info.get("warnings", []):
-        print(f"Warning: {warning}")
     pictures = sorted(folder.glob("*.png"))
     for path in [*pictures, folder / "report.html"]:
         if path.exists():

@@ -164,6 +164,16 @@ def test_every_group_has_a_row_per_split(tmp_path: Path) -> None:
     assert '<td class="word">Europe</td>' in (tmp_path / "report.html").read_text()
 
 
+def test_summary_tells_warnings() -> None:
+    run = example_run(60, splits=("kfold",))
+    assert "Warning" not in run.summary()
+    run.info["warnings"] = ["one " * 40 + "end", "another"]
+    *lines, _ = run.summary().splitlines()
+    assert max(map(len, lines)) <= 100
+    said = " ".join(" ".join(lines).split())
+    assert f"Warning: {'one ' * 40}end Warning: another" in said
+
+
 def test_summary_rows_are_the_best_of_each_pool_with_the_control_beside() -> None:
     run = example_run()
     table = text.summary_table(run, "kfold")
@@ -269,7 +279,10 @@ def test_layer_curve_says_the_finding_and_marks_the_honest_best() -> None:
     first, second = figure.axes
     assert "mean of latitude and longitude" in first.get_ylabel()
     assert first.get_xlabel() == "layer (vision)"
-    assert "honest best R²" in first.get_title(loc="left")
+    assert re.fullmatch(
+        r"Random folds: honest best R² 0\.\d\d ± 0\.02\nvision\.layers\.5, cls",
+        first.get_title(loc="left"),
+    )
     assert second.get_title(loc="left").startswith("15-degree blocks")
     stars = [line for line in first.lines if line.get_marker() == "*"]
     honest = run.info["honest"]["kfold"]
@@ -281,17 +294,23 @@ def test_layer_curve_says_the_finding_and_marks_the_honest_best() -> None:
     np.testing.assert_array_equal(curve.get_ydata(), rows[rows["pool"] == "cls"]["r2"])
 
 
-@pytest.mark.parametrize("shift", [-0.5, -2.0, -60.0])
-def test_negative_curves_are_cut_with_every_best_in_sight(shift: float) -> None:
-    run = example_run(shift=shift)
-    run.layers.loc[0, "r2"] = -1e6
-    axes = layer_curve(run).axes[0]
-    low, high = axes.get_ylim()
-    for split in run.splits:
-        assert low < run.best_layer(split).optimistic.r2 < high
-    assert low > -100
-    assert "(cut at" in axes.get_ylabel()
-    assert "(cut at" not in layer_curve(example_run()).axes[0].get_ylabel()
+def test_a_split_far_below_zero_leaves_the_other_its_room() -> None:
+    run = example_run()
+    table = run.layers
+    table.loc[(table["split"] == "blocks15") & (table["control"] == ""), "r2"] -= 5.5
+    run.info["honest"]["blocks15"]["r2"] = -5.21
+    first, second = layer_curve(run).axes
+    low, high = first.get_ylim()
+    assert (low, second.get_ylim()) == (-0.5, (low, high))
+    assert high < 1.05
+    assert [t.get_text() for t in first.texts] == []
+    best = run.rows_of("blocks15")["r2"].max()
+    said = f"cut at -0.5; all sites are below, the highest R² is {best:.2f}"
+    assert [t.get_text() for t in second.texts] == ["R² -5.21", said]
+    (star,) = (line for line in second.lines if line.get_marker() == "*")
+    assert [float(v) for v in star.get_ydata()] == [-0.5]
+    run.layers.loc[0, "r2"] = -1e6  # one site of the first split
+    assert [t.get_text() for t in layer_curve(run).axes[0].texts] == ["cut at -0.5"]
 
 
 def test_layer_curve_of_many_towers_branches_splits_and_controls() -> None:
@@ -304,8 +323,7 @@ def test_layer_curve_of_many_towers_branches_splits_and_controls() -> None:
     figure = layer_curve(run)
     assert [axes.get_visible() for axes in figure.axes] == [True, True, True, False]
     ticks = [label.get_text() for label in figure.axes[2].get_xticklabels()]
-    assert ticks[0] == "embed"
-    assert ticks.count("embed") == 2
+    assert ticks == ["\nembed", *"0123"] * 2
     assert figure.axes[2].get_xlabel() == "layer (vision, then lm)"
     (legend,) = figure.legends
     labels = [t.get_text() for t in legend.get_texts()]
@@ -325,6 +343,62 @@ def test_the_map_has_the_tables_figures() -> None:
         assert f"{best['median_km']:,.0f}" in run.summary()
     run.layers = run.layers.drop(columns="median_km")
     assert "median" not in map_of_predictions(run).axes[0].get_title(loc="left")
+
+
+def test_the_map_says_how_many_are_drawn() -> None:
+    run = example_run(1000, blocks=1, splits=("kfold",))
+    figure = map_of_predictions(run)
+    title = figure.axes[0].get_title(loc="left")
+    assert title.startswith("Random folds: 400 of 1,000 samples drawn, median error of all ")
+    assert [t.get_text() for t in figure.axes[1].get_xticklabels()][-2:] == ["5,000", "over 5,000"]
+
+
+def test_folds_that_chose_the_honest_best_are_counted() -> None:
+    run = example_run()
+    honest = run.info["honest"]
+    assert text.honest_place(run, "kfold") == "vision.layers.5, cls"
+    honest["kfold"]["chosen"] = ["vision.layers.5/cls"] * 3 + ["vision.layers.6/cls"] * 2
+    honest["blocks15"]["chosen"] = [f"{honest['blocks15']['site']}/cls"] * 5
+    assert text.honest_place(run, "kfold") == "3 of 5 folds chose vision.layers.5, cls"
+    assert text.honest_place(run, "blocks15").startswith("all 5 folds chose vision.layers.")
+    assert "3 of 5 folds chose vision.layers.5, cls" in " ".join(run.summary().split())
+    assert "\n3 of 5 folds chose" in layer_curve(run).axes[0].get_title(loc="left")
+
+
+def test_long_prompts_have_numbers_and_a_legend(tmp_path: Path) -> None:
+    short = example_run(40, blocks=1, prompts=("bare", "city"), splits=("kfold",))
+    assert "Prompts" not in short.summary()
+    assert text.place(short, "lm.norm", "last", "city") == "lm.norm, last, prompt city"
+    asked = ("{name}", "Where on the Earth is {name}?", "Where on the Earth was {name}?")
+    run = example_run(40, blocks=1, prompts=asked, pools=("cls",), splits=("kfold",))
+    assert [row[1] for row in text.summary_table(run, "kfold").cells] == [
+        "1 {name}",
+        "2 Where on the Eart…",
+        "3 Where on the Eart…",
+    ]
+    assert text.place(run, "lm.norm", "last", asked[1]) == f"lm.norm, last, prompt 2: {asked[1]}"
+    legend = "Prompts\n1: {name}\n2: " + asked[1] + "\n3: " + asked[2]
+    assert f"\n\n{legend}\n\n" in run.summary()
+    labels = [t.get_text() for t in layer_curve(run).legends[0].get_texts()]
+    assert f"cls 3: {asked[2]}" in labels
+    run.predictions = pd.DataFrame()
+    page.write_report(run, tmp_path)
+    assert f"2. `{asked[1]}`\n3. `{asked[2]}`" in (tmp_path / "README.md").read_text()
+    assert f'run = gf.open("{tmp_path}")' in (tmp_path / "README.md").read_text()
+    assert f"<li>{asked[2]}</li></ol>" in (tmp_path / "report.html").read_text()
+
+
+def test_captions_speak_of_what_is_drawn(tmp_path: Path) -> None:
+    run = example_run(40, blocks=1, splits=("kfold",))
+    run.predictions = pd.DataFrame()
+    page.write_report(run, tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert "Grey lines are controls. The star is the layer" in readme
+    run.layers = run.layers[run.layers["control"] == ""].drop(columns="r2_se")
+    run.info["honest"] = {}
+    page.write_report(run, tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert "![Held-out R² by layer.](layers.png)" in readme
 
 
 def test_the_page_says_how_alpha_was_chosen(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ MAP_SAMPLES = 400  # more lines than this hide each other
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _TARGET_LINES = ("--", ":", "-.")
 _GREY = "#6e6e6e"
-_FLOOR = -0.3  # R2 below 0 is worse than the mean; how much worse would squash the rest
+_FLOOR = -0.5  # R2 below 0 is worse than the mean; how much worse would squash the rest
 _KM_EDGES = (0, 250, 1000, 2500, 5000, 20040)  # the last one is half the Earth's circumference
 
 
@@ -85,14 +85,15 @@ def layer_curve(run: Run) -> Figure:
     places = _depths(run)
     for split, axes in zip(run.splits, panels, strict=False):
         _draw_split(axes, run, split, places)
+        _mark_honest(axes, run, split, places, 94 // columns)
         _label_depths(axes, places)
+        _say_what_is_cut(axes, run, split)
     for axes in panels[len(run.splits) :]:
         axes.set_visible(False)
-    floor = _floor(run)
-    cut = float(panels[0].get_ylim()[0]) < floor
-    panels[0].set_ylim(max(panels[0].get_ylim()[0], floor), min(panels[0].get_ylim()[1], 1.02))
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(max(low, _FLOOR), min(high, 1.02))
     for axes in panels[::columns]:
-        axes.set_ylabel(_r2_label(run) + (f"\n(cut at {floor:.1f})" if cut else ""), fontsize=11)
+        axes.set_ylabel(_r2_label(run), fontsize=11)
     for axes in panels[: len(run.splits)][-columns:]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(_depth_label(places), fontsize=11)
@@ -104,11 +105,12 @@ def layer_curve(run: Run) -> Figure:
     }
     # Legends fill column by column: one column per pool when its targets have lines of their own.
     rows = 1 + len(run.targets) if any(", mean" in label for label in handles) else 2
+    widest = max(map(len, handles)) + 8  # with its line, in characters
     figure.legend(
         handles.values(),
         handles.keys(),
         loc="outside lower center",
-        ncols=-(-len(handles) // rows),
+        ncols=max(1, min(-(-len(handles) // rows), 130 // widest)),
         frameon=False,
         fontsize=10,
     )
@@ -136,9 +138,9 @@ def _series(rows: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
     return dict(iter(rows.groupby([rows["pool"], rows["prompt"], branch], sort=False)))
 
 
-def _label_of(name: tuple[str, str, str]) -> str:
+def _label_of(run: Run, name: tuple[str, str, str]) -> str:
     pool, prompt, branch = name
-    return text.clip_label(" ".join(p for p in (pool, branch, prompt) if p), 40)
+    return " ".join(p for p in (pool, branch, text.prompt_name(run, prompt, 80, ": ")) if p)
 
 
 def _draw_split(axes: Axes, run: Run, split: str, places: dict[str, int]) -> None:
@@ -156,13 +158,19 @@ def _draw_split(axes: Axes, run: Run, split: str, places: dict[str, int]) -> Non
             axes.fill_between(x, r2 - margin, r2 + margin, color=colour, alpha=0.18, linewidth=0)
         mean = ", mean" if thin else ""
         axes.plot(
-            x, r2, style, color=colour, lw=2.2, marker="o", ms=3.5, label=_label_of(name) + mean
+            x,
+            r2,
+            style,
+            color=colour,
+            lw=2.2,
+            marker="o",
+            ms=3.5,
+            label=_label_of(run, name) + mean,
         )
         for target, dashes in zip(targets if thin else (), _TARGET_LINES, strict=False):
-            label = f"{_label_of(name)}, {target}"
+            label = f"{_label_of(run, name)}, {target}"
             axes.plot(x, part[f"r2_{target}"], dashes, color=colour, lw=1.2, label=label)
     _draw_controls(axes, run, split, places)
-    _mark_honest(axes, run, split, places)
     axes.axhline(0, color="#b0b0b0", lw=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=10)
@@ -183,14 +191,27 @@ def _draw_controls(axes: Axes, run: Run, split: str, places: dict[str, int]) -> 
         axes.plot(x, y, linestyle=style, color=_GREY, lw=1.6, label=f"control: {control}")
 
 
-def _mark_honest(axes: Axes, run: Run, split: str, places: dict[str, int]) -> None:
+def _mark_honest(axes: Axes, run: Run, split: str, places: dict[str, int], width: int) -> None:
+    """Title the panel, and put the star; one below the axis stands at its edge with its value."""
     honest = run.best_layer(split).honest
     heading = text.split_words(split).capitalize()
     if honest is not None and _trunk(honest.site)[0] in places:
+        x, y = places[_trunk(honest.site)[0]], max(honest.r2, _FLOOR)
+        if y > honest.r2:
+            side = "left" if x < len(places) / 2 else "right"
+            axes.annotate(
+                f"R² {text.number(honest.r2, 2)}",
+                (x, y),
+                (11 if side == "left" else -11, 4),
+                textcoords="offset points",
+                ha=side,
+                fontsize=10,
+            )
         axes.plot(
-            places[_trunk(honest.site)[0]],
-            honest.r2,
+            x,
+            y,
             "*",
+            clip_on=False,
             ms=15,
             mfc="white",
             mec="black",
@@ -198,8 +219,22 @@ def _mark_honest(axes: Axes, run: Run, split: str, places: dict[str, int]) -> No
             zorder=5,
             label="honest best: chosen on inner folds",
         )
-        heading += f"\nhonest best R² {text.with_error(honest.r2, honest.r2_se, 2)}, {honest.site}"
+        heading += f": honest best R² {text.with_error(honest.r2, honest.r2_se, 2)}\n"
+        heading += _wrapped(text.honest_place(run, split), width)
     axes.set_title(heading, fontsize=11, loc="left")
+
+
+def _say_what_is_cut(axes: Axes, run: Run, split: str) -> None:
+    if axes.dataLim.y0 >= _FLOOR:
+        return
+    words = f"cut at {_FLOOR}"
+    best = run.best_layer(split).optimistic.r2
+    if best < _FLOOR:
+        words += f"; all sites are below, the highest R² is {text.number(best, 2)}"
+    axes.text(
+        0.99, 0.12, words, transform=axes.transAxes, ha="right", fontsize=10, color=_GREY,
+        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 2},
+    )  # fmt: skip
 
 
 def _label_depths(axes: Axes, places: dict[str, int]) -> None:
@@ -209,10 +244,8 @@ def _label_depths(axes: Axes, places: dict[str, int]) -> None:
     shown: list[int] = []
     for i, site in enumerate(sites):
         layer = re.search(r"\.layers\.(\d+)$", site)
-        # Names of sites that are no blocks are wide, so the number beside one gives way.
-        if layer and (int(layer[1]) % step or (shown and i - shown[-1] < 2 and _wide(sites, i))):
-            continue
-        shown.append(i)
+        if not layer or int(layer[1]) % step == 0:
+            shown.append(i)
     axes.set_xticks(shown, [_tick(sites[i]) for i in shown])
     for i in range(1, len(sites)):
         if _tower(sites[i]) != _tower(sites[i - 1]):
@@ -220,12 +253,9 @@ def _label_depths(axes: Axes, places: dict[str, int]) -> None:
     axes.set_xlim(-0.5, max(len(sites) - 0.5, 0.5))
 
 
-def _wide(sites: list[str], i: int) -> bool:
-    return len(sites) > 8 and any(not s.rpartition(".")[2].isdigit() for s in sites[i - 1 : i + 2])
-
-
 def _tick(site: str) -> str:
-    return site.rpartition(".")[2]
+    name = site.rpartition(".")[2]
+    return name if name.isdigit() else f"\n{name}"  # wide, so it stands below the numbers
 
 
 def _tower(site: str) -> str:
@@ -245,10 +275,8 @@ def _r2_label(run: Run) -> str:
     return f"held-out R² of {run.targets[0]}" if run.targets else "held-out R²"
 
 
-def _floor(run: Run) -> float:
-    """R2 below which the curve is cut, with every split's best site above it."""
-    best = min(run.best_layer(split).optimistic.r2 for split in run.splits)
-    return min(_FLOOR, float(np.floor(10 * best - 3) / 10))
+def _wrapped(words: str, width: int) -> str:
+    return textwrap.fill(words.replace("prompt ", "prompt\u00a0"), width)
 
 
 def _title(figure: Figure, sentence: str) -> None:
@@ -288,11 +316,13 @@ def map_of_predictions(run: Run) -> Figure:
     norm, colours = _km_colours()
     for split, axes in zip(splits, panels, strict=True):
         best, held = text.top(run, split), table[table["split"] == split]
-        heading = f"{text.split_words(split).capitalize()}: {len(held):,} samples"
+        some = len(held) > MAP_SAMPLES
+        drawn = f"{MAP_SAMPLES} of {len(held):,} samples drawn" if some else f"{len(held)} samples"
+        heading = f"{text.split_words(split).capitalize()}: {drawn}"
         if pd.notna(best.get("median_km")):
-            heading += f", median error {text.km(best['median_km'])} km"
-        heading += f" ({text.place(best['site'], best['pool'], best['prompt'])})"
-        axes.set_title(heading, fontsize=11, loc="left")
+            heading += f", median error{' of all' * some} {text.km(best['median_km'])} km"
+        heading += f" ({text.place(run, best['site'], best['pool'], best['prompt'])})"
+        axes.set_title(_wrapped(heading, 104), fontsize=11, loc="left")
         _draw_map(axes, held, norm, colours)
     _km_legend(figure, panels, norm, colours)
     _title(figure, f"Where {text.model_name(run)} puts the samples it was not fitted on")
@@ -394,7 +424,8 @@ def _km_legend(figure: Figure, panels: Any, norm: Any, colours: Any) -> None:
         aspect=40,
         pad=0.02,
     )
-    bar.set_ticks(_KM_EDGES, labels=[f"{v:,}" for v in _KM_EDGES])
+    *edges, _ = _KM_EDGES
+    bar.set_ticks(_KM_EDGES, labels=[*(f"{v:,}" for v in edges), f"over {edges[-1]:,}"])
     bar.ax.tick_params(labelsize=10)
     bar.outline.set_visible(False)
     bar.set_label("error in km; dot: true place, end of the line: predicted place", fontsize=10)

@@ -29,12 +29,6 @@ USE = (
     "they are linear guesses with errors of hundreds or thousands of kilometres. Photographs carry "
     "traces of the people who took them; share samples.csv only if you may share their places."
 )
-CAPTIONS = {
-    "layers.png": "Held-out R² by layer. Bands are ± 1.96 standard errors over folds; grey lines "
-    "are controls; the star is the layer chosen on inner folds and scored on outer ones.",
-    "map.png": "True places (dots) and the held-out predictions of the best probe (ends of the "
-    f"lines), for at most {figures.MAP_SAMPLES} evenly chosen samples.",
-}
 
 
 def write_report(run: Run, folder: str | Path, told: str | Path | None = None) -> None:
@@ -128,6 +122,22 @@ def _method(run: Run) -> list[str]:
     return said
 
 
+def _caption(run: Run, name: str) -> str:
+    if name == "map.png":
+        return (
+            "True places (dots) and the held-out predictions of the best probe (ends of the "
+            f"lines), for at most {figures.MAP_SAMPLES} evenly chosen samples."
+        )
+    said = ["Held-out R² by layer."]
+    if "r2_se" in run.layers.columns:
+        said.append("Bands are ± 1.96 standard errors over folds.")
+    if any(len(run.controls_of(split)) for split in run.splits):
+        said.append("Grey lines are controls.")
+    if any(run.best_layer(split).honest for split in run.splits):
+        said.append("The star is the layer chosen on inner folds and scored on outer ones.")
+    return " ".join(said)
+
+
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Rows of the table of facts, in the order of run.json; `honest` is told elsewhere."""
     skip = {"honest", "warnings"}
@@ -165,7 +175,13 @@ def _markdown(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
         parts.append("\n".join(f"- {line}" for line in text.notes(run, split)))
         if (groups := text.groups_table(run, split)) is not None:
             parts.append(groups.markdown())
-    parts += [f"![{CAPTIONS[name]}]({name})\n\n{CAPTIONS[name]}" for name in pictures]
+    if prompts := text.long_prompts(run):
+        # A prompt is told as it is, whatever Markdown would make of it.
+        items = (f"{i}. `{p}`" for i, p in enumerate(prompts, 1))
+        parts += ["## Prompts", "\n".join(items)]
+    for name in pictures:
+        caption = _caption(run, name)
+        parts.append(f"![{caption}]({name})\n\n{caption}")
     parts += ["## Open it again", f"```python\n{_again(told)}\n```"]
     parts += ["## Method", " ".join(_method(run))]
     if run.info.get("warnings"):
@@ -186,13 +202,15 @@ body { margin: 2rem auto; max-width: 62rem; padding: 0 1.2rem; background: var(-
 h1 { font-size: 1.55rem; line-height: 1.25; }
 h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--rule); }
 .finding { font-size: 1.1rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow: auto; max-height: 34rem; }
+thead th { position: sticky; top: 0; background: var(--paper); }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--rule); }
 th { color: var(--soft); font-weight: 600; }
 th.word, td.word { text-align: left; }
 .facts td { white-space: normal; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+.facts td:first-child { white-space: nowrap; overflow-wrap: normal; }
 figure { margin: 1.2rem 0; }
 img { width: 100%; height: auto; background: #fff; border-radius: 4px; }
 figcaption, .note { color: var(--soft); font-size: .9rem; }
@@ -210,7 +228,10 @@ def _html(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
         body += [f'<p class="note">{escape(line)}</p>' for line in text.notes(run, split)]
         if (groups := text.groups_table(run, split)) is not None:
             body.append(_html_table(groups))
-    body += [_html_picture(folder / name) for name in pictures]
+    if prompts := text.long_prompts(run):
+        items = "".join(f"<li>{escape(p)}</li>" for p in prompts)
+        body.append(f"<h2>Prompts</h2><ol>{items}</ol>")
+    body += [_html_picture(folder / name, _caption(run, name)) for name in pictures]
     body.append("<h2>Method</h2>")
     body.append(f"<p>{escape(' '.join(_method(run)))}</p>")
     for message in run.info.get("warnings", []):
@@ -250,9 +271,9 @@ def _html_table(table: text.Table) -> str:
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
-def _html_picture(path: Path) -> str:
+def _html_picture(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    caption = escape(CAPTIONS[path.name])
+    caption = escape(caption)
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"

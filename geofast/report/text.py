@@ -77,10 +77,22 @@ def split_words(split: str) -> str:
     return f"split {split}"
 
 
-def place(site: str, pool: str, prompt: str = "") -> str:
+def place(run: Run, site: str, pool: str, prompt: str = "") -> str:
     """Name a site with its pool and prompt."""
-    parts = [site, pool, f"prompt {clip_label(prompt)}" if prompt else ""]
+    parts = [site, pool, f"prompt {prompt_name(run, prompt, 40, ': ')}" if prompt else ""]
     return ", ".join(p for p in parts if p)
+
+
+def prompt_name(run: Run, prompt: str, width: int = _LABEL, mark: str = " ") -> str:
+    """Name a prompt: as it is, or where the run has long ones, by its number and its beginning."""
+    number = next((i for i, p in enumerate(long_prompts(run), 1) if p == prompt), 0)
+    return clip_label(f"{number}{mark}{prompt}" if number else prompt, width)
+
+
+def long_prompts(run: Run) -> list[str]:
+    """Return all prompts of a run, which a legend tells in full; none when no table cuts one."""
+    prompts = [p for p in dict.fromkeys(run.layers["prompt"]) if p]
+    return prompts if any(len(p) > _LABEL for p in prompts) else []
 
 
 def clip_label(label: str, width: int = _LABEL) -> str:
@@ -118,7 +130,7 @@ def finding(run: Run) -> list[str]:
     first, *others = run.splits
     best = top(run, first)
     name = model_name(run)
-    where = place(best["site"], best["pool"], best["prompt"])
+    where = place(run, best["site"], best["pool"], best["prompt"])
     sentences = [f"{name} {_reads(run, best)} ({where}; {split_words(first)})."]
     if pd.notna(best.get("median_km")):
         sentences.append(f"The median error of the best probe is {km(best['median_km'])} km.")
@@ -210,7 +222,7 @@ def summary_table(run: Run, split: str) -> Table:
     cells = []
     for (pool, prompt), part in rows.groupby(["pool", "prompt"], sort=False):
         top = part.sort_values("r2", ascending=False, kind="stable").iloc[0]
-        row = [pool, *([clip_label(prompt)] if prompts else []), top["site"]]
+        row = [pool, *([prompt_name(run, prompt)] if prompts else []), top["site"]]
         row += [with_error(top["r2"], top.get("r2_se"))]
         row += [number(top[f"r2_{t}"]) for t in targets]
         row += [km(top["median_km"])] if has_km else []
@@ -230,7 +242,7 @@ def groups_table(run: Run, split: str) -> Table | None:
     for group, part in rows.groupby("group", sort=False):
         best = part.sort_values("r2", ascending=False, kind="stable").iloc[0]
         cell = [clip_label(str(group)), best["site"], best["pool"]]
-        cell += [clip_label(best["prompt"])] if several else []
+        cell += [prompt_name(run, best["prompt"])] if several else []
         cells.append([*cell, f"{best['n']:,}", with_error(best["r2"], best.get("r2_se"))])
     words = ["group", "best site", "pool", *(["prompt"] if several else [])]
     return Table([*words, "n", "R² ± se"], cells, len(words))
@@ -243,9 +255,9 @@ def notes(run: Run, split: str) -> list[str]:
     if honest is None:
         lines.append("Best sites are optimistic: the folds that report an R² also chose the site.")
     else:
-        where = place(honest.site, honest.pool, honest.prompt)
         score = with_error(honest.r2, honest.r2_se)
-        lines.append(f"Honest best (chosen on inner folds, scored on outer): R² {score}, {where}")
+        chosen = honest_place(run, split)
+        lines.append(f"Honest best (chosen on inner folds, scored on outer): R² {score}; {chosen}")
     for row in best_controls(run, split):
         parts = [
             f"{SHORT.get(t, t)} {number(row[f'r2_{t}'])}"
@@ -257,13 +269,26 @@ def notes(run: Run, split: str) -> list[str]:
     return lines
 
 
+def honest_place(run: Run, split: str) -> str:
+    """Say where the honest best of a split is, and how many folds chose that place."""
+    honest = run.best_layer(split).honest
+    assert honest is not None
+    where = place(run, honest.site, honest.pool, honest.prompt)
+    chosen = run.info["honest"][split].get("chosen", [])
+    votes = chosen.count("/".join(filter(None, (honest.site, honest.pool, honest.prompt))))
+    if not votes:
+        return where
+    return f"{'all' if votes == len(chosen) else f'{votes} of'} {len(chosen)} folds chose {where}"
+
+
 def layers_by_site(run: Run, split: str) -> Table:
     """R2 of a split: a row per site, a column per pool and prompt."""
     rows = run.rows_of(split)
     r2 = {(s, p, q): v for s, p, q, v in rows[["site", "pool", "prompt", "r2"]].to_numpy()}
     sites = list(dict.fromkeys(rows["site"]))
     columns = list(dict.fromkeys(zip(rows["pool"], rows["prompt"], strict=True)))
-    headers = [clip_label(f"{pool} {prompt}".strip(), 18) for pool, prompt in columns]
+    names = [f"{pool} {prompt_name(run, prompt)}".strip() for pool, prompt in columns]
+    headers = [clip_label(name, 18) for name in names]
     cells = [[site, *(number(r2.get((site, *c))) for c in columns)] for site in sites]
     return Table(["site", *headers], cells, 1)
 
@@ -290,6 +315,12 @@ def summary(run: Run) -> str:
         blocks.append("\n".join([split_words(split).capitalize(), table, *below]))
         if (groups := groups_table(run, split)) is not None:
             blocks.append(f"Groups, {split_words(split)}\n{groups.text()}")
+    if prompts := long_prompts(run):
+        told = (textwrap.fill(f"{i}: {p}", 96) for i, p in enumerate(prompts, 1))
+        blocks.append("\n".join(["Prompts", *told]))
+    if warned := run.info.get("warnings"):
+        lines = (textwrap.fill(f"Warning: {w}", 96, subsequent_indent="  ") for w in warned)
+        blocks.append("\n".join(lines))
     found, *more = finding(run)
     blocks += [textwrap.fill(" ".join(more), 96)] if more else []
     return "\n\n".join([*blocks, found])

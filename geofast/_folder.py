@@ -200,12 +200,14 @@ def _raise_unwritten(err: Exception, target: Path, needed: int) -> NoReturn:
     # safetensors reports the system's error as text only: "... (os error 28)".
     found = re.search(r"os error (\d+)", str(err))
     code = err.errno if isinstance(err, OSError) else int(found[1]) if found else None
-    free = shutil.disk_usage(above(target)).free
     reason = os.strerror(code) if code else str(err)
-    msg = (
-        f"could not write the run to {target}: {reason}. It needs about {_size(needed)} and "
-        f"{_size(free)} are free there; nothing was left behind. Make room or save elsewhere."
-    )
+    msg = f"could not write the run to {target}: {reason}. "
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = _size(shutil.disk_usage(above(target)).free)
+        msg += f"It needs about {_size(needed)} and {free} are free there; nothing was left "
+        msg += "behind. Make room or save elsewhere."
+    else:
+        msg += "Nothing was left behind; save elsewhere."
     raise OSError(code or errno.EIO, msg) from err
 
 

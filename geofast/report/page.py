@@ -202,7 +202,8 @@ body { margin: 2rem auto; max-width: 62rem; padding: 0 1.2rem; background: var(-
 h1 { font-size: 1.55rem; line-height: 1.25; }
 h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--rule); }
 .finding { font-size: 1.1rem; }
-.scroll { overflow: auto; max-height: 34rem; }
+.scroll { overflow: auto; }
+details .scroll { max-height: 34rem; }  /* its bar would lie thousands of rows below */
 thead th { position: sticky; top: 0; background: var(--paper); }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap;

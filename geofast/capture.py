@@ -86,7 +86,7 @@ def capture(
     pools = _pools_by_tower(towers, wanted, pool)
     if isinstance(model, Model) and model.stop is not None:
         last = model.deepest([model.stop, *wanted])
-        if last.layer != model.stop.layer and last.name != model.stop.name:
+        if (last.tower, last.layer) != (model.stop.tower, model.stop.layer):
             raise ValueError(f"{last.name} lies beyond {model.stop.name}, where this model stops")
     rows = Rows() if rows is None else rows
     with ExitStack() as hooks:

@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
     sites.add_argument("model", help="Hugging Face Hub id or folder")
     sites.set_defaults(run=_sites)
 
+    doctor = commands.add_parser("doctor", help="check that a model is read rightly")
+    doctor.add_argument("model", help="Hugging Face Hub id or folder")
+    doctor.add_argument("--device")
+    doctor.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    doctor.set_defaults(run=_doctor)
+
     show = commands.add_parser("show", help="print what a run found")
     show.add_argument("folder", type=Path)
     show.set_defaults(run=_show)
@@ -97,7 +103,9 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
         "one role; a+b for both side by side (default: the tower's own, which `geofast sites` "
         "prints)",
     )  # fmt: skip
-    what.add_argument("--prompt", nargs="+", help="templates for text, as 'The city of {text}'")
+    what.add_argument(
+        "--prompt", nargs="+", help="of text, as 'The city of {text}'; or about images"
+    )
     how = probe.add_argument_group("how it is scored")
     how.add_argument(
         "--split", nargs="+", default=["kfold"],
@@ -107,6 +115,10 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
         "--folds", type=_count, default=5, help="folds of a split that names none (default: 5)"
     )
     how.add_argument("--seed", type=int, default=42, help="of the folds (default: 42)")
+    how.add_argument(
+        "--control", nargs="+", default=[], choices=["random-weights"],
+        help="also probe a twin of the model with random weights",
+    )  # fmt: skip
     how.add_argument("--alphas", nargs="+", type=float, help="penalties (default: 12, 0.1 to 1e4)")
     how.add_argument(
         "--select", choices=["loo", "gcv", "folds"],
@@ -136,6 +148,7 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
         type=_count_or_none,
         help="processes that decode images ahead of the model (default: 1 for images, 0 for text)",
     )
+    run.add_argument("--unchecked", action="store_true", help="go on where the model fails a check")
     run.add_argument("--overwrite", action="store_true", help="replace the run folder")
 
 
@@ -176,6 +189,7 @@ def _probe(o: argparse.Namespace) -> None:
         group=o.group, select=o.select, storage=o.storage, device=o.device,
         dtype=getattr(torch, o.dtype) if o.dtype else None, batch_size=o.batch_size,
         workers=o.workers, scratch=_folder.above(out), strict=o.strict, progress=True,
+        check=not o.unchecked, controls=o.control,
         **{name: value for name, value in optional.items() if value},
     )  # fmt: skip
     run.save(o.out, overwrite=o.overwrite)
@@ -196,6 +210,17 @@ def _sites(o: argparse.Namespace) -> None:
     from .models import describe, load
 
     print(describe(load(o.model)))
+
+
+def _doctor(o: argparse.Namespace) -> None:
+    import torch
+
+    from .doctor import doctor
+
+    diagnosis = doctor(o.model, device=o.device, dtype=getattr(torch, o.dtype) if o.dtype else None)
+    print(diagnosis)
+    if not diagnosis.ok:
+        raise SystemExit(1)
 
 
 def _show(o: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import tiny
 from test_run import example_run
 from transformers import BitImageProcessorPil
 
+import geofast as gf
 from geofast import __version__
 from geofast.cli import main
 
@@ -277,3 +278,17 @@ def test_a_damaged_run_is_one_line(job, tmp_path, capsys):
     (out / "run.json").write_text('{"geofast_run": 1}')
     assert main(["show", str(out)]) == 1
     assert "run.json is not a geofast run's, or not all of it" in capsys.readouterr().err
+
+
+def test_the_doctor_and_a_control(job, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["doctor", str(job / "model")])
+    assert left.value.code == 1  # nobody trained it
+    said = capsys.readouterr().out
+    assert "pass  hidden_states  every site is the same" in said
+    assert "fail  weights" in said
+    out = tmp_path / "run"
+    asked = ["--control", "random-weights", "--out", str(out), "--overwrite"]
+    assert main(["probe", str(job / "model"), str(job / "photos.csv"), *asked]) == 0
+    assert "random-weights" in capsys.readouterr().out
+    assert set(gf.open(out).layers["control"]) == {"", "random-weights"}

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     demo.add_argument("--samples", type=_count, help="fewer samples, for a quick look")
     demo.add_argument("--overwrite", action="store_true", help="replace the run folder")
+    demo.add_argument("--alphas", nargs="+", type=float, help="penalties (default: 12, 0.1 to 1e4)")
     demo.set_defaults(run=_demo)
 
     probe = commands.add_parser("probe", help="probe a model on geotagged samples")
@@ -201,7 +202,7 @@ def _demo(o: argparse.Namespace) -> None:
 
     out = o.out or Path("runs") / o.name
     _folder.check_free(out.expanduser().resolve(), o.overwrite)
-    run = getattr(demo, o.name)(o.samples)
+    run = getattr(demo, o.name)(o.samples, **({"alphas": o.alphas} if o.alphas else {}))
     run.save(out, overwrite=o.overwrite)
     _print(run, out)
 

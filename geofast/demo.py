@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from .data.demos import satellite as satellite_data
 from .geo import Blocks, GroupKFold, KFold
 from .models import Model, load
 from .probe import probe
+from .ridge import ALPHAS
 from .run import Run
 
 CITY_PROMPTS = (
@@ -23,7 +24,7 @@ CITY_PROMPTS = (
 )
 
 
-def satellite(samples: int | None = None) -> Run:
+def satellite(samples: int | None = None, alphas: Sequence[float] = ALPHAS) -> Run:
     """Probe DINOv2-S on crops of NASA's Blue Marble.
 
     All 13 sites, CLS and patch mean, random folds and 15-degree blocks, beside raw pixels.
@@ -31,12 +32,12 @@ def satellite(samples: int | None = None) -> Run:
     data = satellite_data(1200 if samples is None else samples)
     model = _load(dinov2_small())
     return probe(
-        model, data, pool=["cls", "mean:patch"], split=[KFold(), Blocks(15)],
+        model, data, pool=["cls", "mean:patch"], split=[KFold(), Blocks(15)], alphas=alphas,
         baselines={"raw pixels": torch.from_numpy(raw_pixels(data))}, progress=True,
     )  # fmt: skip
 
 
-def cities(samples: int | None = None) -> Run:
+def cities(samples: int | None = None, alphas: Sequence[float] = ALPHAS) -> Run:
     """Probe SmolLM2-135M on the names of the largest cities.
 
     All 31 sites, last token, three prompts, random folds and folds that keep countries together.
@@ -44,7 +45,7 @@ def cities(samples: int | None = None) -> Run:
     data = cities_data(2500 if samples is None else samples)
     model = _load(smollm2())
     return probe(
-        model, data, prompts=CITY_PROMPTS, batch_size=64,
+        model, data, prompts=CITY_PROMPTS, batch_size=64, alphas=alphas,
         split=[KFold(), GroupKFold("country")], progress=True,
     )  # fmt: skip
 

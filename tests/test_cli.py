@@ -292,3 +292,17 @@ def test_the_doctor_and_a_control(job, tmp_path, capsys):
     assert main(["probe", str(job / "model"), str(job / "photos.csv"), *asked]) == 0
     assert "random-weights" in capsys.readouterr().out
     assert set(gf.open(out).layers["control"]) == {"", "random-weights"}
+
+
+def test_a_demo_with_other_penalties(tmp_path, monkeypatch):
+    given = []
+
+    def note(samples, **more):
+        given.append((samples, more))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("geofast.demo.satellite", note)
+    place = ["--out", str(tmp_path / "run")]
+    main(["demo", "satellite", "--samples", "9", *place])
+    main(["demo", "satellite", "--alphas", "1e-5", "1", *place])
+    assert given == [(9, {}), (None, {"alphas": [1e-5, 1.0]})]

@@ -85,11 +85,16 @@ def as_tokens(site: Site, tower: Tower, hidden: torch.Tensor, call: Call) -> tor
     ValueError
         For any other shape.
     """
-    packed = tower.tokens == "patch" and any(name in call.given for name in _PACKED[:2])
+    packed = tower.tokens == "patch" and any(
+        # With image_sizes, CLIP norms one vector a tile; what a projector makes of it has no tile.
+        name in call.given for name in (_PACKED if tower.name == "projector" else _PACKED[:2])
+    )
     if hidden.ndim == 2:
         return hidden[None] if packed and not site.is_vector else hidden[:, None]
     if hidden.ndim == 4:
         return hidden.flatten(2).mT if tower.channels_first else hidden.flatten(1, 2)
+    if tower.tokens_first and (site.layer is not None or site.name.endswith(".embed")):
+        hidden = hidden.transpose(0, 1)
     if hidden.ndim != 3:
         shape = list(hidden.shape)
         raise ValueError(
@@ -139,7 +144,7 @@ def _roles(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> torch.
     prefix = tower.prefix if len(tower.prefix) < length else ()
     if len(tower.prefix) < length:
         bits |= 1 << role_bit(tower.tokens)
-    for i, role in enumerate(prefix):
+    for i, role in [*enumerate(prefix), *enumerate(tower.suffix, start=-len(tower.suffix))]:
         bits[i] = 1 << role_bit(role) | 1
     roles = bits.to(tokens.device).repeat(sequences, 1)
     ids = call.given.get("input_ids")
@@ -155,9 +160,10 @@ def _roles(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> torch.
 def _mask(tower: Tower, roles: torch.Tensor, call: Call) -> torch.Tensor | None:
     masks = call.masks.get(tower.name, [])
     for mask in reversed(masks):  # the last is the nearest to the blocks
-        if mask.flatten(1).shape == roles.shape:
-            return mask.flatten(1)
-    if masks and masks[-1].ndim == 2:
+        mask = torch.nn.functional.pad(mask.flatten(1), (0, len(tower.suffix)), value=1)
+        if mask.shape == roles.shape:
+            return mask
+    if masks and masks[-1].ndim == 2 and not (tower.suffix and roles.shape[1] == 1):
         shape, (sequences, length) = list(masks[-1].shape), roles.shape
         msg = f"attention_mask is {shape} for hidden states of {sequences} x {length} tokens"
         raise ValueError(msg)

@@ -50,6 +50,9 @@ class Model:
     """What was changed in the model so that it can be probed."""
     stop: Site | None = None
     """The site after which a forward pass is broken off."""
+    untrained: Callable[[], nn.Module] | None = None
+    """Builds `module` anew, with the random weights that its library draws; None where the class
+    of `module` and its config do."""
 
     @property
     def body(self) -> nn.Module:
@@ -63,8 +66,14 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter lives."""
-        return next(self.module.parameters()).device
+        """Where inputs go: the device of the first layer, or that on which it is made to run."""
+        for module in self.stages[0].body.modules():
+            hook = getattr(module, "_hf_hook", None)  # accelerate's
+            if (device := getattr(hook, "execution_device", None)) is not None:
+                return torch.device(device)
+            if (parameter := next(module.parameters(recurse=False), None)) is not None:
+                return parameter.device
+        return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:

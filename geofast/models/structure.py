@@ -84,6 +84,10 @@ class Tower:
     """The id that stands for an image's tokens among the text."""
     channels_first: bool = False
     """Whether hidden states with two spatial axes are [batch, dim, height, width]."""
+    tokens_first: bool = False
+    """Whether the blocks keep [tokens, batch, dim]."""
+    suffix: tuple[str, ...] = ()
+    """Roles of the tokens that come after the others: CoCa's texts end with their `cls`."""
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -132,12 +136,13 @@ def find_towers(root: nn.Module) -> tuple[Tower, ...]:
     declared: Callable[[], tuple[Tower, ...]] | None = getattr(root, "geofast_towers", None)
     if declared is not None:
         return declared()
-    largest: dict[str, tuple[int, str, nn.Module]] = {}
+    largest: dict[str, tuple[tuple[bool, int], str, nn.Module]] = {}
     for path, blocks in block_lists(root):
         name = _tower_name(root, path, blocks)
         if name is None:
             continue
-        size = sum(p.numel() for p in blocks.parameters())
+        # CoCa has a captioner beside its text tower, as large, which reads images and texts.
+        size = "text_decoder" not in path, sum(p.numel() for p in blocks.parameters())
         if name not in largest or size > largest[name][0]:
             largest[name] = size, path, blocks
     if not largest:
@@ -228,7 +233,7 @@ def _is_block(module: nn.Module) -> bool:
 def _tower_name(root: nn.Module, path: str, blocks: nn.Module) -> str | None:
     if "audio" in path.lower():
         return None
-    if any(part in path.lower() for part in ("vision", "visual", "image")):
+    if _of_images(path):
         return "vision"
     if image_token(root) is not None:
         return "lm"
@@ -264,15 +269,23 @@ def _reads_pixels(root: nn.Module) -> bool:
         return bool(main == "pixel_values")
     # Tokens are looked up in an Embedding; but positions may be too, where a convolution cuts
     # patches.
-    kinds = {type(m) for m in root.modules()}
+    # A vision tower with a name of its own does not make pixels of what stands beside it: CLIP's
+    # first form keeps its text tower at the top.
+    kinds = {type(m) for path, m in root.named_modules() if not _of_images(path)}
     return nn.Conv2d in kinds or nn.Embedding not in kinds
+
+
+def _of_images(path: str) -> bool:
+    return any(part in path.lower() for part in ("vision", "visual", "image"))
 
 
 def _tower(root: nn.Module, name: str, path: str, blocks: nn.Module) -> Tower:
     # The tower is the innermost module around the blocks that holds parameters of its own kind:
     # embeddings and the final norm live beside the list or one level above it.
     around = [root.get_submodule(".".join(path.split(".")[:i])) for i in range(path.count(".") + 1)]
-    prefix = _prefix(around[-2] if len(around) > 1 else around[0]) if name == "vision" else ()
+    whole = around[-2] if len(around) > 1 else around[0]
+    prefix = _prefix(whole) if name == "vision" else ()
+    suffix = _suffix(whole) if name == "text" else ()
     norm = next((n for m in reversed(around[-2:]) if (n := _final_norm(m)) is not None), None)
     tokens = "patch" if name == "vision" else "text"
     # Not children(): it leaves out a block that comes again, and the numbers would shift.
@@ -280,7 +293,13 @@ def _tower(root: nn.Module, name: str, path: str, blocks: nn.Module) -> Tower:
     # Blocks that convolve keep the channels where convolutions want them.
     channels_first = any(isinstance(m, nn.Conv2d) for m in blocks.modules())
     token = image_token(root) if name == "lm" else None
-    return Tower(name, path, tuple(blocks), norm, prefix, tokens, None, token, channels_first)
+    # torch's own attention wants the tokens first, unless it is told.
+    attentions = [m for m in blocks.modules() if isinstance(m, nn.MultiheadAttention)]
+    tokens_first = any(not m.batch_first for m in attentions)
+    return Tower(
+        name, path, tuple(blocks), norm, prefix, tokens, None, token, channels_first, tokens_first,
+        suffix,
+    )  # fmt: skip
 
 
 def _joint(root: nn.Module, tower: Tower) -> nn.Module | None:
@@ -313,16 +332,21 @@ def _prefix(tower: nn.Module) -> tuple[str, ...]:
         count = parameter.shape[-2] if parameter.ndim == 3 else 1
         if leaf in ("cls_token", "class_embedding", "class_token"):
             cls += ["cls"] * count
-        elif leaf in ("register_tokens", "reg_token", "distillation_token"):
+        elif leaf in ("register_tokens", "reg_token", "distillation_token", "dist_token"):
             registers += ["register"] * count
     return tuple(cls + registers)
+
+
+def _suffix(tower: nn.Module) -> tuple[str, ...]:
+    return ("cls",) if isinstance(getattr(tower, "cls_emb", None), nn.Parameter) else ()
 
 
 def _final_norm(around: nn.Module) -> nn.Module | None:
     norms = {
         name: m for name, m in around.named_children() if type(m).__name__.lower().endswith("norm")
     }
-    late = [m for name, m in norms.items() if "pre" not in name.lower()]
+    # timm's fc_norm is for what a head pools of the tokens.
+    late = [m for name, m in norms.items() if "pre" not in name.lower() and name != "fc_norm"]
     return late[-1] if late else None
 
 

@@ -17,7 +17,8 @@ def random_twin(model: Model, seed: int = 0) -> Model:
     Parameters
     ----------
     model
-        Of transformers, or of modules that all draw their own parameters (`reset_parameters`).
+        Of transformers, open_clip or timm, or of modules that all draw their own parameters
+        (`reset_parameters`).
     seed
         For the weights; the global generators stay as they are.
 
@@ -30,7 +31,9 @@ def random_twin(model: Model, seed: int = 0) -> Model:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         config: Any = getattr(model.module, "config", None)
-        if hasattr(model.module, "base_model_prefix") and config is not None:
+        if model.untrained is not None:
+            twin.module.load_state_dict(model.untrained().state_dict())
+        elif hasattr(model.module, "base_model_prefix") and config is not None:
             fresh = type(model.module)(copy.deepcopy(config))
             twin.module.load_state_dict(fresh.state_dict())
         else:

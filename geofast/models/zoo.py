@@ -1,0 +1,329 @@
+"""Models of open_clip (`open_clip:ARCH/pretrained`) and of timm (`timm:NAME`)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .inputs import stack_images
+from .model import Batch, Model, Stage
+from .structure import Tower, find_towers
+
+_OF_A_FOLDER = ("hf-hub:", "local-dir:")
+"""How both libraries spell a repository of the Hub and a folder, which bring all they need."""
+
+
+def load(library: str, name: str, device: torch.device, dtype: torch.dtype | None) -> Model:
+    """Load `name` by `library`, open_clip or timm; see `load_open_clip` and `load_timm`."""
+    return (load_timm if library == "timm" else load_open_clip)(name, device, dtype)
+
+
+def load_open_clip(name: str, device: torch.device, dtype: torch.dtype | None) -> Model:
+    """Load a model that compares images with texts, by open_clip.
+
+    Parameters
+    ----------
+    name
+        `ARCH/pretrained`, the latter one of open_clip's tags or the path of a checkpoint;
+        `hf-hub:ORGANISATION/REPOSITORY` or `local-dir:FOLDER`.
+    device
+        Where to put it.
+    dtype
+        None takes float32.
+
+    Returns
+    -------
+    Model
+        Takes images; `other` takes texts. Padding of texts is no token of theirs, though the
+        towers that were trained with it read it.
+
+    Raises
+    ------
+    ImportError
+        When open_clip is not installed.
+    ValueError
+        For an architecture or a tag that open_clip does not have, or without a tag.
+    FileNotFoundError
+        When there is no such checkpoint.
+    RuntimeError
+        When the checkpoint cannot be fetched or does not fit the architecture; when torchvision
+        does not fit torch.
+    """
+    open_clip = _library("open_clip")
+    of_a_folder = name.startswith(_OF_A_FOLDER)
+    architecture, _, weights = (name, "", "") if of_a_folder else name.partition("/")
+    if not of_a_folder:
+        _require_open_clip_has(open_clip, architecture, weights)
+    notes: tuple[str, ...] = ()
+    build = partial(open_clip.create_model, architecture, pretrained_text=False)
+    # open_clip only warns when the architecture's activation is not the one of the training.
+    if open_clip.get_pretrained_cfg(architecture, weights).get("quick_gelu"):
+        build = partial(build, force_quick_gelu=True)
+        notes = ("its activation is QuickGELU, with which these weights were trained",)
+    with _fetching(name):
+        module = build(pretrained=weights or None, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(architecture)
+    module = module.eval().to(device, dtype)
+    transform = open_clip.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**module.visual.preprocess_cfg), is_train=False
+    )
+    called = f"open_clip:{Path(name).name if of_a_folder else name}"
+    build = partial(build, load_weights=False)
+    towers = {tower.name: tower for tower in find_towers(module)}
+    text = Model(
+        called, module, (_with_joint(_Call(module, "encode_text"), towers["text"]),), "text",
+        None, _Tokenize(tokenizer), notes=notes, untrained=build,
+    )  # fmt: skip
+    image = Model(
+        called, module, (_with_joint(_Call(module, "encode_image"), towers["vision"]),), "image",
+        _Transform(transform), _stack, text, notes=notes, untrained=build,
+    )  # fmt: skip
+    return _with_prefix_of_blocks(image, getattr(module.visual, "trunk", None))
+
+
+def load_timm(name: str, device: torch.device, dtype: torch.dtype | None) -> Model:
+    """Load an image encoder by timm, without its head.
+
+    Parameters
+    ----------
+    name
+        A name of timm's, with or without a tag; `hf-hub:ORGANISATION/REPOSITORY` or
+        `local-dir:FOLDER`.
+    device
+        Where to put it.
+    dtype
+        None takes float32.
+
+    Raises
+    ------
+    ImportError
+        When timm is not installed.
+    ValueError
+        For a name or a tag that timm does not have, or one without trained weights; for a model
+        whose tokens cannot be told apart.
+    FileNotFoundError
+        When there is no such folder.
+    RuntimeError
+        When the checkpoint cannot be fetched or does not fit the architecture; when torchvision
+        does not fit torch.
+    """
+    timm = _library("timm")
+    of_a_folder = name.startswith(_OF_A_FOLDER)
+    if not of_a_folder:
+        _require_timm_has(timm, name)
+    elif name.startswith("local-dir:") and not Path(name.partition(":")[2]).is_dir():
+        raise FileNotFoundError(f"there is no folder {name.partition(':')[2]}")
+    build = partial(timm.create_model, name, num_classes=0)
+    with _fetching(name):
+        module = build(pretrained=True)
+    module = module.eval().to(device, dtype)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(module))
+    stage = Stage(_Call(module, "forward_features"), find_towers(module))
+    called = f"timm:{Path(name).name if of_a_folder else name}"
+    model = Model(
+        called, module, (stage,), "image", _Transform(transform), _stack, untrained=build
+    )  # fmt: skip
+    return _with_prefix_of_blocks(model, module)
+
+
+def require_torchvision_that_fits() -> None:
+    """Raise where torchvision is installed, but for another torch than the one that is here.
+
+    Raises
+    ------
+    RuntimeError
+        Naming both versions; its own error speaks of an operator that does not exist.
+    """
+    if find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        msg = (
+            f"torchvision {version('torchvision')} was built for another torch than the one here, "
+            f"{torch.__version__}: install the torchvision that belongs to torch "
+            f"{torch.__version__}, from where this torch came ({str(error).splitlines()[0]})"
+        )
+        raise RuntimeError(msg) from error
+
+
+def _library(name: str) -> Any:
+    if find_spec(name) is None:
+        msg = f"{name}: models need the package {name}: pip install 'geofast[zoo]'"
+        raise ImportError(msg)
+    require_torchvision_that_fits()
+    if name == "timm":
+        import timm
+
+        return timm
+    import open_clip
+
+    return open_clip
+
+
+def _require_open_clip_has(library: Any, architecture: str, weights: str) -> None:
+    known = library.list_models()
+    if architecture not in known:
+        near = _near(architecture, known)
+        raise ValueError(f"open_clip has no architecture {architecture!r}{near}")
+    tags = library.list_pretrained_tags_by_model(architecture)
+    has = f"it has {', '.join(tags)}" if tags else "it has none of its own"
+    if not weights:
+        msg = (
+            f"open_clip:{architecture} names no weights: write open_clip:{architecture}/TAG or "
+            f"open_clip:{architecture}/CHECKPOINT; of tags, {has}"
+        )
+        raise ValueError(msg)
+    if library.get_pretrained_cfg(architecture, weights) or Path(weights).is_file():
+        return
+    if len(Path(weights).parts) > 1 or Path(weights).suffix:
+        raise FileNotFoundError(f"there is no file {weights}; of tags for {architecture}, {has}")
+    raise ValueError(f"open_clip has no weights {weights!r} for {architecture}: {has}")
+
+
+def _require_timm_has(library: Any, name: str) -> None:
+    architecture = name.partition(".")[0]
+    if not library.is_model(architecture):
+        near = _near(architecture, library.list_models())
+        raise ValueError(f"timm has no model {architecture!r}{near}")
+    if library.models.is_model_pretrained(name):
+        return
+    tags = library.list_pretrained(f"{architecture}.*")
+    has = f"it has {', '.join(tags)}" if tags else "timm:local-dir:FOLDER takes your own"
+    raise ValueError(f"timm has no trained weights {name!r}: {has}")
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known)
+    return f"; the nearest are {', '.join(near)}" if near else ""
+
+
+@contextmanager
+def _fetching(name: str) -> Iterator[None]:
+    """Turn whatever a missing or broken checkpoint raises into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        said = str(error).strip().splitlines() or [repr(error)]
+        msg = (
+            f"{name} cannot be loaded: {said[0].rstrip('.:')} ({type(error).__name__}). Is the "
+            "network there, and is the checkpoint whole and of this architecture?"
+        )
+        raise RuntimeError(msg) from error
+
+
+class _Call(nn.Module):
+    """A method of a model as a module, so that hooks see where a call begins and ends."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model = model
+        self.method = method
+
+    def forward(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Any:
+        """Call the method; hooks take the mask [batch, tokens] from here, the model has its own."""
+        # CoCa scales its embedding to length 1 unless it is told.
+        more = {"normalize": False} if self.method.startswith("encode") else {}
+        return getattr(self.model, self.method)(inputs, **more)
+
+
+def _with_joint(body: nn.Module, tower: Tower) -> Stage:
+    """Take what the call returns for the joint embedding: most projections are no module."""
+    return Stage(body, (replace(tower, head=body),))
+
+
+def _with_prefix_of_blocks(model: Model, trunk: Any) -> Model:
+    """See which tokens stand before the patches: CaiT's cls comes in after the blocks.
+
+    `trunk` is the module of timm, or None for another's.
+    """
+    (stage,) = model.stages
+    (tower,) = stage.towers
+    if trunk is None or not tower.prefix:
+        return model
+    patches = getattr(getattr(trunk, "patch_embed", None), "num_patches", None)
+    before = _shape(model, "vision.embed")
+    if len(before) == 3 and before[1] - len(tower.prefix) == patches:
+        return model
+    last = f"vision.layers.{len(tower.blocks) - 1}"
+    if len(before) == 4 or before[1] == patches == _shape(model, last)[1]:
+        return replace(model, stages=(replace(stage, towers=(replace(tower, prefix=()),)),))
+    msg = (
+        f"{model.name} has {' and '.join(tower.prefix)} tokens, but its blocks do not begin with "
+        "them and the patches: its tokens cannot be told apart"
+    )
+    raise ValueError(msg)
+
+
+def _shape(model: Model, name: str) -> torch.Size:
+    from PIL import Image
+
+    seen: list[torch.Size] = []
+    sites = model.sites(name)
+    watch = sites[0].watch(lambda hidden: seen.append(hidden.shape))
+    model.until(sites).forward(model.prepare([Image.new("RGB", (224, 224))]))
+    watch.remove()
+    return seen[0]
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """One PIL image to pixel values [channels, height, width]; picklable."""
+
+    transform: Any
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        pixels: torch.Tensor = self.transform(image.convert("RGB"))
+        return pixels
+
+
+def _stack(images: list[torch.Tensor]) -> Batch:
+    return {"inputs": stack_images(images)["pixel_values"]}
+
+
+@dataclass(frozen=True)
+class _Tokenize:
+    """Strings to token ids and mask, by a tokenizer of open_clip; picklable.
+
+    Every text is padded to the whole context, as the towers want it.
+    """
+
+    tokenizer: Any
+
+    def __call__(self, texts: list[str]) -> Batch:
+        """Return `inputs`, ids [batch, context], and `attention_mask`, 1 where a token is real.
+
+        Raises
+        ------
+        ValueError
+            For an empty text, or one that is longer than the model's context.
+        """
+        context = self.tokenizer.context_length
+        ids = self.tokenizer(texts)
+        mask = self._mask(ids)
+        # open_clip cuts what is too long, and says nothing.
+        whole = self._mask(self.tokenizer(texts, context_length=context + 1)).sum(1)
+        for text, length, needs in zip(texts, mask.sum(1).tolist(), whole.tolist(), strict=True):
+            if not length:
+                raise ValueError(f"the text {text!r} has no token; give the model a longer prompt")
+            if needs > length:
+                msg = f"the text {text[:40]!r}... is too long; the model takes {context} tokens"
+                raise ValueError(msg)
+        return {"inputs": ids, "attention_mask": mask}
+
+    def _mask(self, ids: torch.Tensor) -> torch.Tensor:
+        theirs = getattr(self.tokenizer, "tokenizer", None)
+        if theirs is not None:
+            return (ids != theirs.pad_token_id).long()
+        # CLIP's own tokenizer pads with 0, which is an exclamation mark inside a word too.
+        return (ids != 0).long().flip(1).cummax(1).values.flip(1)

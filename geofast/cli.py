@@ -62,26 +62,56 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     probe = commands.add_parser("probe", help="probe a model on geotagged samples")
-    probe.add_argument("model", help="Hugging Face Hub id or folder")
+    _model_argument(probe)
     probe.add_argument("data", help="CSV, TSV, Parquet, HDF5, or a folder of images with EXIF GPS")
     probe.add_argument("--out", type=Path, required=True, help="run folder to write")
     _probe_options(probe)
     probe.set_defaults(run=_probe)
 
     sites = commands.add_parser("sites", help="print the sites of a model")
-    sites.add_argument("model", help="Hugging Face Hub id or folder")
+    _model_argument(sites)
+    _loading_options(sites)
     sites.set_defaults(run=_sites)
 
     doctor = commands.add_parser("doctor", help="check that a model is read rightly")
-    doctor.add_argument("model", help="Hugging Face Hub id or folder")
-    doctor.add_argument("--device")
-    doctor.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    _model_argument(doctor)
+    _loading_options(doctor)
     doctor.set_defaults(run=_doctor)
 
     show = commands.add_parser("show", help="print what a run found")
     show.add_argument("folder", type=Path)
     show.set_defaults(run=_show)
     return parser
+
+
+def _model_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "model", help="Hugging Face Hub id or folder, FILE.gguf, ID:FILE.gguf, or a PEFT adapter"
+    )
+
+
+def _loading_options(command: argparse.ArgumentParser) -> None:
+    loading = command.add_argument_group("how the model is loaded")
+    place = loading.add_mutually_exclusive_group()
+    place.add_argument(
+        "--device", type=_device, help="cpu, cuda or cuda:N (default: a GPU where there is one)"
+    )
+    place.add_argument(
+        "--device-map", choices=["auto"],
+        help="auto spreads the model over all GPUs, the main memory and the disk",
+    )  # fmt: skip
+    loading.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"],
+        help="of the model (default: float32 on the CPU, the checkpoint's own elsewhere)",
+    )  # fmt: skip
+    loading.add_argument("--adapter", help="folder or Hub id of a PEFT adapter to put on")
+    loading.add_argument(
+        "--merge-adapter", action="store_true", help="add the adapter to the weights"
+    )
+    loading.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the Python files that come with the model, which can do whatever you can",
+    )  # fmt: skip
 
 
 def _probe_options(probe: argparse.ArgumentParser) -> None:
@@ -132,17 +162,11 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
         "number of samples, but without predictions and kilometres (default: auto, rows while "
         "they fit a quarter of the memory)",
     )  # fmt: skip
+    _loading_options(probe)
     run = probe.add_argument_group("running")
     run.add_argument(
-        "--device", type=_device, help="cpu, cuda or cuda:N (default: a GPU where there is one)"
-    )
-    run.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"],
-        help="of the model (default: float32 on the CPU, the checkpoint's own elsewhere)",
-    )  # fmt: skip
-    run.add_argument(
-        "--batch-size", type=_count, default=16,
-        help="samples in a forward pass (default: %(default)s)",
+        "--batch-size", type=_count,
+        help="at most so many samples in a forward pass (default: by a budget of tokens)",
     )  # fmt: skip
     run.add_argument(
         "--workers",
@@ -170,8 +194,6 @@ def _device(text: str) -> str:
 
 
 def _probe(o: argparse.Namespace) -> None:
-    import torch
-
     from . import _folder
     from .data import read
     from .geo.folds import parse_split
@@ -187,11 +209,11 @@ def _probe(o: argparse.Namespace) -> None:
     run = probe(
         o.model, samples, sites=o.sites, pool=o.pool, prompts=o.prompt,
         split=[parse_split(text, o.folds, o.seed) for text in o.split],
-        group=o.group, select=o.select, storage=o.storage, device=o.device,
-        dtype=getattr(torch, o.dtype) if o.dtype else None, batch_size=o.batch_size,
+        group=o.group, select=o.select, storage=o.storage,
+        batch_size=o.batch_size,
         workers=o.workers, scratch=_folder.above(out), strict=o.strict, progress=True,
         check=not o.unchecked, controls=o.control,
-        **{name: value for name, value in optional.items() if value},
+        **_loading(o), **{name: value for name, value in optional.items() if value},
     )  # fmt: skip
     run.save(o.out, overwrite=o.overwrite)
     _print(run, o.out)
@@ -210,15 +232,26 @@ def _demo(o: argparse.Namespace) -> None:
 def _sites(o: argparse.Namespace) -> None:
     from .models import describe, load
 
-    print(describe(load(o.model)))
+    print(describe(load(o.model, **_loading(o))))
+
+
+def _loading(o: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    return {
+        "device": o.device,
+        "device_map": o.device_map,
+        "dtype": getattr(torch, o.dtype) if o.dtype else None,
+        "adapter": o.adapter,
+        "merge": o.merge_adapter,
+        "trust_remote_code": o.trust_remote_code,
+    }
 
 
 def _doctor(o: argparse.Namespace) -> None:
-    import torch
-
     from .doctor import doctor
 
-    diagnosis = doctor(o.model, device=o.device, dtype=getattr(torch, o.dtype) if o.dtype else None)
+    diagnosis = doctor(o.model, **_loading(o))
     print(diagnosis)
     if not diagnosis.ok:
         raise SystemExit(1)

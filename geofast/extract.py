@@ -14,16 +14,19 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from .batching import Budget, Lengths, longest_first, numbers, out_of_memory, token_counts
 from .capture import NonFiniteError, Pools, capture
 from .data import SampleError, Samples, Skipped
-from .data.stream import batches
+from .data.stream import Batch, batches
 from .gram import Gram
 from .models import Model
 from .rows import Rows
+from .survey import shapes_of, token_count
 
 _FLUSH = (
     2048  # rows of a site that are added to its Grams at once: fewer would read the Grams too often
 )
+_TOKENIZED = 256  # texts that are tried together
 
 
 @dataclass
@@ -57,12 +60,16 @@ def extract(
     *,
     sites: str | Sequence[str] | None,
     pool: Pools,
-    batch_size: int,
+    lengths: Mapping[str, Lengths],
+    budget: Budget,
     workers: int,
     strict: bool,
     progress: bool,
 ) -> Extracted:
     """Run the model once over every sample and prompt; `inputs` is what `worded` returns.
+
+    Batches are formed by `budget`, from `lengths` by prompt; where memory runs out, the budget
+    shrinks, and stays so.
 
     Raises
     ------
@@ -70,6 +77,8 @@ def extract(
         When no sample survives, or (with `strict`) at the first that does not.
     FloatingPointError
         For NaN or infinite activations, naming site, sample and dtype.
+    RuntimeError
+        When memory does not take a single sample.
     """
     bar = tqdm(
         total=sum(map(len, inputs.values())), unit="sample", disable=not progress, desc=model.name,
@@ -79,7 +88,9 @@ def extract(
     with bar:
         for i, (label, samples) in enumerate(inputs.items()):
             room = None if storage.room is None else storage.room[i]
-            one = _Pass(model, samples, storage, room, batch_size, workers, strict, label)
+            one = _Pass(
+                model, samples, storage, room, lengths[label], budget, workers, strict, label
+            )
             part = one.run(sites, pool, bar)
             found = part if found is None else _join(found, part)
     assert found is not None
@@ -99,44 +110,72 @@ class _Pass:
     samples: Samples
     storage: Storage
     room: torch.Tensor | None
-    batch_size: int
+    lengths: Lengths
+    budget: Budget
     workers: int
     strict: bool
     label: str
 
     def run(self, sites: str | Sequence[str] | None, pool: Pools, bar: Any) -> Extracted:
-        text = self.samples.kind == "text"
-        order = self._longest_first() if text else np.arange(len(self.samples))
-        capacity = _FLUSH + self.batch_size if self.storage.kind == "gram" else len(self.samples)
-        rows = Rows(capacity, self.room)
+        order = longest_first(self.lengths.expected)
+        sizes = self.budget.sizes(self.lengths.expected[order])
+        of_rows = self.storage.kind == "rows"
+        rows = Rows(len(self.samples) if of_rows else _FLUSH + max(sizes), self.room)
         rows.label = self.label
         grams: dict[str, Gram] = {}
         pending: list[int] = []
         kept: list[int] = []
         skipped: list[Skipped] = []
         stream = batches(
-            self.samples, order, self.batch_size,
+            self.samples, order, sizes,
             transform=self.model.transform, workers=self.workers, strict=self.strict,
         )  # fmt: skip
         with capture(self.model, sites, pool, rows=rows):
             for batch in stream:
                 skipped += batch.skipped
-                if len(batch.index):
-                    forward(self.model, self.samples, batch.index, batch.inputs, rows)
-                    pending += batch.index.tolist()
-                if self.storage.kind == "gram" and rows.n >= _FLUSH:
+                pending += self._feed(batch, rows)
+                if not of_rows and rows.n >= _FLUSH:
                     self._flush(rows, grams, pending, kept)
                 bar.update(len(batch.index) + len(batch.skipped))
-        if self.storage.kind == "gram":
+        if not of_rows:
             self._flush(rows, grams, pending, kept)
             return Extracted(np.sort(kept), None, grams, skipped)
         short = [key for key in rows if len(rows[key]) != len(pending)]
         if short:
             got = len(rows[short[0]])
             raise RuntimeError(f"{short[0]} has {got} rows for {len(pending)} samples")
-        if text:
+        if pending != sorted(pending):
             rows.reorder(torch.from_numpy(np.argsort(pending, kind="stable")))
         return Extracted(np.sort(pending), dict(rows), None, skipped)
+
+    def _feed(self, batch: Batch, rows: Rows) -> list[int]:
+        """Run a loaded batch in parts that fit the budget; return its samples in that order."""
+        lengths = self.lengths.of(batch.index, batch.inputs)
+        order, done = longest_first(lengths), 0
+        while done < len(order):
+            longest = int(lengths[order[done]])
+            part = order[done : done + self.budget.fit(longest)]
+            if self._runs(batch.index[part], [batch.inputs[i] for i in part], rows):
+                self.budget.note(len(part))
+                done += len(part)
+            else:
+                self.budget.shrink(len(part), longest)
+        return list(batch.index[order].tolist())
+
+    def _runs(self, index: NDArray[np.int64], inputs: list[Any], rows: Rows) -> bool:
+        """Run a part; when memory runs out, leave no row of it and return False."""
+        mark = rows.mark()
+        try:
+            forward(self.model, self.samples, index, inputs, rows)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        else:
+            return True
+        # Not inside of `except`: the error holds the tensors of the pass until it is gone.
+        rows.rewind(mark)
+        torch.cuda.empty_cache()
+        return False
 
     def _flush(
         self, rows: Rows, grams: dict[str, Gram], pending: list[int], kept: list[int]
@@ -154,12 +193,6 @@ class _Pass:
         kept += pending
         pending.clear()
 
-    def _longest_first(self) -> np.ndarray:
-        # Batches of like length waste little on padding, and the largest comes first: if it fits,
-        # all do.
-        lengths = [len(str(text)) for text in self.samples.inputs]
-        return np.argsort(lengths, kind="stable")[::-1].copy()
-
 
 # ------ one batch
 
@@ -174,7 +207,8 @@ def forward(
     Raises
     ------
     FloatingPointError, ValueError, RuntimeError
-        As `capture`, the model and its `collate` do, with the sample named.
+        As `capture`, the model and its `collate` do, with the sample named; for a single sample
+        that memory does not take, RuntimeError.
     """
     label, prompts = rows.label, model.prompts
 
@@ -186,22 +220,78 @@ def forward(
     except NonFiniteError as error:
         add_sentence(error, f"That is {samples.where(index[error.sample])}.")
         raise
-    except (ValueError, RuntimeError) as error:
-        add_sentence(error, _blame(samples, index, inputs))
-        raise
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            add_sentence(error, _blame(samples, index, inputs))
+            raise
+        if len(index) > 1:
+            raise
+        msg = (
+            f"{samples.where(index[0])} does not fit into the memory of {model.device} beside "
+            f"{model.name}, though it went alone: make it smaller or leave it out, load the model "
+            "in a narrower dtype, or run on a device with more memory"
+        )
+        raise RuntimeError(msg) from error
     finally:
         rows.label = label
 
 
-def first(model: Model, samples: Samples) -> tuple[NDArray[np.int64], list[Any]]:
+@dataclass(frozen=True)
+class Example:
+    """What one sample showed of those to come."""
+
+    widths: tuple[int, ...]
+    """Of the rows of every site and pool."""
+    tokens: int
+    """How long the sample is to the model."""
+    numbers: int
+    """How many numbers the prepared sample holds."""
+
+
+def try_one(
+    model: Model,
+    inputs: Mapping[str, Samples],
+    lengths: Mapping[str, Lengths],
+    sites: str | Sequence[str] | None,
+    pool: Pools,
+) -> Example:
+    """Run the model over one sample, of texts the longest, before it runs over all.
+
+    Raises
+    ------
+    FloatingPointError, ValueError, RuntimeError
+        As `first` and `forward`.
+    """
+    label = max(inputs, key=lambda k: lengths[k].expected.max() if lengths else 0)
+    order = longest_first(lengths[label].expected) if lengths else None
+    index, example = first(model, inputs[label], order)
+    with capture(model, sites, pool) as rows, shapes_of(model, model.sites(sites)) as shapes:
+        forward(model, inputs[label], index, example, rows)
+    widths = tuple(rows[key].shape[1] for key in rows)
+    return Example(widths, token_count(shapes), numbers(example[0]))
+
+
+def lengths_like(example: Example, samples: int) -> dict[str, Lengths]:
+    """Return the lengths of images that are like the one that was tried."""
+    expected = np.full(samples, example.tokens, dtype=np.int64)
+    per_number = example.tokens / example.numbers if example.numbers else 0.0
+    return {"": Lengths(expected, per_number)}
+
+
+def first(
+    model: Model, samples: Samples, order: Sequence[int] | NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], list[Any]]:
     """Return the index [1] and the transformed input [1] of the first sample that can be read.
+
+    Samples are tried in `order`, or as they come.
 
     Raises
     ------
     ValueError
         When there is none.
     """
-    stream = batches(samples, range(len(samples)), 1, transform=model.transform)
+    order = range(len(samples)) if order is None else order
+    stream = batches(samples, order, 1, transform=model.transform)
     batch = next(batch for batch in stream if batch.inputs)
     stream.close()
     return batch.index, batch.inputs
@@ -302,11 +392,12 @@ def _word(samples: Samples, prompt: str) -> Samples:
 
 
 def usable(
-    model: Model, inputs: Mapping[str, Samples], batch_size: int, strict: bool
-) -> tuple[NDArray[np.int64], tuple[Skipped, ...]]:
+    model: Model, inputs: Mapping[str, Samples], strict: bool
+) -> tuple[NDArray[np.int64], tuple[Skipped, ...], dict[str, Lengths]]:
     """Positions of the texts that the model takes with every prompt, and why not the others.
 
-    A text without a token, or longer than the model's context, would stop a whole batch.
+    Also the lengths of those that it takes, by prompt. A text without a token, or longer than the
+    model's context, would stop a whole batch.
 
     Raises
     ------
@@ -316,27 +407,34 @@ def usable(
         When it takes none.
     """
     reasons: dict[int, str] = {}
-    for samples in inputs.values():
-        for i, reason in _refused(model, samples.inputs, batch_size):
+    counts: dict[str, NDArray[np.int64]] = {}
+    for label, samples in inputs.items():
+        counts[label] = np.ones(len(samples), dtype=np.int64)
+        for i, tokens in _tokenized(model, samples.inputs):
+            if isinstance(tokens, int):
+                counts[label][i] = tokens
+                continue
             if strict:
-                raise SampleError(samples.where(i), reason)
-            reasons.setdefault(i, reason)
+                raise SampleError(samples.where(i), tokens)
+            reasons.setdefault(i, tokens)
     samples = next(iter(inputs.values()))
     skipped = tuple(Skipped(samples.where(i), reasons[i]) for i in sorted(reasons))
     if len(reasons) == len(samples):
         raise ValueError(f"none of the {len(samples)} samples could be used; {skipped[0]}")
-    return np.setdiff1d(np.arange(len(samples)), list(reasons)), skipped
+    good = np.setdiff1d(np.arange(len(samples)), list(reasons))
+    return good, skipped, {label: Lengths(count[good]) for label, count in counts.items()}
 
 
-def _refused(model: Model, texts: Sequence[str], batch_size: int) -> Iterator[tuple[int, str]]:
-    for start in range(0, len(texts), batch_size):
-        part = list(texts[start : start + batch_size])
+def _tokenized(model: Model, texts: Sequence[str]) -> Iterator[tuple[int, int | str]]:
+    """Yield the tokens of every text, or why the model does not take it."""
+    for start in range(0, len(texts), _TOKENIZED):
+        part = list(texts[start : start + _TOKENIZED])
         part = [model.transform(text) for text in part] if model.transform else part
         try:
-            model.collate(part)
+            yield from enumerate(token_counts(model.collate(part), len(part)), start)
         except ValueError:
             for i, text in enumerate(part, start):
                 try:
-                    model.collate([text])
+                    yield i, token_counts(model.collate([text]), 1)[0]
                 except ValueError as error:
                     yield i, str(error)

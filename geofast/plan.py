@@ -12,9 +12,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from .capture import Pools, capture
 from .data import Samples
-from .extract import first, forward
 from .geo import Split
 from .models import Model
 
@@ -156,15 +154,14 @@ class Plan:
 def make_plan(
     model: Model,
     inputs: Mapping[str, Samples],
-    sites: str | Sequence[str] | None,
-    pool: Pools,
+    widths: Sequence[int],
     *,
     targets: int,
     cells: int,
     storage: str,
     select: str | None,
 ) -> Plan:
-    """Choose where pooled rows go, from their widths in a pass over one sample.
+    """Choose where pooled rows go, from their widths at every site and pool.
 
     `auto` keeps rows while they fit the budget or are smaller than the statistics, because only
     rows give kilometres, MAE, Spearman and leave-one-out.
@@ -175,10 +172,6 @@ def make_plan(
         When statistics were asked for and the machine's memory cannot hold them.
     """
     samples = next(iter(inputs.values()))
-    index, example = first(model, samples)
-    with capture(model, sites, pool) as rows:
-        forward(model, samples, index, example, rows)
-    widths = [rows[key].shape[1] for key in rows]
     floats = len(samples) * sum(widths)
     as_rows = 4 * floats * len(inputs)
     as_grams = 8 * cells * sum((w + 1 + targets) ** 2 for w in widths) * len(inputs)
@@ -205,8 +198,8 @@ def make_plan(
         why += f"; warning: statistics take more than {_MEMORY_SHARE:.0%} of the machine's memory"
     where = {"gram": "statistics (Gram matrices)", "rows": "pooled rows"}[kind]
     sentence = (
-        f"{model.name}: {len(rows)} site x pool, {len(samples)} samples, {len(inputs)} prompt(s); "
-        f"keeping {where}{' on disk' if on_disk else ''} ({why})"
+        f"{model.name}: {len(widths)} site x pool, {len(samples)} samples, {len(inputs)} "
+        f"prompt(s); keeping {where}{' on disk' if on_disk else ''} ({why})"
     )
     kept = as_grams if kind == "gram" else 0 if on_disk else as_rows
     return Plan(kind, on_disk, floats, kept, sentence)

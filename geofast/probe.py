@@ -18,21 +18,24 @@ from torch import nn
 from . import _ops
 from ._folder import check_space
 from .capture import Pools
+from .controls import check_controls, raw_inputs
 from .data import Samples, read
 from .data.stream import batches
 from .doctor import Check, quick
-from .extract import Extracted, Storage, add_sentence, extract, ready, usable, worded
+from .batching import Budget, Lengths
+from .extract import (
+    Extracted, Storage, add_sentence, extract, lengths_like, ready, try_one, usable, worded,
+)  # fmt: skip
 from .geo import Split, fold_scores, great_circle_km
 from .geo.folds import KFold, as_split
 from .gram import Gram
-from .models import Model, load
+from .models import DeviceMap, Model, load
 from .models.twin import random_twin
 from .plan import Task, make_plan, make_tasks, with_cells, without_skipped
+from .report.text import beside
 from .ridge import ALPHAS, Select, Solution, cross_validate, fit, fold_errors, solve
 from .rows import on_disk
 from .run import Probe, Run, key
-
-_CONTROLS = {"random-weights": random_twin}
 
 
 def probe(
@@ -52,7 +55,11 @@ def probe(
     controls: str | Sequence[str] = (),
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    batch_size: int = 16,
+    device_map: DeviceMap | None = None,
+    adapter: str | Path | None = None,
+    merge: bool = False,
+    trust_remote_code: bool = False,
+    batch_size: int | None = None,
     workers: int | None = None,
     scratch: str | Path | None = None,
     strict: bool = False,
@@ -93,13 +100,16 @@ def probe(
     baselines
         Named features [n, d] of the same samples, probed beside the model as controls.
     controls
-        `random-weights` also probes a twin of the model whose weights nobody trained, at every
-        site: what its architecture and the inputs give away by themselves.
-    device, dtype
+        One or several, probed beside the model. `random-weights`: a twin of the model whose weights
+        nobody trained, at every site. `pixels`: an image's 16 x 16 RGB thumbnail. `tokens`: how
+        often a text, prompt included, has each of the 1024 most frequent token ids.
+    device, dtype, device_map, adapter, merge, trust_remote_code
         What `load` takes.
-    batch_size, workers
-        Samples in a forward pass, and processes that decode ahead of it (None: one for images,
-        none for text).
+    batch_size
+        At most so many samples in a forward pass; None leaves it to the budget of tokens that
+        forms batches, largest first. Where memory runs out, the batch is halved and run again.
+    workers
+        Processes that decode ahead of the model; None takes one for images, none for text.
     scratch
         Folder for rows that memory is too small for, on the disk where the run will be saved:
         what it will need there is held against the free space before the pass. None takes the
@@ -133,16 +143,19 @@ def probe(
     given = _Given(samples, _targets(samples, targets), dict(baselines or {}))
     alphas = _as_list(alphas)
     _check_options(given, sites, alphas, select, storage, batch_size, workers)
-    controls = [controls] if isinstance(controls, str) else list(controls)
-    for name in controls:
-        if name not in _CONTROLS:
-            raise ValueError(f"unknown control {name!r}; there is {', '.join(_CONTROLS)}")
+    controls = [controls] if isinstance(controls, str) else list(dict.fromkeys(controls))
+    check_controls(controls, samples.kind, given.baselines)
     inputs = worded(samples, prompts)
     tasks, warned = _tasks(given, splits, group, targets, select)  # before the model is loaded
-    model = ready(load(model, device=device, dtype=dtype), samples, prompts, sites)
+    loaded = load(
+        model, device=device, dtype=dtype, device_map=device_map, adapter=adapter, merge=merge,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    model = ready(loaded, samples, prompts, sites)
     _check_pools(model, pool)
+    lengths: Mapping[str, Lengths] = {}
     if samples.kind == "text":
-        good, unfit = usable(model, inputs, batch_size, strict)
+        good, unfit, lengths = usable(model, inputs, strict)
         if unfit:
             given, inputs = given.take(good), {k: s.take(good) for k, s in inputs.items()}
             given = replace(given, samples=given.samples.skipping(unfit))
@@ -152,12 +165,15 @@ def probe(
     clock.lap("check")
 
     cells, tasks = with_cells(tasks)
+    example = try_one(model, inputs, lengths, sites, pool)
+    lengths = lengths or lengths_like(example, len(samples))
+    budget = Budget.of(model.device, batch_size)
     plan = make_plan(
-        model, inputs, sites, pool, targets=len(targets), cells=int(cells.max()) + 1,
+        model, inputs, example.widths, targets=len(targets), cells=int(cells.max()) + 1,
         storage=storage, select=select,
     )  # fmt: skip
     if progress:
-        print(plan.sentence, flush=True)
+        print(f"{plan.sentence}; {budget.sentence(lengths.values())}", flush=True)
     if scratch:
         check_space(Path(scratch), plan.kept)
 
@@ -168,12 +184,18 @@ def probe(
             room = on_disk(folder, plan.floats * len(inputs)).view(len(inputs), plan.floats)
         return extract(
             model, inputs, Storage(plan.kind, given.y, cells, room), sites=sites, pool=pool,
-            batch_size=batch_size, workers=_workers(samples, workers), strict=strict,
+            lengths=lengths, budget=budget, workers=_workers(samples, workers), strict=strict,
             progress=progress,
         )  # fmt: skip
 
+    def control(name: str, kept: NDArray[np.int64]) -> Extracted:
+        if name == "random-weights":
+            return one_pass(replace(random_twin(model), name=f"{model.name}, random weights"))
+        room = Storage(plan.kind, given.y, cells)
+        return raw_inputs(name, model, inputs, room, kept, _workers(samples, workers))
+
     found = one_pass(model)
-    beside = {name: one_pass(_CONTROLS[name](model)) for name in controls}
+    others = {name: control(name, found.kept) for name in controls}
     clock.lap("forward")
     if len(found.kept) < len(given.samples):
         kept = given.take(found.kept)
@@ -184,7 +206,7 @@ def probe(
             warned = warned + more
         given = replace(kept, samples=kept.samples.skipping(found.skipped))
     select = select or ("loo" if found.rows is not None else "gcv")
-    solved = _solve_all({"": found, **beside}, given, tasks, targets, alphas, select)
+    solved = _solve_all({"": found, **others}, given, tasks, targets, alphas, select)
     probes = _probes(found, given.y, tasks[0], targets, alphas, select)
     clock.lap("solve")
 
@@ -208,6 +230,7 @@ def probe(
         "methods": sorted({s.solution.method for s in solved}),
         "final_alpha": _FINAL_ALPHA[select].format(split=tasks[0].split),
         "storage": plan.sentence,
+        "batch": {"samples": budget.largest, "tokens": budget.tokens},
         "counts": {
             "read": len(given.samples),
             "skipped": len(given.samples.skipped),
@@ -217,7 +240,7 @@ def probe(
         "versions": _versions(),
         "honest": _honest(solved, layers),
         "checks": [asdict(c) for c in checks],
-        "warnings": [*model.notes, *warned, *_at_the_edge(solved, alphas)],
+        "warnings": [*model.notes, *budget.warnings, *warned, *_at_the_edge(solved, alphas)],
     }  # fmt: skip
     return Run(
         info=info,
@@ -294,13 +317,13 @@ def _check_options(
     alphas: Sequence[float],
     select: str | None,
     storage: str,
-    batch_size: int,
+    batch_size: int | None,
     workers: int | None,
 ) -> None:
     """Refuse what would only fail after the forward pass."""
     if sites is not None and not len(sites):
         raise ValueError("sites= is empty; give names or globs, or None for every layer")
-    if batch_size < 1 or (workers or 0) < 0:
+    if (batch_size is not None and batch_size < 1) or (workers or 0) < 0:
         msg = f"batch_size must be at least 1 and workers at least 0; got {batch_size}, {workers}"
         raise ValueError(msg)
     if storage not in ("auto", "rows", "gram"):
@@ -322,13 +345,13 @@ def _check_options(
             raise ValueError(f"baseline {name!r} has NaN or infinite values; replace them")
 
 
-def _examine(model: Model, inputs: Mapping[str, Samples], batch_size: int) -> list[Check]:
+def _examine(model: Model, inputs: Mapping[str, Samples], batch_size: int | None) -> list[Check]:
     """Make the quick checks on the first samples; refuse a model that fails one."""
     samples = next(iter(inputs.values()))
     stream = batches(samples, range(min(3, len(samples))), 3, transform=model.transform)
     try:
         few = [x for batch in stream for x in batch.inputs]
-        checks = quick(model, few, batched=batch_size > 1)
+        checks = quick(model, few, batched=batch_size != 1)
     except (ValueError, RuntimeError, FloatingPointError):
         return []  # what is wrong with a sample, the pass itself says, and of which
     for check in checks:
@@ -542,7 +565,8 @@ def _table(
             row[f"r2_{name}"] = float(r2[:, i].mean())
             row[f"rmse_{name}"] = float(s.solution.mse[:, i].sqrt().mean())
         rows.append(row | _row_scores(s, task, y, targets))
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.join(beside(table).add_prefix("r2:"))
 
 
 def _row_scores(

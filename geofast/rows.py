@@ -80,9 +80,17 @@ class Rows(Mapping[str, torch.Tensor]):
         for key in keys:
             self._count[key] += batch
 
+    def mark(self) -> dict[str, int]:
+        """Return how many rows each key has, for `rewind`."""
+        return dict(self._count)
+
+    def rewind(self, mark: Mapping[str, int]) -> None:
+        """Forget the rows that were committed since `mark`, and keep their room."""
+        self._count = {key: mark.get(key, 0) for key in self._count}
+
     def clear(self) -> None:
-        """Forget the rows and keep their room."""
-        self._count = dict.fromkeys(self._count, 0)
+        """Forget all rows and keep their room."""
+        self.rewind({})
 
     def reorder(self, order: torch.Tensor) -> None:
         """Put row `order[i]` at place i, for every key; `order` is int64 [n]."""

@@ -70,16 +70,20 @@ def test_a_prompt_that_names_no_column():
 def test_texts_that_the_model_cannot_take_are_found(language):
     samples = texts("w1", " ", "w2", "w1 " * 70, "w3 " * 63)
     inputs = worded(samples, ["{text}", "{text} w9 w9"])
-    good, skipped = usable(language, inputs, 2, False)
+    good, skipped, lengths = usable(language, inputs, False)
     assert good.tolist() == [0, 2]
     assert [s.where for s in skipped] == [f"arrays, id {i}" for i in (1, 3, 4)]
     assert "has no token" in skipped[0].reason
     assert "has 70 tokens; the model takes 64" in skipped[1].reason
     assert "has 65 tokens" in skipped[2].reason  # with the second prompt only
+    assert {k: v.expected.tolist() for k, v in lengths.items()} == {
+        "{text}": [1, 1],
+        "{text} w9 w9": [3, 3],
+    }
     with pytest.raises(SampleError, match=r"arrays, id 1: .* has no token"):
-        usable(language, inputs, 2, True)
+        usable(language, inputs, True)
     with pytest.raises(ValueError, match="none of the 2 samples could be used; arrays, id 0: "):
-        usable(language, worded(texts(" ", ""), None), 2, False)
+        usable(language, worded(texts(" ", ""), None), False)
 
 
 def to_tensor(image):

@@ -1,5 +1,7 @@
 """Which cross-validations a probe does, and what it leaves out."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,13 +17,12 @@ KFOLD = gf.KFold()
 
 
 def plan_of(storage, memory, monkeypatch, n=2, cells=5):
-    monkeypatch.setattr("geofast.plan._memory", lambda: memory)
-    model = gf.load(tiny.dinov2(), prepare=lambda _: {"pixel_values": torch.zeros(1, 3, 28, 28)})
+    monkeypatch.setattr(sys.modules["geofast.plan"], "_memory", lambda: memory)
+    model = gf.load(tiny.dinov2(), prepare=lambda _: {})
     samples = from_arrays([np.zeros((28, 28, 3), np.uint8)] * n, np.zeros(n), np.zeros(n))
     return make_plan(
-        model, {"": samples}, "vision.layers.*", "cls", targets=2, cells=cells, storage=storage,
-        select=None,
-    )  # fmt: skip
+        model, {"": samples}, [32] * 3, targets=2, cells=cells, storage=storage, select=None
+    )
 
 
 ROWS, GRAMS = 4 * 3 * 2 * 32, 8 * 5 * 3 * 35**2  # bytes of three sites; the Grams are larger

@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class Batch:
 def batches(
     samples: Samples,
     indices: ArrayLike,
-    batch_size: int,
+    batch_size: int | Sequence[int],
     *,
     transform: Callable[[Any], Any] | None = None,
     workers: int = 0,
@@ -46,8 +47,9 @@ def batches(
         Where to load from.
     indices : array_like of int [m]
         Which samples, in which order.
-    batch_size : int
-        Samples per batch; the last may be smaller, and so is one from which a sample was left out.
+    batch_size : int or sequence of int
+        Samples per batch, or in each batch, one after the other. The last may be smaller, and so
+        is one from which a sample was left out.
     transform : callable, optional
         From an RGB image or a string to what the model's batches are made of. With workers where
         processes cannot fork (macOS, Windows) it must be picklable.
@@ -68,11 +70,13 @@ def batches(
     ValueError
         When not one sample could be loaded, with the first reasons.
     """
-    if batch_size < 1 or workers < 0:
+    order = np.asarray(indices, dtype=np.int64)
+    each = list(batch_size) if isinstance(batch_size, Sequence) else [batch_size]
+    if min(each, default=1) < 1 or workers < 0:
         msg = f"batch_size must be at least 1 and workers at least 0, got {batch_size}, {workers}."
         raise ValueError(msg)
-    order = np.asarray(indices, dtype=np.int64)
-    parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    ends = np.cumsum(each) if isinstance(batch_size, Sequence) else range(0, len(order), each[0])
+    parts = [part for part in np.split(order, ends) if len(part)]
     return _stream(_Batches(samples, parts, transform), workers, strict)
 
 
@@ -140,26 +144,54 @@ def _here(dataset: _Batches) -> Generator[Batch]:
         yield dataset[number]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in the packed ones."""
+
+    dtype: torch.dtype
+    start: int
+    shape: torch.Size
+
+
 class _Packed:
-    """A batch on its way from a worker, its tensors stacked into one.
+    """A batch on its way from a worker, its tensors laid end to end in one for each dtype.
 
     Every tensor that crosses processes holds a file descriptor until it is freed: 64 images in
     each of a few batches ahead would use up the usual limit of 1,024.
     """
 
     def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self.stack: torch.Tensor | None = None
-        tensors = [x for x in batch.inputs if isinstance(x, torch.Tensor)]
-        alike = len({(x.shape, x.dtype) for x in tensors}) == 1
-        if alike and len(tensors) == len(batch.inputs):
-            self.stack = torch.stack(tensors)
-            self.batch = Batch(batch.index, [], batch.skipped)
+        parts: dict[torch.dtype, list[torch.Tensor]] = {}
+        filled: Counter[torch.dtype] = Counter()
+
+        def pack(item: Any) -> Any:
+            if not isinstance(item, torch.Tensor):
+                return item
+            place = _Place(item.dtype, filled[item.dtype], item.shape)
+            parts.setdefault(item.dtype, []).append(item.detach().flatten())
+            filled[item.dtype] += item.numel()
+            return place
+
+        self.batch = replace(batch, inputs=_inside(batch.inputs, pack))
+        self.tensors = {dtype: torch.cat(some) for dtype, some in parts.items()}
 
     def open(self) -> Batch:
-        if self.stack is None:
-            return self.batch
-        return Batch(self.batch.index, list(self.stack.unbind()), self.batch.skipped)
+        def unpack(item: Any) -> Any:
+            if not isinstance(item, _Place):
+                return item
+            whole = self.tensors[item.dtype]
+            return whole[item.start : item.start + item.shape.numel()].view(item.shape)
+
+        return replace(self.batch, inputs=_inside(self.batch.inputs, unpack))
+
+
+def _inside(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Change what is inside of lists and dicts."""
+    if type(value) is list:
+        return [_inside(v, change) for v in value]
+    if type(value) is dict:
+        return {k: _inside(v, change) for k, v in value.items()}
+    return change(value)
 
 
 def _pack(batch: Any) -> _Packed:

@@ -137,11 +137,27 @@ def _tiles(pixels: torch.Tensor) -> int:
     return pixels.shape[:-3].numel() if pixels.ndim >= 4 else 1
 
 
-def _user_turn(processor: Any, prompt: str) -> str:
+def image_marks(processor: Any) -> tuple[int, ...]:
+    """Return the ids that stand around images: special ones that no talk without an image has.
+
+    Those of the tokenizer (`bos_token` and the like) and those of the chat template are not among
+    them, nor are line breaks that a template sets around an image: they are text.
+    """
+    tokenizer = processor.tokenizer
+    added: Any = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {id for id, token in added.items() if token.special} | {*tokenizer.all_special_ids}
+    named = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    ordinary = {getattr(tokenizer, f"{name}_token_id", None) for name in named}
+    without = tokenizer(_user_turn(processor, "a", image=False))["input_ids"]
+    return tuple(sorted(special - ordinary - {*without}))
+
+
+def _user_turn(processor: Any, prompt: str, *, image: bool = True) -> str:
     """Word a user's turn: the image, then the prompt, up to where the model would answer."""
     if getattr(processor, "chat_template", None) is None:
-        return f"{processor.image_token}{prompt}"
-    content = [{"type": "image"}] + ([{"type": "text", "text": prompt}] if prompt else [])
+        return f"{processor.image_token if image else ''}{prompt}"
+    pictures = [{"type": "image"}] if image else []
+    content = pictures + ([{"type": "text", "text": prompt}] if prompt else [])
     turn = [{"role": "user", "content": content}]
     return str(processor.apply_chat_template(turn, add_generation_prompt=True))
 

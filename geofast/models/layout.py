@@ -8,7 +8,8 @@ sample is not a sequence, with the place where it begins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,15 @@ class Call:
                 got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
                 raise ValueError(f"{name} must be [batch, tokens] for pooling; got {got}")
 
+    def pixel_sizes(self, sequences: int) -> list[tuple[int, int]] | None:
+        """Height and width in pixels: of each sequence, or of each image in a packed one."""
+        sizes = self.given.get("image_sizes")
+        if sizes is not None and sequences == 1:
+            return [(int(h), int(w)) for h, w in sizes]
+        tensors = [x for x in self.given.values() if isinstance(x, torch.Tensor)]
+        pixels = [x for x in tensors if x.ndim >= 4 and x.is_floating_point()]
+        return [(pixels[0].shape[-2], pixels[0].shape[-1])] * sequences if pixels else None
+
     def shares(self, sequences: int) -> torch.Tensor | None:
         """How many tokens each image has in proportion to the others; None: a sequence each."""
         tiles = self.given.get("tiles")
@@ -77,6 +87,16 @@ class Call:
         return None
 
 
+def grids_of(sizes: Sequence[tuple[int, int]], patches: int) -> list[tuple[int, int]] | None:
+    """Return rows and columns of square patches in images of `sizes` pixels.
+
+    `patches` is the number in all images together; None where no grid comes to it.
+    """
+    side = math.sqrt(sum(h * w for h, w in sizes) / max(patches, 1))
+    grids = [(round(h / side), round(w / side)) for h, w in sizes]
+    return grids if sum(h * w for h, w in grids) == patches else None
+
+
 def as_tokens(site: Site, tower: Tower, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     """Hidden states as [sequences, tokens, dim].
 
@@ -87,7 +107,8 @@ def as_tokens(site: Site, tower: Tower, hidden: torch.Tensor, call: Call) -> tor
     """
     packed = tower.tokens == "patch" and any(
         # With image_sizes, CLIP norms one vector a tile; what a projector makes of it has no tile.
-        name in call.given for name in (_PACKED if tower.name == "projector" else _PACKED[:2])
+        name in call.given
+        for name in (_PACKED if tower.name == "projector" else _PACKED[:2])
     )
     if hidden.ndim == 2:
         return hidden[None] if packed and not site.is_vector else hidden[:, None]
@@ -139,22 +160,33 @@ def _roles(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> torch.
     sequences, length, _ = tokens.shape
     if site.is_vector:
         return torch.full((sequences, 1), 255, dtype=torch.uint8, device=tokens.device)
-    bits = torch.ones(length, dtype=torch.uint8)
-    # CLIP's final norm sees the CLS token alone: what has no room for patches has none.
-    prefix = tower.prefix if len(tower.prefix) < length else ()
-    if len(tower.prefix) < length:
-        bits |= 1 << role_bit(tower.tokens)
-    for i, role in [*enumerate(prefix), *enumerate(tower.suffix, start=-len(tower.suffix))]:
+    bits = torch.full((length,), 1 << role_bit(tower.tokens) | 1, dtype=torch.uint8)
+    prefix = _prefix(site, tower, length, call)
+    suffix = tower.suffix if len(prefix) + len(tower.suffix) < length else ()
+    for i, role in [*enumerate(prefix), *enumerate(suffix, start=-len(suffix))]:
         bits[i] = 1 << role_bit(role) | 1
     roles = bits.to(tokens.device).repeat(sequences, 1)
     ids = call.given.get("input_ids")
     if tower.image_token is not None and isinstance(ids, torch.Tensor) and ids.shape == roles.shape:
-        image = (ids == tower.image_token).to(roles.device)
-        roles[image] = 1 << role_bit("image") | 1
+        ids = ids.to(roles.device)
+        roles[torch.isin(ids, torch.tensor(tower.image_marks).to(ids))] = 1
+        roles[ids == tower.image_token] = 1 << role_bit("image") | 1
     mask = _mask(tower, roles, call)
     if mask is not None:
         roles *= (mask != 0).to(roles.device)
     return roles
+
+
+def _prefix(site: Site, tower: Tower, length: int, call: Call) -> tuple[str, ...]:
+    """Roles of the tokens that come before the others."""
+    if length == 1:  # CLIP's final norm sees the CLS token alone
+        return tower.prefix[:1]
+    if tower.channels_first and site.name.endswith(".norm"):
+        # DINOv3's ConvNeXt puts the mean of all patches before them there.
+        sizes = call.pixel_sizes(1)
+        if sizes and not grids_of(sizes, length) and grids_of(sizes, length - 1):
+            return ("cls",)
+    return tower.prefix
 
 
 def _mask(tower: Tower, roles: torch.Tensor, call: Call) -> torch.Tensor | None:

@@ -88,6 +88,8 @@ class Tower:
     """Whether the blocks keep [tokens, batch, dim]."""
     suffix: tuple[str, ...] = ()
     """Roles of the tokens that come after the others: CoCa's texts end with their `cls`."""
+    image_marks: tuple[int, ...] = ()
+    """Ids that only stand around images, as `<|vision_start|>`: neither text nor image."""
 
     @property
     def branches(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 
 import geofast as gf
 from geofast.models import find_towers
-from geofast.models.load import _conversing
+from geofast.models.assemble import conversing
 
 BATCH, PATCHES, IMAGE_TOKEN = 8, 196, 7
 POOLS = {"vision": ["cls", "mean:patch"], "projector": "mean:patch", "lm": "last"}
@@ -55,7 +55,7 @@ def loaded(llava):
     """The model as `gf.load` has it; its batches are made here."""
     towers = {t.name: t for t in find_towers(llava.model)}
     words = SimpleNamespace(pad_token="<pad>", pad_token_id=0)
-    return _conversing("LLaVA", llava, llava.model, towers, SimpleNamespace(tokenizer=words))
+    return conversing("LLaVA", llava, llava.model, towers, SimpleNamespace(tokenizer=words))
 
 
 def probed(model, batch):

@@ -144,7 +144,7 @@ class _Recorder:
         self._pools = pools
         self._running = False
         self._call = Call()
-        self._layouts: dict[tuple[str, bool, int, int], Layout] = {}
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._samples: int | None = None
         self._seen: set[str] = set()
         self._keys: list[str] = []
@@ -217,7 +217,8 @@ class _Recorder:
             self._rows.commit(self._keys, batch)
 
     def _layout(self, site: Site, tokens: torch.Tensor) -> Layout:
-        kind = (site.tower, site.is_vector, *tokens.shape[:2])
+        # The blocks of a tower may lie on several devices, each with its roles.
+        kind = (site.tower, site.is_vector, tokens.device, *tokens.shape[:2])
         if kind not in self._layouts:
             layout = lay_out(site, self._towers[site.tower], tokens, self._call)
             _require_tokens(self._pools[site.tower], layout, site)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from .capture import capture
-from .models import Model, Stage, load
+from .models import DeviceMap, Model, Stage, load
+from .models.checkpoint import pinned
 from .models.twin import random_twin
 
 Outcome = Literal["pass", "note", "fail", "skip"]
@@ -67,6 +68,10 @@ def doctor(
     only: Sequence[str] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+    adapter: str | Path | None = None,
+    merge: bool = False,
+    trust_remote_code: bool = False,
 ) -> Diagnosis:
     """Check that what geofast reads in a model is what the model computes.
 
@@ -78,7 +83,7 @@ def doctor(
         Three inputs or more (PIL images or strings); None makes some of different sizes.
     only
         Names of checks; None makes all of them.
-    device, dtype
+    device, dtype, device_map, adapter, merge, trust_remote_code
         What `load` takes.
 
     Returns
@@ -95,7 +100,10 @@ def doctor(
     ValueError, FileNotFoundError, RuntimeError
         As `load`.
     """
-    loaded = load(model, device=device, dtype=dtype)
+    loaded = load(
+        model, device=device, dtype=dtype, device_map=device_map, adapter=adapter, merge=merge,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     checks: list[Check] = []
     for view in (loaded, loaded.other):
         if view is not None:
@@ -294,6 +302,8 @@ def _roles(model: Model, examples: Examples) -> Check:
 def _dtype(model: Model, examples: Examples) -> Check:
     if model.dtype == torch.float32:
         return Check("", "skip", "float32 is what it runs in")
+    if why := pinned(model.module):
+        return Check("", "skip", why)
     import copy
 
     exact = copy.deepcopy(model)

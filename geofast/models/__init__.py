@@ -1,11 +1,13 @@
 """What a model is to the engine: loading, batches, sites and token roles."""
 
+from .checkpoint import DeviceMap
 from .load import load
 from .model import Batch, Model, Stage, describe
 from .structure import Site, Tower, find_towers, match_sites
 
 __all__ = [
     "Batch",
+    "DeviceMap",
     "Model",
     "Site",
     "Stage",

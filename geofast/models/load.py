@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import zoo
 from .adapters import Adapter, base_of, find_adapter, put_on, refuse_one_inside
 from .assemble import assemble
 from .checkpoint import DeviceMap, notes, read_config, read_module
@@ -36,7 +37,8 @@ def load(
     model
         A Hugging Face Hub id (`facebook/dinov2-small`, with or without `hf:`), a local folder, a
         GGUF file (`model.gguf`, or `ID:FILE.gguf` on the Hub), the folder or id of a PEFT adapter,
-        or an nn.Module together with `processor` or `prepare`. Vision encoders, language models and
+        `open_clip:ARCH/TAG` or `timm:NAME` (see `models.zoo`), or an nn.Module together with
+        `processor` or `prepare`. Vision encoders, language models and
         text encoders, models that compare images with texts (CLIP, SigLIP) and models that talk
         about images (LLaVA, Qwen-VL, Gemma 3). The last two take images; `reading("text")` takes
         texts. Checkpoints quantised by bitsandbytes, GPTQ or AWQ run as they are, those of GGUF
@@ -99,6 +101,11 @@ def load(
         if name in named:
             msg = f"{name}= goes with an nn.Module; a checkpoint brings its own processor"
             raise ValueError(msg)
+    library, _, of_library = str(model).partition(":")
+    if library in ("open_clip", "timm"):
+        if extra := [name for name in named if name not in ("device", "dtype")]:
+            raise ValueError(f"{' and '.join(extra)} goes with a checkpoint of transformers")
+        return zoo.load(library, of_library, where, dtype)
     text = str(model).removeprefix("hf:")
     source = find(text, trust_remote_code=trust_remote_code)
     source, worn = _base_and_adapter(text, source, adapter)
@@ -117,10 +124,12 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _from_module(module: nn.Module, prepare: Any, processor: Any) -> Model:
     kind = type(module).__name__
-    if (prepare is None) == (processor is None):
+    if prepare is not None and processor is not None:
+        raise ValueError("prepare= and processor= both make the module's inputs: give one of them")
+    if prepare is None and processor is None:
         msg = (
-            f"load({kind}) needs one of prepare=, a function from a list of inputs to the module's "
-            "keyword arguments, and processor=, its Hugging Face processor"
+            f"load({kind}) needs prepare=, a function from a list of inputs to the module's "
+            "keyword arguments, or processor=, the Hugging Face processor of such a model"
         )
         raise ValueError(msg)
     module = base_of(module)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint import pinned
 from .model import Model
 
 
@@ -25,8 +26,11 @@ def random_twin(model: Model, seed: int = 0) -> Model:
     Raises
     ------
     ValueError
-        When parts of the model do not say how they are drawn.
+        When parts of the model do not say how they are drawn; when it is quantised, offloaded or
+        has an adapter on.
     """
+    if why := _no_twin(model.module):
+        raise ValueError(f"{model.name} has no twin of random weights: {why}")
     twin = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -39,6 +43,12 @@ def random_twin(model: Model, seed: int = 0) -> Model:
         else:
             _draw(model.name, twin.module)
     return twin
+
+
+def _no_twin(module: nn.Module) -> str | None:
+    if any(hasattr(m, "base_layer") for m in module.modules()):
+        return "an adapter is on; merge it (merge=True, --merge-adapter) or leave it out"
+    return pinned(module)
 
 
 def _draw(name: str, module: nn.Module) -> None:

@@ -1,0 +1,152 @@
+"""PEFT adapters: put on a model, or merged into its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .hub import Source, find, said
+from .model import headless
+
+_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that lies in a folder."""
+
+    name: str
+    folder: Path
+    base: str
+    """What it was trained on, as it says itself."""
+
+
+def find_adapter(text: str) -> Adapter | None:
+    """Return the adapter in a folder or a repository of the Hub; None where there is none.
+
+    Raises
+    ------
+    FileNotFoundError, PermissionError, ConnectionError
+        As `hub.find`.
+    ValueError
+        When it does not say what it was trained on.
+    """
+    source = find(text, file=_CONFIG)
+    if not source.complete:
+        return None
+    folder = Path(source.path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        files = ["adapter_*"]
+        found = snapshot_download(text, allow_patterns=files, local_files_only=source.cached)
+        folder = Path(found)
+    said = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    if not (base := said.get("base_model_name_or_path")):
+        raise ValueError(f"{_CONFIG} of {text} does not say what base_model_name_or_path is")
+    return Adapter(source.name, folder, base)
+
+
+def refuse_one_inside(source: Source) -> None:
+    """Refuse a checkpoint with an adapter beside its weights, which transformers puts on unasked.
+
+    Raises
+    ------
+    ValueError
+        When it has one.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(source.path, local_files_only=source.cached):
+        msg = (
+            f"{source.path} holds a model and an adapter: put the adapter's files (adapter_*) into "
+            "a folder of their own, and name it by adapter= (--adapter) to have it on"
+        )
+        raise ValueError(msg)
+
+
+def put_on(module: nn.Module, base: str, adapter: Adapter, *, merge: bool) -> list[str]:
+    """Put an adapter on `module`, in place, and return what there is to say about it.
+
+    Its blocks stay where they are, so that sites keep their names.
+
+    Parameters
+    ----------
+    module
+        The whole model, of transformers.
+    base
+        Its name.
+    adapter
+        Of the weights, as LoRA is; one that adds tokens of its own is refused.
+    merge
+        Add it to the weights and take it off again.
+
+    Raises
+    ------
+    ImportError
+        When peft is missing.
+    ValueError
+        When it was made for another model, or is not of the weights.
+    """
+    peft = _peft(adapter)
+    config = peft.PeftConfig.from_pretrained(str(adapter.folder))
+    if config.is_prompt_learning:
+        msg = f"the adapter {adapter.name} adds tokens of its own to every text: geofast takes "
+        raise ValueError(msg + "adapters of the weights, such as LoRA")
+    if any(p.is_meta for p in module.parameters()):
+        msg = f"{base} is partly on the disk or in main memory, where no adapter can be put on it: "
+        raise ValueError(msg + "merge it on a larger machine and save the result")
+    # One for embeddings was trained on the model without its head.
+    adapted: Any = headless(module) if config.task_type == "FEATURE_EXTRACTION" else module
+    try:
+        worn = peft.get_peft_model(adapted, config, autocast_adapter_dtype=False)
+        found = worn.load_adapter(
+            str(adapter.folder), "default", torch_device="cpu", autocast_adapter_dtype=False
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(_misfit(base, adapter, said(error))) from error
+    if odd := sorted([*found.missing_keys, *found.unexpected_keys]):
+        raise ValueError(_misfit(base, adapter, f"{len(odd)} of its tensors, as {odd[0]}"))
+    if merge:
+        worn.merge_and_unload()
+    module.eval()
+    if Path(adapter.base).name.lower() == Path(base).name.lower():
+        return []
+    return [f"the adapter {adapter.name} was made for {adapter.base}, not for {base}"]
+
+
+def _peft(adapter: Adapter) -> Any:
+    if find_spec("peft") is None:
+        raise ImportError(f"the adapter {adapter.name} needs peft: pip install 'geofast[big]'")
+    import peft
+
+    return peft
+
+
+def _misfit(base: str, adapter: Adapter, why: str) -> str:
+    return f"the adapter {adapter.name}, made for {adapter.base}, does not fit {base}: {why}"
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Return the model that PEFT has wrapped, its adapter on; any other as it is.
+
+    Raises
+    ------
+    ValueError
+        When the adapter is in the wrapping: it adds tokens of its own.
+    """
+    inside: Any = getattr(module, "get_base_model", None)
+    config: Any = getattr(module, "active_peft_config", None)
+    if inside is None or config is None:
+        return module
+    if config.is_prompt_learning:
+        msg = f"{type(module).__name__} adds tokens of its own to every text: geofast takes "
+        raise ValueError(msg + "adapters of the weights, such as LoRA")
+    base = inside()
+    assert isinstance(base, nn.Module)
+    return base

@@ -1,0 +1,136 @@
+"""A module of transformers and its processors become a `Model`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .inputs import (
+    Conversations,
+    Converse,
+    ImageTransform,
+    InOrder,
+    image_marks,
+    stack_images,
+    text_collate,
+)
+from .model import Model, Stage, headless
+from .processors import Part
+from .structure import Tower, find_towers
+
+
+def assemble(
+    name: str, module: nn.Module, bring: Callable[[Part], Any], notes: Sequence[str] = ()
+) -> Model:
+    """Find the towers of `module`, and set up what feeds them.
+
+    Parameters
+    ----------
+    name
+        What reports call the model.
+    module
+        Of transformers.
+    bring
+        Returns tokenizer or image processor.
+    notes
+        See `Model.notes`.
+
+    Raises
+    ------
+    ValueError
+        When it reads neither images nor text, or its blocks cannot be found.
+    """
+    notes = tuple(notes)
+    body: Any = headless(module)
+    towers = {t.name: t for t in find_towers(body)}
+    if hasattr(body, "get_image_features") and "lm" in towers:
+        return conversing(name, module, body, towers, bring("processor"), notes)
+    if hasattr(body, "get_image_features") and {"vision", "text"} <= towers.keys():
+        return _comparing(name, module, towers, bring("processor"), notes)
+    stages = (Stage(body, tuple(towers.values())),)
+    reads = getattr(body, "main_input_name", None)
+    if reads == "input_ids":
+        collate = text_collate(bring("tokenizer"), body)
+        return Model(name, module, stages, "text", None, collate, notes=notes)
+    if reads != "pixel_values":
+        msg = (
+            f"{name} is a {type(module).__name__}, which reads {reads}: neither images nor text. "
+            "Pass the nn.Module itself with prepare= to probe it"
+        )
+        raise ValueError(msg)
+    transform = ImageTransform(bring("image processor"))
+    if hasattr(body.config, "mask_ratio"):
+        return _unmasked(name, module, stages, transform, notes)
+    return Model(name, module, stages, "image", transform, stack_images, notes=notes)
+
+
+def _unmasked(
+    name: str,
+    module: nn.Module,
+    stages: tuple[Stage, ...],
+    transform: ImageTransform,
+    notes: tuple[str, ...],
+) -> Model:
+    """Take a masked autoencoder that masks nothing."""
+    config: Any = module.config
+    if config.mask_ratio:
+        msg = f"{name} hides random patches: set its config.mask_ratio to 0 before it is loaded"
+        raise ValueError(msg)
+    patches = (config.image_size // config.patch_size) ** 2
+    notes = (*notes, "masking is off: the model sees every patch, in order")
+    return Model(name, module, stages, "image", transform, InOrder(patches), notes=notes)
+
+
+class _Method(nn.Module):
+    """A method of a model as a module, so that hooks see where a call begins and ends."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.name = name
+        self.takes = tuple(inspect.signature(getattr(model, name)).parameters)
+
+    def forward(self, **given: Any) -> Any:
+        takes = (*self.takes, "output_hidden_states", "return_dict")
+        return getattr(self.model, self.name)(**{k: v for k, v in given.items() if k in takes})
+
+
+def _comparing(
+    name: str,
+    module: nn.Module,
+    towers: dict[str, Tower],
+    processor: Any,
+    notes: tuple[str, ...] = (),
+) -> Model:
+    """Take a model that compares images with texts: one tower for each."""
+    config: Any = module.config
+    # SigLIP was trained to read padding up to the end: its joint embedding is that of the last.
+    fixed = config.model_type.startswith("siglip")
+    collate = text_collate(processor.tokenizer, module.get_submodule("text_model"), fixed=fixed)
+    stages = (Stage(_Method(module, "get_text_features"), (towers["text"],)),)
+    text = Model(name, module, stages, "text", None, collate, notes=notes)
+    stages = (Stage(_Method(module, "get_image_features"), (towers["vision"],)),)
+    transform = ImageTransform(processor.image_processor)
+    return Model(name, module, stages, "image", transform, stack_images, text, notes)
+
+
+def conversing(
+    name: str,
+    module: nn.Module,
+    body: nn.Module,
+    towers: dict[str, Tower],
+    processor: Any,
+    notes: tuple[str, ...] = (),
+) -> Model:
+    """Take a model that talks about images: the vision tower once an image, the LM every prompt."""
+    look = tuple(tower for tower in towers.values() if tower.name != "lm")
+    talk = Stage(body, (replace(towers["lm"], image_marks=image_marks(processor)),))
+    collate = text_collate(processor.tokenizer, body)
+    text = Model(name, module, (talk,), "text", None, collate, notes=notes)
+    stages = (Stage(_Method(body, "get_image_features"), look), talk)
+    together = Conversations(processor.tokenizer.pad_token_id)
+    return Model(name, module, stages, "image", Converse(processor), together, text, notes)

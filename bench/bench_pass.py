@@ -2,7 +2,9 @@
 
 Forwards are timed in pairs, bare and probed in turn, because the machine's clock drifts by more
 than the difference; the note gives the median of the paired ratios, and the share of the forward
-that was spent inside the hooks, which is the steadier figure.
+that was spent inside the hooks, which is the steadier figure. Beside them two other ways to the
+same rows: hidden states that the model returns, pooled and stacked afterwards, and the study's, one
+sample at a time with every token of every layer copied.
 """
 
 import os
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 import geofast as gf
+from geofast.models import find_towers
 from geofast.rows import Rows
 
 PAIRS = 5
@@ -58,6 +61,10 @@ JOBS = {
 }
 
 
+def group_of(name):
+    return f"whole pass: {name}, batch 16"
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_probed_forward(benchmark, monkeypatch, name):
     torch.manual_seed(0)
@@ -69,7 +76,7 @@ def test_probed_forward(benchmark, monkeypatch, name):
     with torch.inference_mode():
         states = module(**batch, output_hidden_states=True).hidden_states
 
-        rows = Rows(16 * (PAIRS + 2))  # room for all, as a probe of so many samples has
+        rows = Rows(16 * (2 * PAIRS + 2))  # room for all, as a probe of so many samples has
 
         def probed():
             with gf.capture(module, pool=pools, rows=rows):
@@ -88,11 +95,80 @@ def test_probed_forward(benchmark, monkeypatch, name):
             bare.append(middle - start)
             ratios.append((end - middle) / (middle - start))
         share = hooks.seconds / PAIRS / statistics.median(bare)
-        benchmark.group = f"whole pass: {name}, batch 16"
+        benchmark.group = group_of(name)
         benchmark.extra_info["paired ratio"] = f"{statistics.median(ratios):.4f}"
         benchmark.extra_info["in hooks"] = f"{100 * share:.2f} %"
-        benchmark.pedantic(probed, rounds=1)
+        benchmark.pedantic(probed, rounds=PAIRS)
     assert share < 0.01
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_bare_forward(benchmark, name):
+    torch.manual_seed(0)
+    make, inputs, _ = JOBS[name]
+    module, batch = make(), inputs(16)
+    benchmark.group = group_of(name)
+    with torch.inference_mode():
+        benchmark.pedantic(lambda: module(**batch), rounds=PAIRS, warmup_rounds=1)
+
+
+def pooled(hidden, pools):
+    """Rows [batch, d] of the pools of JOBS, in plain torch."""
+    ways = {
+        "cls": lambda: hidden[:, 0],
+        "last": lambda: hidden[:, -1],
+        "mean:patch": lambda: hidden[:, 1:].mean(1),
+    }
+    return [ways[pool]() for pool in pools]
+
+
+def stacked(module, batch, pools):
+    """Rows [sites, pools, batch, d] of the hidden states that the model returns."""
+    states = module(**batch, output_hidden_states=True).hidden_states
+    return torch.stack([torch.stack(pooled(h, pools)) for h in states])
+
+
+def study(module, batch, pools):
+    """Rows [layers, pools, batch, d], one sample at a time; each layer copied whole."""
+    rows = []
+    for i in range(16):
+        states = []
+        hooks = [
+            block.register_forward_hook(lambda _m, _a, out, keep=states: keep.append(out.clone()))
+            for block in find_towers(module)[0].blocks
+        ]
+        one = {k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        module(**one)
+        for hook in hooks:
+            hook.remove()
+        rows.append(torch.stack([torch.stack(pooled(h, pools)) for h in states]))
+    return torch.cat(rows, 2)
+
+
+def timed(benchmark, name, way, third):
+    """Time another way to the rows; its layer `third` must be ours."""
+    torch.manual_seed(0)
+    make, inputs, pools = JOBS[name]
+    module, batch = make(), inputs(16)
+    benchmark.group = group_of(name)
+    with torch.inference_mode():
+        with gf.capture(module, pool=pools) as rows:
+            module(**batch)
+        tower = find_towers(module)[0].name
+        for pool, expected in zip(pools, way(module, batch, pools)[third], strict=True):
+            mine = rows[f"{tower}.layers.2/{pool}"]
+            torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
+        benchmark.pedantic(way, (module, batch, pools), rounds=3)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_output_hidden_states_stacked(benchmark, name):
+    timed(benchmark, name, stacked, third=3)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_study(benchmark, name):
+    timed(benchmark, name, study, third=2)
 
 
 class _Stopwatch:

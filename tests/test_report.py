@@ -53,15 +53,15 @@ WHERE = "(vision.layers.0, cls; random folds)."
 @pytest.mark.parametrize(
     ("latitude", "longitude", "said"),
     [
-        (0.9, 0.57, "reads latitude better than longitude: R² 0.90 against 0.57"),
-        (0.31, 0.52, "reads longitude better than latitude: R² 0.52 against 0.31"),
-        (0.502, 0.498, "reads latitude and longitude equally well: R² 0.50"),
-        (0.5, -0.2, "reads latitude but not longitude: R² 0.50 against -0.20"),
-        (-3.0, 0.5, "reads longitude but not latitude: R² 0.50 against -3.00"),
-        (-0.05, -0.4, "reads neither latitude nor longitude: R² -0.05 against -0.40"),
+        (0.9, 0.57, "reads latitude better than longitude: R² 0.900 against 0.570"),
+        (0.31, 0.52, "reads longitude better than latitude: R² 0.520 against 0.310"),
+        (0.502, 0.498, "reads latitude and longitude equally well: R² 0.502 and 0.498"),
+        (0.5, -0.2, "reads latitude but not longitude: R² 0.500 against -0.200"),
+        (-3.0, 0.5, "reads longitude but not latitude: R² 0.500 against -3.000"),
+        (-0.05, -0.4, "reads neither latitude nor longitude: R² -0.050 against -0.400"),
         # 0.04 is within 1.96 standard errors of 0.021 of nothing, 0.05 is not.
-        (0.5, 0.04, "reads latitude but not longitude: R² 0.50 against 0.04"),
-        (0.5, 0.05, "reads latitude better than longitude: R² 0.50 against 0.05"),
+        (0.5, 0.04, "reads latitude but not longitude: R² 0.500 against 0.040"),
+        (0.5, 0.05, "reads latitude better than longitude: R² 0.500 against 0.050"),
     ],
 )
 def test_finding_is_true_of_the_numbers(latitude: float, longitude: float, said: str) -> None:
@@ -73,12 +73,12 @@ def test_finding_is_true_of_the_numbers(latitude: float, longitude: float, said:
 def test_finding_of_other_targets_and_missing_numbers() -> None:
     run = one_row(r2=0.4)
     run.layers = run.layers.drop(columns=["r2_latitude", "r2_longitude", "median_km", "r2_se"])
-    said = f"dinov2-small reads latitude and longitude: R² 0.40 {WHERE}"
+    said = f"dinov2-small reads latitude and longitude: R² 0.400 {WHERE}"
     assert finding(run) == [said]
     run = one_row(r2=0.2, r2_latitude=np.nan, r2_longitude=0.2, median_km=np.nan)
-    assert finding(run) == [f"dinov2-small reads longitude: R² 0.20 {WHERE}"]
+    assert finding(run) == [f"dinov2-small reads longitude: R² 0.200 {WHERE}"]
     run = one_row(r2=0.01, r2_latitude=np.nan, r2_longitude=0.01, median_km=np.nan)
-    assert finding(run) == [f"dinov2-small does not read longitude: R² 0.01 {WHERE}"]
+    assert finding(run) == [f"dinov2-small does not read longitude: R² 0.010 {WHERE}"]
 
 
 def test_finding_tells_the_other_split_the_controls_and_the_honest_best() -> None:
@@ -87,10 +87,10 @@ def test_finding_tells_the_other_split_the_controls_and_the_honest_best() -> Non
     best = run.rows_of("kfold")["r2"].max()
     blocks = run.rows_of("blocks15")["r2"].max()
     said = lines_of(run)
-    assert f"Chosen on inner folds, the best layer scores R² {honest:.2f} ± 0.02" in said
-    assert f"the highest of the table is {best:.2f}." in said
-    assert f"With 15-degree blocks the highest R² falls to {blocks:.2f}" in said
-    assert "R² of controls: raw pixels 0.20." in said
+    assert f"Chosen on inner folds, the best layer scores R² {honest:.3f} ± 0.024" in said
+    assert f"the highest of the table is {best:.3f}." in said
+    assert f"With 15-degree blocks the highest R² falls to {blocks:.3f}" in said
+    assert "R² of controls: raw pixels 0.200." in said
     run.layers.loc[run.layers["split"] == "blocks15", "r2"] += 0.5
     assert "With 15-degree blocks the highest R² rises to" in lines_of(run)
 
@@ -153,8 +153,8 @@ def test_every_group_has_a_row_per_split(tmp_path: Path) -> None:
     assert table is not None
     where = [best["site"], best["pool"], best["prompt"]]
     assert table.cells == [
-        ["Asia", *where, "1,234", f"{best['r2'] + 0.1:.3f} ± 0.021"],
-        ["Europe", *where, "40", f"{best['r2'] - 0.2:.3f} ± 0.021"],
+        ["Asia", *where, "1,234", f"{best['r2'] + 0.1:.3f} ± 0.021", "1.000"],
+        ["Europe", *where, "40", f"{best['r2'] - 0.2:.3f} ± 0.021", "0.000"],
     ]
     assert text.groups_table(run, "blocks15") is None
     assert f"Groups, random folds\n{table.text()}" in run.summary()
@@ -210,16 +210,93 @@ def test_summary_without_kilometres_controls_or_errors() -> None:
     assert "optimistic" in summary
 
 
-def test_control_of_the_same_pool_is_preferred() -> None:
-    run = example_run(60, splits=("kfold",))
+def with_random_weights(run: Run) -> Run:
+    """Add a control that has the run's own sites: 0.3 below, or 0.5 after the first pool."""
     random = run.layers[run.layers["control"] == ""].copy()
-    random["control"] = "random weights"
-    random["r2"] = np.where(random["pool"] == "cls", 0.3, 0.1)
+    random["control"] = "random-weights"
+    random["r2"] -= np.where(random["pool"] == random["pool"].iloc[0], 0.3, 0.5)
     run.layers = pd.concat([run.layers, random], ignore_index=True)
+    return run
+
+
+def test_controls_stand_beside_every_r2(tmp_path: Path) -> None:
+    run = with_random_weights(example_run(60, splits=("kfold",)))
     table = text.summary_table(run, "kfold")
-    assert table.headers[-1] == "controls"
-    # The raw pixels have no pool, so they stand beside both: 0.2 beats 0.1, not 0.3.
-    assert [row[-1] for row in table.cells] == ["0.300", "0.200"]
+    assert table.headers[-2:] == ["raw pixels", "random"]
+    best = [run.rows_of("kfold").query(f"pool == '{p}'")["r2"].max() for p in ("cls", "mean:patch")]
+    assert [row[-1] for row in table.cells] == [f"{best[0] - 0.3:.3f}", f"{best[1] - 0.5:.3f}"]
+    assert [row[-2] for row in table.cells] == ["0.200", "0.200"]
+    by_site = text.layers_by_site(run, "kfold")
+    assert by_site.headers == ["site", "cls", "random", "mean:patch", "random", "raw pixels"]
+    for cells in by_site.cells:
+        r2 = run.rows_of("kfold").query(f"site == '{cells[0]}'").set_index("pool")["r2"]
+        cls, patch = r2["cls"], r2["mean:patch"]
+        expected = [cls, cls - 0.3, patch, patch - 0.5, 0.2]
+        assert cells[1:] == [text.number(v) for v in expected]
+    run.predictions = pd.DataFrame()
+    page.write_report(run, tmp_path)
+    pages = [(tmp_path / name).read_text() for name in ("README.md", "report.html")]
+    assert table.markdown() in pages[0]
+    assert "<th>mean:patch</th><th>random</th><th>raw pixels</th>" in pages[1]
+    for words in pages:
+        assert "Crosses are controls, in the colour of the same pool. Grey lines are" in words
+    lines = [line for line in layer_curve(run).axes[0].lines if line.get_marker() == "x"]
+    drawn = [[float(v) for v in line.get_ydata()] for line in lines[:2]]
+    for pool, offset, values, line in zip(
+        ("cls", "mean:patch"), (0.3, 0.5), drawn, lines, strict=False
+    ):
+        own = run.rows_of("kfold").query(f"pool == '{pool}'")["r2"].to_numpy()
+        np.testing.assert_allclose(values, own - offset)
+        of_model = next(
+            x for x in layer_curve(run).axes[0].lines if str(x.get_label()).startswith(pool)
+        )
+        assert line.get_color() == of_model.get_color()
+
+
+def test_a_group_stands_beside_its_own_controls() -> None:
+    run = with_random_weights(example_run(60, blocks=2, splits=("kfold",), pools=("cls",)))
+    asia = run.layers.assign(group="Asia", n=9, r2=run.layers["r2"] + 0.1)
+    run.layers = pd.concat([run.layers, asia], ignore_index=True)
+    table = text.groups_table(run, "kfold")
+    assert table is not None
+    best = run.rows_of("kfold")["r2"].max() + 0.1
+    assert table.headers[-2:] == ["raw pixels", "random"]
+    assert table.cells[0][-3:] == [f"{best:.3f} ± 0.021", "0.300", f"{best - 0.3:.3f}"]
+
+
+def test_raw_inputs_with_prompts_stand_beside_their_prompt() -> None:
+    run = example_run(60, blocks=1, prompts=("bare", "city"), pools=("last",), splits=("kfold",))
+    raw = run.layers[run.layers["control"] != ""].assign(control="tokens", site="input")
+    both = [raw.assign(prompt="bare", r2=0.11), raw.assign(prompt="city", r2=0.22)]
+    run.layers = pd.concat([run.layers, *both], ignore_index=True)
+    assert text.summary_table(run, "kfold").headers[-2:] == ["raw pixels", "tokens"]
+    assert [row[-2:] for row in text.summary_table(run, "kfold").cells] == [
+        ["0.200", "0.110"],
+        ["0.200", "0.220"],
+    ]
+    found = text.beside(run.layers)
+    assert list(found.columns) == ["raw pixels", "tokens"]
+    assert found[run.layers["control"] != ""].isna().all(axis=None)
+
+
+def test_a_control_that_scores_as_high_is_said() -> None:
+    run = with_random_weights(example_run(60, splits=("kfold",)))
+    assert "no sign of learning" not in lines_of(run)
+    run.layers.loc[run.layers["control"] == "random-weights", "r2"] += 0.4
+    said = "random-weights scores no lower than dinov2-small, whose R² is then no sign of learning."
+    assert said in lines_of(run)
+    assert said in " ".join(run.summary().split())
+
+
+@pytest.mark.parametrize("tower", ["vision", "lm"])
+def test_a_summary_with_prompts_and_controls_fits_a_terminal(tower: str) -> None:
+    asked = ("{name}", "The city of {name}", "What are the coordinates of {name}?")
+    run = example_run(60, blocks=30, tower=tower, pools=("last", "mean:patch"), prompts=asked)
+    run = with_random_weights(run)
+    run.layers["control"] = run.layers["control"].replace({"raw pixels": "pixels"})
+    *lines, _ = run.summary().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert "\n2: The city of {name}\n" in run.summary()
 
 
 def test_layer_table_has_a_row_per_site_and_a_column_per_pool() -> None:
@@ -229,7 +306,7 @@ def test_layer_table_has_a_row_per_site_and_a_column_per_pool() -> None:
     assert [line.split()[0] for line in lines[4:]] == list(run.rows_of("kfold")["site"].unique())
     rows = run.rows_of("kfold")
     first = rows[rows["site"] == "vision.embed"]["r2"]
-    assert lines[4].split()[1:] == [f"{v:.3f}" for v in first]
+    assert lines[4].split()[1:-1] == [f"{v:.3f}" for v in first]
 
 
 def test_tables_as_text_and_markdown() -> None:
@@ -280,7 +357,7 @@ def test_layer_curve_says_the_finding_and_marks_the_honest_best() -> None:
     assert "mean of latitude and longitude" in first.get_ylabel()
     assert first.get_xlabel() == "layer (vision)"
     assert re.fullmatch(
-        r"Random folds: honest best R² 0\.\d\d ± 0\.02\nvision\.layers\.5, cls",
+        r"Random folds: honest best R² 0\.\d{3} ± 0\.024\nvision\.layers\.5, cls",
         first.get_title(loc="left"),
     )
     assert second.get_title(loc="left").startswith("15-degree blocks")
@@ -305,8 +382,8 @@ def test_a_split_far_below_zero_leaves_the_other_its_room() -> None:
     assert high < 1.05
     assert [t.get_text() for t in first.texts] == []
     best = run.rows_of("blocks15")["r2"].max()
-    said = f"cut at -0.5; all sites are below, the highest R² is {best:.2f}"
-    assert [t.get_text() for t in second.texts] == ["R² -5.21", said]
+    said = f"cut at -0.5; all sites are below, the highest R² is {best:.3f}"
+    assert [t.get_text() for t in second.texts] == ["R² -5.210", said]
     (star,) = (line for line in second.lines if line.get_marker() == "*")
     assert [float(v) for v in star.get_ydata()] == [-0.5]
     run.layers.loc[0, "r2"] = -1e6  # one site of the first split

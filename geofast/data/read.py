@@ -32,6 +32,7 @@ def read(
     *,
     image: str | None = None,
     text: str | None = None,
+    location: bool = False,
     latitude: str = "latitude",
     longitude: str = "longitude",
     id: str | None = None,
@@ -49,6 +50,8 @@ def read(
         Column of a table with paths of images, relative to the table's folder, or with text. By
         default an image column named image, path, file, filename or image_path, or else a text
         column named text, prompt, city, name or caption, in any letter case.
+    location : bool
+        Take the places themselves as inputs, for a location encoder, whatever else there is.
     latitude, longitude : str
         Columns of a table. By default lat, lon, lng and long are taken too, in any letter case.
     id : str, optional
@@ -75,16 +78,21 @@ def read(
     if not path.exists():
         msg = f"no such file or folder: {path}"
         raise FileNotFoundError(msg)
-    if path.is_dir():
-        return _read_folder(path, strict)
+    if location and (image or text):
+        msg = f"{path}: with location=True the places are the inputs; leave image= and text= out"
+        raise ValueError(msg)
     suffix = path.suffix.lower()
-    if suffix in HDF5S:
-        return _read_hdf5(path, strict)
-    if suffix in TABLES or suffix in PARQUETS:
-        return _read_table(path, image, text, latitude, longitude, id, strict)
-    known = ", ".join([*TABLES, *PARQUETS, *HDF5S])
-    msg = f"cannot tell what {path} is from its ending; geofast reads {known} and folders."
-    raise ValueError(msg)
+    if path.is_dir():
+        found = _read_folder(path, strict)
+    elif suffix in HDF5S:
+        found = _read_hdf5(path, strict)
+    elif suffix in TABLES or suffix in PARQUETS:
+        found = _read_table(path, image, text, location, latitude, longitude, id, strict)
+    else:
+        known = ", ".join([*TABLES, *PARQUETS, *HDF5S])
+        msg = f"cannot tell what {path} is from its ending; geofast reads {known} and folders."
+        raise ValueError(msg)
+    return found.as_locations() if location else found
 
 
 def from_arrays(
@@ -152,6 +160,7 @@ def _read_table(
     path: Path,
     image: str | None,
     text: str | None,
+    location: bool,
     latitude: str,
     longitude: str,
     id_column: str | None,
@@ -165,7 +174,9 @@ def _read_table(
     lon = _find(path, names, longitude, "longitude", LONGITUDES)
     if lat.lower() in LONGITUDES and lon.lower() in LATITUDES:
         raise _swapped(str(path), lat, lon)
-    column, kind = _find_input(path, names, image, text)
+    column, kind = "", "location"
+    if not location:
+        column, kind = _find_input(path, names, image, text)
     if id_column:
         _find(path, names, id_column, "id", ())
     else:
@@ -173,16 +184,15 @@ def _read_table(
     words = [name for name in (id_column, column) if name]
     rows = _load_table(path, text_columns=words)
     where = [f"{path} row {n}" for n in range(1, len(rows) + 1)]
-    inputs, ids = rows[column], rows[id_column] if id_column else _numbers(len(rows), 1)
+    ids = rows[id_column] if id_column else _numbers(len(rows), 1)
     # A column that already has one of our names but was not chosen gives way.
     rest = rows.drop(columns={lat, lon, id_column or "id", *HEAD} & set(names))
     table = pd.DataFrame({"id": ids, "latitude": rows[lat], "longitude": rows[lon]})
     table = pd.concat([table, rest], axis=1)
     found: dict[int, str] = {}
-    items: list[Any] = []
-    for row, value in enumerate(inputs):
-        item, reason = _input(path, value, kind, column)
-        items.append(item)
+    items: list[Any] = [None] * len(rows)
+    for row, value in enumerate(() if location else rows[column]):
+        items[row], reason = _input(path, value, kind, column)
         if reason:
             found[row] = reason
     return _samples(table, items, kind, str(path), where, found, strict, (lat, lon))
@@ -277,7 +287,8 @@ def _find_input(
     columns = ", ".join(map(str, names))
     msg = (
         f"{path} has no column of images ({', '.join(IMAGES)}) or text ({', '.join(TEXTS)}); "
-        f"its columns are: {columns}. Name one with image= or text= (--image, --text)"
+        f"its columns are: {columns}. Name one with image= or text= (--image, --text); only a "
+        "location encoder does without (location=True)"
     )
     raise ValueError(msg)
 

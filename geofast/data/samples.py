@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-Kind = Literal["image", "text"]
+Kind = Literal["image", "text", "location"]
 
 
 class SampleError(ValueError):
@@ -93,7 +93,8 @@ class Samples:
     kind: Kind
     """What one input is."""
     inputs: Sequence[Any]
-    """One per row: a path, encoded bytes, a PIL image, a uint8 array [height, width, 3], a str."""
+    """One per row: a path, encoded bytes, a PIL image, a uint8 array [height, width, 3], a str, or
+    (latitude, longitude) in degrees."""
     source: str
     """Where the samples came from."""
     skipped: tuple[Skipped, ...] = ()
@@ -120,13 +121,14 @@ class Samples:
                 return str(item)
         return f"{self.source}, id {self.table['id'].iloc[index]}"
 
-    def load(self, index: int) -> Image.Image | str:
+    def load(self, index: int) -> Image.Image | str | tuple[float, float]:
         """Read one input.
 
         Returns
         -------
-        PIL.Image.Image or str
-            Images are RGB, turned upright by their EXIF orientation.
+        PIL.Image.Image, str or tuple of two floats
+            Images are RGB, turned upright by their EXIF orientation; places are latitude and
+            longitude in degrees.
 
         Raises
         ------
@@ -134,8 +136,10 @@ class Samples:
             When the image is missing, truncated or cannot be decoded; it names the file or row.
         """
         try:
-            item = self.inputs[index]
-            return str(item) if self.kind == "text" else decode(item)
+            item: Any = self.inputs[index]
+            if self.kind == "image":
+                return decode(item)
+            return str(item) if self.kind == "text" else (float(item[0]), float(item[1]))
         # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, EOFError and more.
         except Exception as err:
             raise SampleError(self.where(index), _reason(err)) from err
@@ -156,6 +160,11 @@ class Samples:
         )
         table = self.table.iloc[chosen].reset_index(drop=True)
         return replace(self, table=table, inputs=inputs)
+
+    def as_locations(self) -> Samples:
+        """Return the same samples with their places as inputs, as location encoders take them."""
+        places = self.table[["latitude", "longitude"]].to_numpy()
+        return replace(self, kind="location", inputs=[(a, b) for a, b in places.tolist()])
 
     def skipping(self, more: Iterable[Skipped]) -> Samples:
         """Return the same samples with `more` in `skipped`."""

@@ -67,7 +67,8 @@ def save(figure: Figure, path: Path) -> None:
 def layer_curve(run: Run) -> Figure:
     """Draw R2 against depth: a panel per split, a line per pool and prompt.
 
-    Bands are 1.96 standard errors over folds. Grey lines are controls; the star is the layer
+    Bands are 1.96 standard errors over folds. A control that has the model's sites is a line of
+    crosses for each of the model's, in its colour; another is a grey level. The star is the layer
     chosen on inner folds and scored on outer ones. The title is the finding.
 
     Parameters
@@ -177,18 +178,22 @@ def _draw_split(axes: Axes, run: Run, split: str, places: dict[str, int]) -> Non
 
 
 def _draw_controls(axes: Axes, run: Run, split: str, places: dict[str, int]) -> None:
-    """Grey: a curve for a control that has layers, a level for one that has not."""
-    controls = run.controls_of(split)
+    """Crosses for a control that has layers, in the colour of its pool; a grey level for others."""
+    own = {name: i for i, name in enumerate(_series(run.rows_of(split)))}
     styles = ((0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)))
-    for i, (control, rows) in enumerate(controls.groupby("control", sort=False)):
-        style = styles[i % len(styles)]
-        layered = rows[rows["site"].map(lambda s: s in places)]
-        if layered["site"].nunique() > 1:
-            best = layered.groupby("site", sort=False)["r2"].max()
-            x, y = [places[s] for s in best.index], best.to_numpy(np.float64)
-        else:
-            x, y = [0, max(len(places) - 1, 1)], np.full(2, rows["r2"].max(), dtype=np.float64)
-        axes.plot(x, y, linestyle=style, color=_GREY, lw=1.6, label=f"control: {control}")
+    for i, (control, rows) in enumerate(run.controls_of(split).groupby("control", sort=False)):
+        label = f"control: {control}"
+        if not text.has_sites(run, rows):
+            ends = [0, max(len(places) - 1, 1)]
+            style = styles[i % len(styles)]
+            highest = [rows["r2"].max()] * 2
+            axes.plot(ends, highest, linestyle=style, color=_GREY, lw=1.6, label=label)
+            continue
+        for name, part in _series(rows).items():
+            x = part["site"].map(lambda s: places[_trunk(s)[0]])
+            colour = COLOURS[own[name] % len(COLOURS)]
+            axes.plot(x, part["r2"], color=colour, lw=0.8, marker="x", ms=4.5)
+        axes.plot([], [], color=_GREY, lw=0.8, marker="x", ms=4.5, label=label)
 
 
 def _mark_honest(axes: Axes, run: Run, split: str, places: dict[str, int], width: int) -> None:
@@ -200,7 +205,7 @@ def _mark_honest(axes: Axes, run: Run, split: str, places: dict[str, int], width
         if y > honest.r2:
             side = "left" if x < len(places) / 2 else "right"
             axes.annotate(
-                f"R² {text.number(honest.r2, 2)}",
+                f"R² {text.number(honest.r2)}",
                 (x, y),
                 (11 if side == "left" else -11, 4),
                 textcoords="offset points",
@@ -219,7 +224,7 @@ def _mark_honest(axes: Axes, run: Run, split: str, places: dict[str, int], width
             zorder=5,
             label="honest best: chosen on inner folds",
         )
-        heading += f": honest best R² {text.with_error(honest.r2, honest.r2_se, 2)}\n"
+        heading += f": honest best R² {text.with_error(honest.r2, honest.r2_se)}\n"
         heading += _wrapped(text.honest_place(run, split), width)
     axes.set_title(heading, fontsize=11, loc="left")
 
@@ -230,7 +235,7 @@ def _say_what_is_cut(axes: Axes, run: Run, split: str) -> None:
     words = f"cut at {_FLOOR}"
     best = run.best_layer(split).optimistic.r2
     if best < _FLOOR:
-        words += f"; all sites are below, the highest R² is {text.number(best, 2)}"
+        words += f"; all sites are below, the highest R² is {text.number(best)}"
     axes.text(
         0.99, 0.12, words, transform=axes.transAxes, ha="right", fontsize=10, color=_GREY,
         bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 2},

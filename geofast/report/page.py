@@ -131,7 +131,10 @@ def _caption(run: Run, name: str) -> str:
     said = ["Held-out R² by layer."]
     if "r2_se" in run.layers.columns:
         said.append("Bands are ± 1.96 standard errors over folds.")
-    if any(len(run.controls_of(split)) for split in run.splits):
+    controls = [c for split in run.splits for _, c in run.controls_of(split).groupby("control")]
+    if any(text.has_sites(run, rows) for rows in controls):
+        said.append("Crosses are controls, in the colour of the same pool.")
+    if not all(text.has_sites(run, rows) for rows in controls):
         said.append("Grey lines are controls.")
     if any(run.best_layer(split).honest for split in run.splits):
         said.append("The star is the layer chosen on inner folds and scored on outer ones.")

@@ -12,8 +12,10 @@ import pandas as pd
 if TYPE_CHECKING:
     from ..run import Run
 
-SHORT = {"latitude": "lat", "longitude": "lon"}
+SHORT = {"latitude": "lat", "longitude": "lon", "random-weights": "random"}
+_WIDTH = 100  # of a terminal
 _LABEL = 20  # characters of a prompt label that a table shows
+_NARROW = 12  # beside several controls
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,20 @@ def place(run: Run, site: str, pool: str, prompt: str = "") -> str:
     return ", ".join(p for p in parts if p)
 
 
-def prompt_name(run: Run, prompt: str, width: int = _LABEL, mark: str = " ") -> str:
+def prompt_name(run: Run, prompt: str, width: int | None = None, mark: str = " ") -> str:
     """Name a prompt: as it is, or where the run has long ones, by its number and its beginning."""
     number = next((i for i, p in enumerate(long_prompts(run), 1) if p == prompt), 0)
-    return clip_label(f"{number}{mark}{prompt}" if number else prompt, width)
+    return clip_label(f"{number}{mark}{prompt}" if number else prompt, width or _label_width(run))
 
 
 def long_prompts(run: Run) -> list[str]:
     """Return all prompts of a run, which a legend tells in full; none when no table cuts one."""
     prompts = [p for p in dict.fromkeys(run.layers["prompt"]) if p]
-    return prompts if any(len(p) > _LABEL for p in prompts) else []
+    return prompts if any(len(p) > _label_width(run) for p in prompts) else []
+
+
+def _label_width(run: Run) -> int:
+    return _LABEL if run.layers["control"].nunique() < 3 else _NARROW
 
 
 def clip_label(label: str, width: int = _LABEL) -> str:
@@ -136,15 +142,22 @@ def finding(run: Run) -> list[str]:
         sentences.append(f"The median error of the best probe is {km(best['median_km'])} km.")
     honest = run.best_layer(first).honest
     if honest is not None:
-        score = with_error(honest.r2, honest.r2_se, 2)
+        score = with_error(honest.r2, honest.r2_se)
         sentences.append(
             f"Chosen on inner folds, the best layer scores R² {score}; "
-            f"the highest of the table is {number(best['r2'], 2)}."
+            f"the highest of the table is {number(best['r2'])}."
         )
     sentences += [_elsewhere(run, split, best["r2"]) for split in others]
-    controls = [f"{row['control']} {number(row['r2'], 2)}" for row in best_controls(run, first)]
+    controls = best_controls(run, first)
     if controls:
-        sentences.append(f"For comparison, R² of controls: {', '.join(controls)}.")
+        told = (f"{row['control']} {number(row['r2'])}" for row in controls)
+        sentences.append(f"For comparison, R² of controls: {', '.join(told)}.")
+    if high := [row["control"] for row in controls if row["r2"] >= best["r2"]]:
+        one = "scores" if len(high) == 1 else "score"
+        sentences.append(
+            f"{' and '.join(high)} {one} no lower than {name}, whose R² is then no sign of "
+            "learning."
+        )
     return sentences
 
 
@@ -160,11 +173,11 @@ def _reads(run: Run, row: pd.Series[Any]) -> str:
     if len(known) < 2:
         target = next(iter(known), " and ".join(run.targets) or "the target")
         verb = "reads" if _clear(row["r2"], row) else "does not read"
-        return f"{verb} {target}: R² {number(row['r2'], 2)}"
+        return f"{verb} {target}: R² {number(row['r2'])}"
     high, *_, low = sorted(known, key=lambda t: known[t], reverse=True)
-    numbers = f"R² {number(known[high], 2)} against {number(known[low], 2)}"
+    numbers = f"R² {number(known[high])} against {number(known[low])}"
     if len(known) > 2:
-        mean = number(row["r2"], 2)
+        mean = number(row["r2"])
         verb = "reads" if _clear(known[high], row) else "does not read even"
         return f"{verb} {high} best and {low} worst: {numbers}, {mean} on average"
     if not _clear(known[high], row):
@@ -172,7 +185,9 @@ def _reads(run: Run, row: pd.Series[Any]) -> str:
     if not _clear(known[low], row):
         return f"reads {high} but not {low}: {numbers}"
     if number(known[high], 2) == number(known[low], 2):
-        return f"reads {high} and {low} equally well: R² {number(known[high], 2)}"
+        return f"reads {high} and {low} equally well: R² {number(known[high])} and " + number(
+            known[low]
+        )
     return f"reads {high} better than {low}: {numbers}"
 
 
@@ -184,11 +199,11 @@ def _clear(r2: float, row: pd.Series[Any]) -> bool:
 
 def _elsewhere(run: Run, split: str, reference: float) -> str:
     row = top(run, split)
-    change = round(float(row["r2"]), 2) - round(float(reference), 2)
+    change = round(float(row["r2"]), 3) - round(float(reference), 3)
     verb = "falls to" if change < 0 else "rises to" if change > 0 else "stays at"
-    parts = [f"{t} {number(row[f'r2_{t}'], 2)}" for t in run.targets if f"r2_{t}" in row]
+    parts = [f"{t} {number(row[f'r2_{t}'])}" for t in run.targets if f"r2_{t}" in row]
     detail = f" ({', '.join(parts)})" if len(parts) in (2, 3) else ""
-    return f"With {split_words(split)} the highest R² {verb} {number(row['r2'], 2)}{detail}."
+    return f"With {split_words(split)} the highest R² {verb} {number(row['r2'])}{detail}."
 
 
 def best_controls(run: Run, split: str) -> list[pd.Series[Any]]:
@@ -197,28 +212,53 @@ def best_controls(run: Run, split: str) -> list[pd.Series[Any]]:
     return [rows.iloc[0] for _, rows in table.groupby("control", sort=False)]
 
 
-def _control_beside(controls: pd.DataFrame, pool: str, prompt: str) -> float:
-    """Give the highest R2 of the controls, of the same pool and prompt where they have them."""
-    values = []
-    for _, rows in controls.groupby("control", sort=False):
-        same = rows[(rows["pool"] == pool) & (rows["prompt"] == prompt)]
-        values.append(float((rows if same.empty else same)["r2"].max()))
-    return max(values, default=float("nan"))
+def has_sites(run: Run, rows: pd.DataFrame) -> bool:
+    """Tell whether a control's rows are of the model's own sites, and not of a raw input."""
+    return not set(run.layers["site"][run.layers["control"] == ""]).isdisjoint(rows["site"])
+
+
+def beside(layers: pd.DataFrame) -> pd.DataFrame:
+    """Give the R2 of every control at each place of a table of layers.
+
+    Parameters
+    ----------
+    layers
+        As `Run.layers`.
+
+    Returns
+    -------
+    DataFrame
+        The index of `layers`, and a column a control: its R2 in the same group and split, at the
+        same site, pool and prompt, or where it has no such sites, as a raw input has not, its
+        highest. Missing in the rows of controls.
+    """
+    own = layers["control"] == ""
+    sites = set(layers["site"][own])
+    out = pd.DataFrame(index=layers.index)
+    for control, rows in layers[~own].groupby("control", sort=False):
+        raw = rows[~rows["site"].isin(sites)]
+        values = pd.Series(float("nan"), index=layers.index)
+        for table, first in ((rows, 0), (raw, 2), (raw, 3)):
+            keys = ["site", "pool", "prompt", "group", "split"][first:]
+            highest = table.groupby(keys)["r2"].max()
+            here = highest.reindex(pd.MultiIndex.from_frame(layers[keys])).to_numpy()
+            values = values.fillna(pd.Series(here, index=layers.index))
+        out[str(control)] = values.where(own)
+    return out
 
 
 # ---------------------------------------------------------------- tables
 
 
 def summary_table(run: Run, split: str) -> Table:
-    """Best site of every pool and prompt of a split, with the best control beside it."""
-    rows, controls = run.rows_of(split), run.controls_of(split)
+    """Best site of every pool and prompt of a split, with every control there beside it."""
+    rows, controls = run.rows_of(split), beside(run.layers)
     prompts = bool((rows["prompt"] != "").any())
     targets = [t for t in run.targets if f"r2_{t}" in rows.columns][:3]
     has_km = "median_km" in rows.columns
-    kinds = list(dict.fromkeys(controls["control"]))
     headers = ["pool", *(["prompt"] if prompts else []), "best site", "R² ± se"]
     headers += [SHORT.get(t, t) for t in targets] + (["median km"] if has_km else [])
-    headers += [clip_label(kinds[0], 13) if len(kinds) == 1 else "controls"] if kinds else []
+    headers += [_control_name(c) for c in controls]
     cells = []
     for (pool, prompt), part in rows.groupby(["pool", "prompt"], sort=False):
         top = part.sort_values("r2", ascending=False, kind="stable").iloc[0]
@@ -226,14 +266,17 @@ def summary_table(run: Run, split: str) -> Table:
         row += [with_error(top["r2"], top.get("r2_se"))]
         row += [number(top[f"r2_{t}"]) for t in targets]
         row += [km(top["median_km"])] if has_km else []
-        row += [number(_control_beside(controls, pool, prompt))] if kinds else []
-        cells.append(row)
+        cells.append([*row, *map(number, controls.loc[top.name])])
     return Table(headers, cells, 3 if prompts else 2)
 
 
+def _control_name(control: str) -> str:
+    return clip_label(SHORT.get(control, control), 10)
+
+
 def groups_table(run: Run, split: str) -> Table | None:
-    """Best site of every group of a split, and how many samples it has; None without groups."""
-    table = run.layers
+    """Best site of every group of a split, its samples and controls; None without groups."""
+    table, controls = run.layers, beside(run.layers)
     rows = table[(table["split"] == split) & (table["control"] == "") & (table["group"] != "")]
     if rows.empty:
         return None
@@ -243,9 +286,10 @@ def groups_table(run: Run, split: str) -> Table | None:
         best = part.sort_values("r2", ascending=False, kind="stable").iloc[0]
         cell = [clip_label(str(group)), best["site"], best["pool"]]
         cell += [prompt_name(run, best["prompt"])] if several else []
-        cells.append([*cell, f"{best['n']:,}", with_error(best["r2"], best.get("r2_se"))])
+        cell += [f"{best['n']:,}", with_error(best["r2"], best.get("r2_se"))]
+        cells.append([*cell, *map(number, controls.loc[best.name])])
     words = ["group", "best site", "pool", *(["prompt"] if several else [])]
-    return Table([*words, "n", "R² ± se"], cells, len(words))
+    return Table([*words, "n", "R² ± se", *map(_control_name, controls)], cells, len(words))
 
 
 def notes(run: Run, split: str) -> list[str]:
@@ -282,15 +326,27 @@ def honest_place(run: Run, split: str) -> str:
 
 
 def layers_by_site(run: Run, split: str) -> Table:
-    """R2 of a split: a row per site, a column per pool and prompt."""
+    """R2 of a split: a row per site, a column per pool and prompt, and what controls have there.
+
+    A control with sites stands beside every column, a raw input once, at the end.
+    """
     rows = run.rows_of(split)
-    r2 = {(s, p, q): v for s, p, q, v in rows[["site", "pool", "prompt", "r2"]].to_numpy()}
+    controls = beside(run.layers).loc[rows.index]
+    columns: list[tuple[str, pd.Series[float]]] = []
+    of_split = run.controls_of(split)
+    raw = [c for c in controls if not has_sites(run, of_split[of_split["control"] == c])]
+    for (pool, prompt), part in rows.groupby(["pool", "prompt"], sort=False):
+        name = clip_label(f"{pool} {prompt_name(run, prompt)}".strip(), 18)
+        own = part.set_index("site")["r2"]
+        columns.append((name, own))
+        for control in controls.columns.drop(raw):
+            there = pd.Series(controls.loc[part.index, control].to_numpy(), part["site"])
+            columns.append((_control_name(control), there))
+    inputs = ((_control_name(c), controls[c].groupby(rows["site"]).max()) for c in raw)
+    columns.extend(inputs)
     sites = list(dict.fromkeys(rows["site"]))
-    columns = list(dict.fromkeys(zip(rows["pool"], rows["prompt"], strict=True)))
-    names = [f"{pool} {prompt_name(run, prompt)}".strip() for pool, prompt in columns]
-    headers = [clip_label(name, 18) for name in names]
-    cells = [[site, *(number(r2.get((site, *c))) for c in columns)] for site in sites]
-    return Table(["site", *headers], cells, 1)
+    cells = [[site, *(number(values.get(site)) for _, values in columns)] for site in sites]
+    return Table(["site", *(name for name, _ in columns)], cells, 1)
 
 
 def layer_table(run: Run, split: str) -> str:

@@ -447,6 +447,117 @@ def bert():
     return t.BertModel(t.BertConfig(**TEXT)), tokenizer()
 
 
+# ------ open_clip and timm: each writes a checkpoint and returns the name that gf.load takes
+
+CONTEXT = 24
+OPEN_CLIP_VISION = dict(image_size=32, layers=3, width=32, head_width=8, patch_size=8)
+OPEN_CLIP_TEXT = dict(context_length=CONTEXT, width=32, heads=4, layers=3)
+
+
+def _open_clip(folder, name, tokens=None, **config):
+    import json
+
+    import open_clip
+
+    vision = config.pop("vision_cfg", OPEN_CLIP_VISION)
+    text = OPEN_CLIP_TEXT | config.pop("text_cfg", {})
+    if tokens is not None:
+        tokens.save_pretrained(folder / "tokenizer")
+        text |= dict(hf_tokenizer_name=str(folder / "tokenizer"), vocab_size=120)
+    config |= dict(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{name}.json")
+    model = open_clip.create_model(name, pretrained_text=False)
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return f"open_clip:{name}/{folder}/weights.pt"
+
+
+def open_clip_clip(folder):
+    return _open_clip(folder, "tiny-clip")
+
+
+def open_clip_custom_text(folder):
+    return _open_clip(folder, "tiny-custom-text", custom_text=True, quick_gelu=True)
+
+
+def open_clip_siglip(folder):
+    """A vision tower of timm without a cls token, and texts that are padded with their end."""
+    vision = dict(image_size=160, timm_model_name="test_vit3", timm_pool="map", timm_proj="linear")
+    text = dict(no_causal_mask=True, proj_bias=True, pool_type="last")
+    return _open_clip(
+        folder, "tiny-siglip", tokenizer(), vision_cfg=vision, text_cfg=text, custom_text=True,
+        init_logit_bias=-10,
+    )  # fmt: skip
+
+
+def open_clip_roberta(folder):
+    """A text tower of transformers."""
+    import transformers as t
+
+    t.XLMRobertaConfig(**TEXT | {"max_position_embeddings": 66}, pad_token_id=0).save_pretrained(
+        folder / "text"
+    )
+    text = dict(hf_model_name=str(folder / "text"), hf_pooler_type="mean_pooler")
+    return _open_clip(folder, "tiny-roberta", tokenizer(), text_cfg=text)
+
+
+def open_clip_coca(folder):
+    vision = OPEN_CLIP_VISION | dict(
+        attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=6, output_tokens=True
+    )
+    captions = dict(context_length=CONTEXT, vocab_size=49408, width=32, heads=4, layers=3)
+    return _open_clip(
+        folder, "tiny-coca", vision_cfg=vision, text_cfg=dict(embed_cls=True, output_tokens=True),
+        multimodal_cfg=captions, custom_text=True,
+    )  # fmt: skip
+
+
+def _timm(folder, name, **small):
+    import timm
+
+    model = timm.create_model(name, num_classes=5, **small)
+    data = dict(input_size=(3, small["img_size"], small["img_size"])) if "img_size" in small else {}
+    timm.models.save_for_hf(model, folder, safe_serialization=True, data_config=data)
+    return f"timm:local-dir:{folder}"
+
+
+TIMM_VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4)
+
+
+def timm_vit(folder):
+    return _timm(folder, "vit_tiny_patch16_224", **TIMM_VIT)
+
+
+def timm_vit_registers(folder):
+    return _timm(folder, "vit_small_patch14_reg4_dinov2", **TIMM_VIT)
+
+
+def timm_deit_distilled(folder):
+    return _timm(folder, "deit_tiny_distilled_patch16_224", **TIMM_VIT)
+
+
+def timm_eva02(folder):
+    return _timm(folder, "eva02_tiny_patch14_224", **TIMM_VIT)
+
+
+def timm_vit_siglip(folder):
+    return _timm(folder, "vit_base_patch16_siglip_224", **TIMM_VIT)
+
+
+def timm_cait(folder):
+    """Its cls token comes in after the blocks."""
+    return _timm(folder, "cait_xxs24_224", **TIMM_VIT)
+
+
+def timm_swin(folder):
+    small = dict(img_size=32, patch_size=4, embed_dim=8, depths=(2, 2, 2), num_heads=(2, 2, 2))
+    return _timm(folder, "swin_tiny_patch4_window7_224", **small, window_size=2)
+
+
+def timm_convnext(folder):
+    return _timm(folder, "convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
+
+
 VISION_FAMILIES = (
     vit, deit, dinov2, dinov2_registers, dinov3_vit, dinov3_convnext, vit_mae, sam, beit, swin,
     siglip_vision,
@@ -457,12 +568,22 @@ TALKING_FAMILIES = (
     idefics3, smolvlm, mistral3,
 )  # fmt: skip
 LANGUAGE_FAMILIES = (llama, qwen3, gemma2, mistral, gpt_neox, gpt2, bert)
+OPEN_CLIP_FAMILIES = (
+    open_clip_clip, open_clip_custom_text, open_clip_siglip, open_clip_roberta, open_clip_coca,
+)  # fmt: skip
+TIMM_FAMILIES = (
+    timm_vit, timm_vit_registers, timm_deit_distilled, timm_eva02, timm_vit_siglip, timm_cait,
+    timm_swin, timm_convnext,
+)  # fmt: skip
+ZOO_FAMILIES = (*OPEN_CLIP_FAMILIES, *TIMM_FAMILIES)
 NEEDS = {"smolvlm": "num2words", "mistral3": "torchvision"}  # what transformers' processor imports
 
 
 def save(family, folder):
-    """Write the checkpoint of `family` and its processor."""
+    """Write the checkpoint of `family` and its processor; return what gf.load takes."""
     torch.manual_seed(0)
+    if family in ZOO_FAMILIES:
+        return family(folder)
     model, processor = family()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

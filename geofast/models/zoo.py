@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ from torch import nn
 
 from .inputs import stack_images
 from .model import Batch, Model, Stage
-from .structure import Tower, find_towers
+from .packages import optional
+from .structure import find_towers
 
 _OF_A_FOLDER = ("hf-hub:", "local-dir:")
 """How both libraries spell a repository of the Hub and a folder, which bring all they need."""
@@ -59,7 +58,7 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype | None) -
         When the checkpoint cannot be fetched or does not fit the architecture; when torchvision
         does not fit torch.
     """
-    open_clip = _library("open_clip")
+    open_clip = optional("open_clip", "zoo")
     of_a_folder = name.startswith(_OF_A_FOLDER)
     architecture, _, weights = (name, "", "") if of_a_folder else name.partition("/")
     if not of_a_folder:
@@ -74,20 +73,13 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype | None) -
         module = build(pretrained=weights or None, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(architecture)
     module = module.eval().to(device, dtype)
-    transform = open_clip.image_transform_v2(
-        open_clip.transform.PreprocessCfg(**module.visual.preprocess_cfg), is_train=False
-    )
-    called = f"open_clip:{Path(name).name if of_a_folder else name}"
-    build = partial(build, load_weights=False)
-    towers = {tower.name: tower for tower in find_towers(module)}
-    text = Model(
-        called, module, (_with_joint(_Call(module, "encode_text"), towers["text"]),), "text",
-        None, _Tokenize(tokenizer), notes=notes, untrained=build,
-    )  # fmt: skip
-    image = Model(
-        called, module, (_with_joint(_Call(module, "encode_image"), towers["vision"]),), "image",
-        _Transform(transform), _stack, text, notes=notes, untrained=build,
-    )  # fmt: skip
+    configured = open_clip.transform.PreprocessCfg(**module.visual.preprocess_cfg)
+    transform = open_clip.transform.image_transform_v2(configured, is_train=False)
+    called = f"{architecture}/{Path(weights).name}" if weights else _short(name)
+    untrained = partial(build, load_weights=False)
+    model = partial(Model, f"open_clip:{called}", module, notes=notes, untrained=untrained)
+    text = model((_side(module, "text"),), "text", None, _Tokenize(tokenizer))
+    image = model((_side(module, "image"),), "image", _Transform(transform), _stack, text)
     return _with_prefix_of_blocks(image, getattr(module.visual, "trunk", None))
 
 
@@ -117,7 +109,7 @@ def load_timm(name: str, device: torch.device, dtype: torch.dtype | None) -> Mod
         When the checkpoint cannot be fetched or does not fit the architecture; when torchvision
         does not fit torch.
     """
-    timm = _library("timm")
+    timm = optional("timm", "zoo")
     of_a_folder = name.startswith(_OF_A_FOLDER)
     if not of_a_folder:
         _require_timm_has(timm, name)
@@ -129,46 +121,17 @@ def load_timm(name: str, device: torch.device, dtype: torch.dtype | None) -> Mod
     module = module.eval().to(device, dtype)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(module))
     stage = Stage(_Call(module, "forward_features"), find_towers(module))
-    called = f"timm:{Path(name).name if of_a_folder else name}"
+    called = _short(name) if of_a_folder else name
     model = Model(
-        called, module, (stage,), "image", _Transform(transform), _stack, untrained=build
-    )  # fmt: skip
+        f"timm:{called}", module, (stage,), "image", _Transform(transform), _stack, untrained=build
+    )
     return _with_prefix_of_blocks(model, module)
 
 
-def require_torchvision_that_fits() -> None:
-    """Raise where torchvision is installed, but for another torch than the one that is here.
-
-    Raises
-    ------
-    RuntimeError
-        Naming both versions; its own error speaks of an operator that does not exist.
-    """
-    if find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except Exception as error:
-        msg = (
-            f"torchvision {version('torchvision')} was built for another torch than the one here, "
-            f"{torch.__version__}: install the torchvision that belongs to torch "
-            f"{torch.__version__}, from where this torch came ({str(error).splitlines()[0]})"
-        )
-        raise RuntimeError(msg) from error
-
-
-def _library(name: str) -> Any:
-    if find_spec(name) is None:
-        msg = f"{name}: models need the package {name}: pip install 'geofast[zoo]'"
-        raise ImportError(msg)
-    require_torchvision_that_fits()
-    if name == "timm":
-        import timm
-
-        return timm
-    import open_clip
-
-    return open_clip
+def _short(name: str) -> str:
+    """Name a folder as it is called itself, and a repository in full."""
+    source, _, place = name.partition(":")
+    return Path(place).name if source == "local-dir" else place
 
 
 def _require_open_clip_has(library: Any, architecture: str, weights: str) -> None:
@@ -237,8 +200,15 @@ class _Call(nn.Module):
         return getattr(self.model, self.method)(inputs, **more)
 
 
-def _with_joint(body: nn.Module, tower: Tower) -> Stage:
-    """Take what the call returns for the joint embedding: most projections are no module."""
+def _side(module: nn.Module, kind: str) -> Stage:
+    """Return the call that encodes images or texts, its tower and its joint embedding."""
+    body = _Call(module, f"encode_{kind}")
+    name = {"image": "vision", "text": "text"}[kind]
+    tower = next((t for t in find_towers(module) if t.name == name), None)
+    if tower is None:
+        msg = f"no residual blocks found in the {name} tower of this {type(module).__name__}"
+        raise ValueError(msg)
+    # What the call returns: most of these projections are no module.
     return Stage(body, (replace(tower, head=body),))
 
 
@@ -257,7 +227,8 @@ def _with_prefix_of_blocks(model: Model, trunk: Any) -> Model:
         return model
     last = f"vision.layers.{len(tower.blocks) - 1}"
     if len(before) == 4 or before[1] == patches == _shape(model, last)[1]:
-        return replace(model, stages=(replace(stage, towers=(replace(tower, prefix=()),)),))
+        bare = replace(tower, prefix=(), norm=None)  # the norm would see them too
+        return replace(model, stages=(replace(stage, towers=(bare,)),))
     msg = (
         f"{model.name} has {' and '.join(tower.prefix)} tokens, but its blocks do not begin with "
         "them and the patches: its tokens cannot be told apart"

@@ -1,0 +1,49 @@
+"""Packages that geofast can do without, and what to do where one is missing or does not fit."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+
+def optional(name: str, extra: str) -> Any:
+    """Import a package that the extra `extra` of geofast installs.
+
+    Raises
+    ------
+    ImportError
+        When it is not installed.
+    RuntimeError
+        See `require_torchvision_that_fits`.
+    """
+    if find_spec(name) is None:
+        msg = f"{name}: names a model of the package {name}: pip install 'geofast[{extra}]'"
+        raise ImportError(msg)
+    require_torchvision_that_fits()
+    return import_module(name)
+
+
+def require_torchvision_that_fits() -> None:
+    """Raise where torchvision is installed, but for another torch than the one that is here.
+
+    Raises
+    ------
+    RuntimeError
+        Naming both versions; torchvision's own error is of an operator that does not exist.
+    """
+    if find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        said = (str(error).splitlines() or [repr(error)])[0]
+        msg = (
+            f"torchvision {version('torchvision')} was built for another torch than "
+            f"{torch.__version__}, which is here ({said}): install the torchvision that belongs to "
+            f"torch {torch.__version__}, from where this torch came"
+        )
+        raise RuntimeError(msg) from error

@@ -6,9 +6,10 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 _ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
 
@@ -20,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # as of `geofast show RUN | head`, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        _discard(sys.stdout)  # for the flush at the exit
         return 141  # what a shell makes of SIGPIPE
     except _ERRORS as error:
         if options.traceback:
@@ -31,6 +32,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("geofast: stopped; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is written to a stream from now on nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Patient:
+    """A stream whose reader may leave."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, as long as somebody reads."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            _discard(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, as long as somebody reads."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            _discard(self._stream)
+
+
+@contextmanager
+def _whoever_listens() -> Iterator[None]:
+    """Go on when the reader of our output leaves: the run is in the folder, not in the pipe."""
+    out: Any = _Patient(sys.stdout)
+    err: Any = _Patient(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        yield
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="check that a model is read rightly")
     _model_argument(doctor)
+    doctor.add_argument("--data", help="samples to take examples from, and to say noise in R2 by")
+    doctor.add_argument("--image", help="column of image paths")
+    doctor.add_argument("--text", help="column of texts")
     _loading_options(doctor)
     doctor.set_defaults(run=_doctor)
 
@@ -86,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _model_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "model", help="Hugging Face Hub id or folder, FILE.gguf, ID:FILE.gguf, or a PEFT adapter"
+        "model",
+        help="Hugging Face Hub id or folder, FILE.gguf, ID:FILE.gguf, or a PEFT adapter; "
+        "open_clip:ARCH/PRETRAINED, timm:NAME, location:geoclip, location:satclip:FILE",
     )
 
 
@@ -147,8 +192,9 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--seed", type=int, default=42, help="of the folds (default: 42)")
     how.add_argument(
-        "--control", nargs="+", default=[], choices=["random-weights"],
-        help="also probe a twin of the model with random weights",
+        "--control", nargs="+", default=[], choices=["random-weights", "pixels", "tokens"],
+        help="also probe a twin of the model with random weights, or the input itself: 16 x 16 "
+        "pixels of images, a bag of the tokens of texts",
     )  # fmt: skip
     how.add_argument("--alphas", nargs="+", type=float, help="penalties (default: 12, 0.1 to 1e4)")
     how.add_argument(
@@ -197,25 +243,27 @@ def _probe(o: argparse.Namespace) -> None:
     from . import _folder
     from .data import read
     from .geo.folds import parse_split
+    from .models.location import of_places
     from .probe import probe
 
     out = o.out.expanduser().resolve()
     _folder.check_free(out, o.overwrite)  # before the forward pass, not after it
     samples = read(
-        o.data, image=o.image, text=o.text, latitude=o.latitude, longitude=o.longitude, id=o.id,
-        strict=o.strict,
+        o.data, image=o.image, text=o.text, location=of_places(o.model), latitude=o.latitude,
+        longitude=o.longitude, id=o.id, strict=o.strict,
     )  # fmt: skip
     optional = {"targets": o.targets, "alphas": o.alphas}
-    run = probe(
-        o.model, samples, sites=o.sites, pool=o.pool, prompts=o.prompt,
-        split=[parse_split(text, o.folds, o.seed) for text in o.split],
-        group=o.group, select=o.select, storage=o.storage,
-        batch_size=o.batch_size,
-        workers=o.workers, scratch=_folder.above(out), strict=o.strict, progress=True,
-        check=not o.unchecked, controls=o.control,
-        **_loading(o), **{name: value for name, value in optional.items() if value},
-    )  # fmt: skip
-    run.save(o.out, overwrite=o.overwrite)
+    with _whoever_listens():
+        run = probe(
+            o.model, samples, sites=o.sites, pool=o.pool, prompts=o.prompt,
+            split=[parse_split(text, o.folds, o.seed) for text in o.split],
+            group=o.group, select=o.select, storage=o.storage,
+            batch_size=o.batch_size,
+            workers=o.workers, scratch=_folder.above(out), strict=o.strict, progress=True,
+            check=not o.unchecked, controls=o.control,
+            **_loading(o), **{name: value for name, value in optional.items() if value},
+        )  # fmt: skip
+        run.save(o.out, overwrite=o.overwrite)
     _print(run, o.out)
 
 
@@ -224,8 +272,9 @@ def _demo(o: argparse.Namespace) -> None:
 
     out = o.out or Path("runs") / o.name
     _folder.check_free(out.expanduser().resolve(), o.overwrite)
-    run = getattr(demo, o.name)(o.samples, **({"alphas": o.alphas} if o.alphas else {}))
-    run.save(out, overwrite=o.overwrite)
+    with _whoever_listens():
+        run = getattr(demo, o.name)(o.samples, **({"alphas": o.alphas} if o.alphas else {}))
+        run.save(out, overwrite=o.overwrite)
     _print(run, out)
 
 
@@ -249,9 +298,13 @@ def _loading(o: argparse.Namespace) -> dict[str, Any]:
 
 
 def _doctor(o: argparse.Namespace) -> None:
+    from .data import read
     from .doctor import doctor
+    from .models.location import of_places
 
-    diagnosis = doctor(o.model, **_loading(o))
+    places = of_places(o.model)
+    data = o.data and read(o.data, image=o.image, text=o.text, location=places)
+    diagnosis = doctor(o.model, data=data, **_loading(o))
     print(diagnosis)
     if not diagnosis.ok:
         raise SystemExit(1)

@@ -329,7 +329,7 @@ def add_sentence(error: Exception, sentence: str) -> None:
 def worded(samples: Samples, prompts: str | Sequence[str] | None) -> dict[str, Samples]:
     """Put text into the words of every prompt; by the prompt, or by "" where there is one.
 
-    Images stay as they are: their prompts go into the model (`ready`).
+    Images and places stay as they are: an image's prompts go into the model (`ready`).
 
     Raises
     ------
@@ -337,7 +337,7 @@ def worded(samples: Samples, prompts: str | Sequence[str] | None) -> dict[str, S
         For no prompt, one twice, or one that cannot be filled in.
     """
     many = _several(prompts, "{text}")
-    if samples.kind == "image":
+    if samples.kind != "text":
         return {"": samples}
     return {prompt if len(many) > 1 else "": _word(samples, prompt) for prompt in many}
 
@@ -366,7 +366,7 @@ def ready(
         When it does not read them, takes no prompt beside an image, or has no such site.
     """
     model = model.reading(samples.kind)
-    if samples.kind == "image" and prompts is not None:
+    if samples.kind != "text" and prompts is not None:
         model = model.asking(_several(prompts, ""))
     return model.until(model.sites(sites))
 

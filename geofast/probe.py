@@ -30,6 +30,7 @@ from .geo import Split, fold_scores, great_circle_km
 from .geo.folds import KFold, as_split
 from .gram import Gram
 from .models import DeviceMap, Model, load
+from .models.location import of_places
 from .models.twin import random_twin
 from .plan import Task, make_plan, make_tasks, with_cells, without_skipped
 from .report.text import beside
@@ -73,7 +74,7 @@ def probe(
     model
         What `load` takes.
     data
-        What `data.read` takes, or `Samples`.
+        What `data.read` takes, or `Samples`. A location encoder reads the places of any samples.
     sites
         Names or globs; None takes `embed` and every layer of every tower.
     pool
@@ -137,7 +138,9 @@ def probe(
         When `scratch` has no room for the run or for rows that must go to disk.
     """
     clock = _Clock()
-    samples = data if isinstance(data, Samples) else read(data, strict=strict)
+    places = of_places(model)
+    samples = data if isinstance(data, Samples) else read(data, location=places, strict=strict)
+    samples = samples.as_locations() if places else samples
     splits = _as_splits(split)
     targets = [targets] if isinstance(targets, str) else list(targets)
     given = _Given(samples, _targets(samples, targets), dict(baselines or {}))

@@ -567,12 +567,15 @@ def test_random_weights_are_probed_beside_the_models_own():
     run = gf.probe(vision, data, controls="random-weights", workers=0)
     plain = gf.probe(vision, data, workers=0)
     mine = run.layers[run.layers["control"] == ""]
+    paired = mine["r2:random-weights"]
+    mine = mine.drop(columns="r2:random-weights")
     pd.testing.assert_frame_equal(mine.reset_index(drop=True), plain.layers)
     twin = run.layers[run.layers["control"] == "random-weights"]
     assert list(twin["site"]) == list(mine["site"])
     assert set(twin["tower"]) == {"vision"}
     alone = gf.probe(random_twin(vision), data, workers=0).layers
     np.testing.assert_array_equal(twin["r2"], alone["r2"])
+    np.testing.assert_array_equal(twin["r2"], paired)
     assert not np.allclose(twin["r2"], mine["r2"])
     assert run.best.site == plain.best.site
     assert {p.site for p in run.probes.values()} == set(mine["site"])
@@ -582,5 +585,5 @@ def test_random_weights_are_probed_beside_the_models_own():
     np.testing.assert_allclose(
         by_gram.sort_values(order)["r2"], rows.sort_values(order)["r2"], atol=1e-6
     )
-    with pytest.raises(ValueError, match="unknown control 'noise'; there is random-weights"):
+    with pytest.raises(ValueError, match="unknown control 'noise'; there is random-weights, pix"):
         gf.probe(vision, data, controls=["noise"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from torch import nn
 
 from . import zoo
-from .adapters import Adapter, base_of, find_adapter, put_on, refuse_one_inside
+from .adapters import Adapter, base_of, find_adapter, put_on, refuse_one_inside, wears_one
 from .assemble import assemble
 from .checkpoint import DeviceMap, notes, read_config, read_module
 from .hub import Source, find
+from .location import load_location
 from .model import Batch, Model, wrap
 from .processors import Given, OfCheckpoint
 
@@ -51,7 +53,7 @@ def load(
         None takes a GPU where there is one, else the CPU; an nn.Module stays where it is.
     dtype
         None takes float32 on the CPU, where narrower types run slower, and the checkpoint's own
-        dtype elsewhere; an nn.Module keeps its own.
+        dtype elsewhere and where it is quantised; an nn.Module keeps its own.
     device_map
         For a checkpoint, in place of `device`: `auto` spreads it over all GPUs, the main memory and
         the disk, in this order; or a mapping from parts to devices, as accelerate takes it.
@@ -102,9 +104,11 @@ def load(
             msg = f"{name}= goes with an nn.Module; a checkpoint brings its own processor"
             raise ValueError(msg)
     library, _, of_library = str(model).partition(":")
-    if library in ("open_clip", "timm"):
+    if library in ("open_clip", "timm", "location"):
         if extra := [name for name in named if name not in ("device", "dtype")]:
             raise ValueError(f"{' and '.join(extra)} goes with a checkpoint of transformers")
+        if library == "location":
+            return load_location(of_library, where, dtype)
         return zoo.load(library, of_library, where, dtype)
     text = str(model).removeprefix("hf:")
     source = find(text, trust_remote_code=trust_remote_code)
@@ -133,9 +137,10 @@ def _from_module(module: nn.Module, prepare: Any, processor: Any) -> Model:
         )
         raise ValueError(msg)
     module = base_of(module)
+    name = type(module).__name__ + (" + adapter" if wears_one(module) else "")
     if prepare is not None:
-        return wrap(module, prepare)
-    return assemble(type(module).__name__, module, Given(processor))
+        return replace(wrap(module, prepare), name=name)
+    return assemble(name, module, Given(processor))
 
 
 def _base_and_adapter(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch import nn
 from .model import Batch, Model, Stage
 from .structure import Tower
 
+LIBRARY = "location"
+"""What names of location encoders begin with, as `load` takes them."""
 SIGMAS = (2.0**0, 2.0**4, 2.0**8)
 
 
@@ -415,6 +418,68 @@ def load_satclip(state: Mapping[str, torch.Tensor]) -> SphericalSiren:
 
 
 # ------------------------------------------------------------------------------ for the engine
+
+
+def of_places(model: Any) -> bool:
+    """Tell, before it is loaded, whether what `load` takes is a location encoder."""
+    if isinstance(model, Model):
+        return model.kind == "location"
+    return isinstance(model, str) and model.startswith(f"{LIBRARY}:")
+
+
+def load_location(name: str, device: torch.device, dtype: torch.dtype | None) -> Model:
+    """Load a location encoder; `load` calls this for `location:geoclip` and `location:satclip:...`.
+
+    Parameters
+    ----------
+    name
+        `geoclip`, or `satclip:PATH` with the path of a state dict, which `torch.save` or
+        safetensors wrote, alone or under `state_dict`.
+    device
+        Where it is to run.
+    dtype
+        float32 or float64; None takes the former. Degrees in half precision would be off by tens of
+        kilometres.
+
+    Raises
+    ------
+    FileNotFoundError
+        When there is no such file.
+    ValueError
+        For any other name or dtype, and for another model's state dict.
+    RuntimeError
+        When the file cannot be read, or the wheel of geoclip not be fetched.
+    """
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"a location encoder runs in float32 or float64; got dtype={dtype}")
+    kind, _, path = name.partition(":")
+    if name == "geoclip":
+        model = geoclip()
+    elif kind == "satclip" and path:
+        model = as_model(Path(path).stem, load_satclip(_state_dict(Path(path).expanduser())))
+    else:
+        msg = f"there is no location encoder {LIBRARY}:{name}; write {LIBRARY}:geoclip or "
+        raise ValueError(msg + f"{LIBRARY}:satclip:PATH, the path being that of a state dict")
+    model.module.to(device, dtype)
+    return model
+
+
+def _state_dict(path: Path) -> Mapping[str, torch.Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise nearly anything
+        msg = (
+            f"{path} cannot be read as a state dict ({type(error).__name__}). Of a checkpoint that "
+            "holds more than tensors, save the state_dict alone, by torch.save"
+        )
+        raise RuntimeError(msg) from error
+    return found.get("state_dict", found)  # type: ignore[no-any-return]
 
 
 def as_model(name: str, encoder: GeoCLIPEncoder | SphericalSiren) -> Model:

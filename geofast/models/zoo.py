@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .hub import find
 from .inputs import stack_images
 from .model import Batch, Model, Stage
 from .packages import optional
@@ -52,8 +53,8 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype | None) -
         When open_clip is not installed.
     ValueError
         For an architecture or a tag that open_clip does not have, or without a tag.
-    FileNotFoundError
-        When there is no such checkpoint.
+    FileNotFoundError, PermissionError, ConnectionError
+        When there is no such checkpoint, it is gated, or the Hub cannot be reached.
     RuntimeError
         When the checkpoint cannot be fetched or does not fit the architecture; when torchvision
         does not fit torch.
@@ -61,7 +62,9 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype | None) -
     open_clip = optional("open_clip", "zoo")
     of_a_folder = name.startswith(_OF_A_FOLDER)
     architecture, _, weights = (name, "", "") if of_a_folder else name.partition("/")
-    if not of_a_folder:
+    if of_a_folder:
+        _require_place(name, "open_clip_config.json")
+    else:
         _require_open_clip_has(open_clip, architecture, weights)
     notes: tuple[str, ...] = ()
     build = partial(open_clip.create_model, architecture, pretrained_text=False)
@@ -103,8 +106,8 @@ def load_timm(name: str, device: torch.device, dtype: torch.dtype | None) -> Mod
     ValueError
         For a name or a tag that timm does not have, or one without trained weights; for a model
         whose tokens cannot be told apart.
-    FileNotFoundError
-        When there is no such folder.
+    FileNotFoundError, PermissionError, ConnectionError
+        When there is no such checkpoint, it is gated, or the Hub cannot be reached.
     RuntimeError
         When the checkpoint cannot be fetched or does not fit the architecture; when torchvision
         does not fit torch.
@@ -113,8 +116,8 @@ def load_timm(name: str, device: torch.device, dtype: torch.dtype | None) -> Mod
     of_a_folder = name.startswith(_OF_A_FOLDER)
     if not of_a_folder:
         _require_timm_has(timm, name)
-    elif name.startswith("local-dir:") and not Path(name.partition(":")[2]).is_dir():
-        raise FileNotFoundError(f"there is no folder {name.partition(':')[2]}")
+    else:
+        _require_place(name, "config.json")
     build = partial(timm.create_model, name, num_classes=0)
     with _fetching(name):
         module = build(pretrained=True)
@@ -134,6 +137,15 @@ def _short(name: str) -> str:
     return Path(place).name if source == "local-dir" else place
 
 
+def _require_place(name: str, file: str) -> None:
+    """See that the folder or repository is there; the libraries ask the Hub for half a minute."""
+    source, _, place = name.partition(":")
+    if source == "local-dir" and not Path(place).is_dir():
+        raise FileNotFoundError(f"there is no folder {place}")
+    if not find(place.partition("@")[0], file=file).complete:
+        raise FileNotFoundError(f"{place} has no {file}: it is of another library")
+
+
 def _require_open_clip_has(library: Any, architecture: str, weights: str) -> None:
     known = library.list_models()
     if architecture not in known:
@@ -147,7 +159,12 @@ def _require_open_clip_has(library: Any, architecture: str, weights: str) -> Non
             f"open_clip:{architecture}/CHECKPOINT; of tags, {has}"
         )
         raise ValueError(msg)
-    if library.get_pretrained_cfg(architecture, weights) or Path(weights).is_file():
+    if known_as := library.get_pretrained_cfg(architecture, weights):
+        repository, _, file = known_as.get("hf_hub", "").rpartition("/")
+        if repository:
+            find(repository, file=file or "open_clip_model.safetensors")
+        return
+    if Path(weights).is_file():
         return
     if len(Path(weights).parts) > 1 or Path(weights).suffix:
         raise FileNotFoundError(f"there is no file {weights}; of tags for {architecture}, {has}")
@@ -160,6 +177,9 @@ def _require_timm_has(library: Any, name: str) -> None:
         near = _near(architecture, library.list_models())
         raise ValueError(f"timm has no model {architecture!r}{near}")
     if library.models.is_model_pretrained(name):
+        known_as = library.models.get_pretrained_cfg(name)
+        if known_as.hf_hub_id:
+            find(known_as.hf_hub_id, file=known_as.hf_hub_filename or "model.safetensors")
         return
     tags = library.list_pretrained(f"{architecture}.*")
     has = f"it has {', '.join(tags)}" if tags else "timm:local-dir:FOLDER takes your own"
@@ -173,14 +193,14 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 @contextmanager
 def _fetching(name: str) -> Iterator[None]:
-    """Turn whatever a missing or broken checkpoint raises into one sentence."""
+    """Turn whatever a broken checkpoint raises into one sentence."""
     try:
         yield
     except Exception as error:
         said = str(error).strip().splitlines() or [repr(error)]
         msg = (
             f"{name} cannot be loaded: {said[0].rstrip('.:')} ({type(error).__name__}). Is the "
-            "network there, and is the checkpoint whole and of this architecture?"
+            "checkpoint whole, and of this architecture?"
         )
         raise RuntimeError(msg) from error
 

@@ -1,0 +1,53 @@
+"""Packages that are missing, or that do not fit what is there."""
+
+import pytest
+import torch
+
+import geofast as gf
+from geofast.models import packages
+from geofast.models.hub import Source, reading
+
+
+@pytest.fixture
+def misfit(tmp_path, monkeypatch):
+    """A torchvision for another torch, as it behaves when it is imported."""
+    folder = tmp_path / "torchvision"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')"
+    )
+    (tmp_path / "torchvision-0.0.7.dist-info").mkdir()
+    (tmp_path / "torchvision-0.0.7.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.0.7\n"
+    )
+    (tmp_path / "timm.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+MESSAGE = (
+    rf"torchvision 0.0.7 was built for another torch than {torch.__version__}, which is here "
+    r"\(operator torchvision::nms does not exist\): install the torchvision that belongs to torch"
+).replace("+", r"\+")
+
+
+@pytest.mark.usefixtures("misfit")
+def test_a_torchvision_for_another_torch():
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        gf.load("timm:vit_tiny_patch16_224")
+    with pytest.raises(RuntimeError, match=MESSAGE), reading("weights", Source("org/model")):
+        raise ImportError("operator torchvision::nms does not exist")
+
+
+def test_without_torchvision_another_error_stays_itself(monkeypatch):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    message = "weights of org/model cannot be loaded: broken"
+    with pytest.raises(RuntimeError, match=message), reading("weights", Source("org/model")):
+        raise OSError("broken")
+
+
+@pytest.mark.parametrize("name", ["open_clip", "timm"])
+def test_a_package_that_is_not_installed(name, monkeypatch):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    message = rf"{name}: names a model of the package {name}: pip install 'geofast\[zoo\]'"
+    with pytest.raises(ImportError, match=message):
+        gf.load(f"{name}:ViT-B-32/openai")

@@ -8,6 +8,7 @@ from . import data
 from ._core import __version__
 from .capture import capture
 from .doctor import doctor
+from .forecast import Forecast, plan
 from .geo import Blocks, GroupKFold, KFold
 from .gram import Gram
 from .models import Model, load
@@ -16,6 +17,7 @@ from .probe import probe
 from .ridge import ALPHAS, Solution, cross_validate, fit, solve
 from .rows import Rows
 from .run import Probe, Run, open
+from .tokens import tokens
 
 if TYPE_CHECKING:
     from .estimator import RidgeCV
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ALPHAS",
     "Blocks",
+    "Forecast",
     "Gram",
     "GroupKFold",
     "KFold",
@@ -41,8 +44,10 @@ __all__ = [
     "fit",
     "load",
     "open",
+    "plan",
     "probe",
     "solve",
+    "tokens",
 ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_TOKENS = {"cpu": 4096, "cuda": 65536}
+_TOKENS = {"cpu": 2048, "cuda": 32768}
 _MOST = 1024  # samples, however short: more gain nothing, and their rows wait in memory
 _NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 

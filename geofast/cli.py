@@ -108,6 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     _probe_options(probe)
     probe.set_defaults(run=_probe)
 
+    plan = commands.add_parser(
+        "plan", help="print what a probe would read, hold and take, before weights are loaded"
+    )
+    _model_argument(plan)
+    plan.add_argument("data", help="as for probe, and so are all options")
+    plan.add_argument("--out", type=Path, help="the run folder: has its disk the room?")
+    _probe_options(plan)
+    plan.set_defaults(run=_plan)
+
     sites = commands.add_parser("sites", help="print the sites of a model")
     _model_argument(sites)
     _loading_options(sites)
@@ -241,30 +250,43 @@ def _device(text: str) -> str:
 
 def _probe(o: argparse.Namespace) -> None:
     from . import _folder
-    from .data import read
-    from .geo.folds import parse_split
-    from .models.location import of_places
     from .probe import probe
 
     out = o.out.expanduser().resolve()
     _folder.check_free(out, o.overwrite)  # before the forward pass, not after it
+    with _whoever_listens():
+        run = probe(o.model, **_arguments(o, _folder.above(out)), progress=True)
+        run.save(o.out, overwrite=o.overwrite)
+    _print(run, o.out)
+
+
+def _plan(o: argparse.Namespace) -> None:
+    from . import _folder
+    from .forecast import plan
+
+    scratch = o.out and _folder.above(o.out.expanduser().resolve())
+    print(plan(o.model, **_arguments(o, scratch)))
+
+
+def _arguments(o: argparse.Namespace, scratch: Path | None) -> dict[str, Any]:
+    """Read the samples, and return what `probe` and `plan` take beside the model."""
+    from .data import read
+    from .geo.folds import parse_split
+    from .models.location import of_places
+
     samples = read(
         o.data, image=o.image, text=o.text, location=of_places(o.model), latitude=o.latitude,
         longitude=o.longitude, id=o.id, strict=o.strict,
     )  # fmt: skip
     optional = {"targets": o.targets, "alphas": o.alphas}
-    with _whoever_listens():
-        run = probe(
-            o.model, samples, sites=o.sites, pool=o.pool, prompts=o.prompt,
-            split=[parse_split(text, o.folds, o.seed) for text in o.split],
-            group=o.group, select=o.select, storage=o.storage,
-            batch_size=o.batch_size,
-            workers=o.workers, scratch=_folder.above(out), strict=o.strict, progress=True,
-            check=not o.unchecked, controls=o.control,
-            **_loading(o), **{name: value for name, value in optional.items() if value},
-        )  # fmt: skip
-        run.save(o.out, overwrite=o.overwrite)
-    _print(run, o.out)
+    return {
+        "data": samples, "sites": o.sites, "pool": o.pool, "prompts": o.prompt,
+        "split": [parse_split(text, o.folds, o.seed) for text in o.split],
+        "group": o.group, "select": o.select, "storage": o.storage, "batch_size": o.batch_size,
+        "workers": o.workers, "scratch": scratch, "strict": o.strict, "check": not o.unchecked,
+        "controls": o.control, **_loading(o),
+        **{name: value for name, value in optional.items() if value},
+    }  # fmt: skip
 
 
 def _demo(o: argparse.Namespace) -> None:

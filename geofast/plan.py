@@ -146,6 +146,8 @@ class Plan:
     on_disk: bool
     floats: int
     """Numbers that the rows of one prompt take."""
+    size: int
+    """Bytes of the rows or statistics of all prompts."""
     kept: int
     """Bytes of the rows or statistics that the run's folder will hold."""
     sentence: str
@@ -179,19 +181,19 @@ def make_plan(
     budget = int(_MEMORY_SHARE * memory)
     if storage == "gram" and as_grams > memory:
         raise ValueError(
-            f"statistics need {_mb(as_grams)}, more than the machine's {_mb(memory)}; use "
-            "storage='rows', which may lie on disk, or fewer sites, pools, prompts or groups"
+            f"statistics need {readable(as_grams)}, more than the machine's {readable(memory)}; "
+            "use storage='rows', which may lie on disk, or fewer sites, pools, prompts or groups"
         )
     kind: Literal["rows", "gram"] = "gram" if storage == "gram" else "rows"
-    why = f"as asked: {_mb(as_grams if kind == 'gram' else as_rows)}"
+    why = f"as asked: {readable(as_grams if kind == 'gram' else as_rows)}"
     if storage == "auto" and select == "loo":
-        why = f"select='loo' needs them: {_mb(as_rows)}"
+        why = f"select='loo' needs them: {readable(as_rows)}"
     elif storage == "auto":
         smaller = as_rows <= max(budget, as_grams) or as_grams > memory
         kind = "rows" if smaller else "gram"
         why = (
-            f"chosen: rows need {_mb(as_rows)}, statistics {_mb(as_grams)}, "
-            f"memory for them is {_mb(budget)}"
+            f"chosen: rows need {readable(as_rows)}, statistics {readable(as_grams)}, "
+            f"memory for them is {readable(budget)}"
         )
     on_disk = kind == "rows" and as_rows > budget
     if kind == "gram" and as_grams > budget:
@@ -201,8 +203,8 @@ def make_plan(
         f"{model.name}: {len(widths)} site x pool, {len(samples)} samples, {len(inputs)} "
         f"prompt(s); keeping {where}{' on disk' if on_disk else ''} ({why})"
     )
-    kept = as_grams if kind == "gram" else 0 if on_disk else as_rows
-    return Plan(kind, on_disk, floats, kept, sentence)
+    size = as_grams if kind == "gram" else as_rows
+    return Plan(kind, on_disk, floats, size, 0 if on_disk else size, sentence)
 
 
 def _memory() -> int:
@@ -210,5 +212,6 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _mb(n: int) -> str:
+def readable(n: int) -> str:
+    """Write a number of bytes for people."""
     return f"{n / 2**20:,.0f} MB" if n < 2**30 else f"{n / 2**30:,.1f} GB"

@@ -17,15 +17,23 @@ from torch import nn
 
 from . import _ops
 from ._folder import check_space
+from .batching import Budget, Lengths
 from .capture import Pools
 from .controls import check_controls, raw_inputs
 from .data import Samples, read
 from .data.stream import batches
 from .doctor import Check, quick
-from .batching import Budget, Lengths
 from .extract import (
-    Extracted, Storage, add_sentence, extract, lengths_like, ready, try_one, usable, worded,
-)  # fmt: skip
+    Extracted,
+    Storage,
+    add_sentence,
+    extract,
+    lengths_like,
+    ready,
+    try_one,
+    usable,
+    worded,
+)
 from .geo import Split, fold_scores, great_circle_km
 from .geo.folds import KFold, as_split
 from .gram import Gram

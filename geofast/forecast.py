@@ -1,0 +1,299 @@
+"""`plan`: what a probe will read, hold in memory and take, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ._folder import check_space
+from .batching import Budget, Lengths, longest_first, numbers
+from .capture import Pools, _pools_by_tower
+from .controls import check_controls
+from .data import Samples, read
+from .extract import Example, first, lengths_like, ready, usable, worded
+from .geo import Split
+from .geo.folds import KFold
+from .models import DeviceMap, Model, load
+from .models.location import of_places
+from .models.skeleton import has_skeleton, place, skeleton, weight_bytes
+from .plan import Plan, Task, make_plan, readable, with_cells
+from .pooling import Pool
+from .probe import _as_list, _as_splits, _check_options, _check_pools, _Given, _targets, _tasks
+from .ridge import ALPHAS, Select
+from .speed import multiply_rate, pool_seconds, solve_seconds
+from .survey import Survey, survey, token_count
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a probe will do; `str` prints it."""
+
+    model: str
+    loaded: bool
+    """Whether the model was loaded with its weights to know this."""
+    device: str
+    dtype: str
+    sites: dict[str, tuple[int, int]]
+    """Tokens of one sample, of texts the longest, and their width, by site."""
+    pools: dict[str, tuple[str, ...]]
+    """By tower."""
+    samples: int
+    prompts: int
+    batch: int
+    """Samples in the batch of the longest."""
+    tokens: int
+    """The budget of tokens that forms batches."""
+    batches: str
+    """A sentence about the batches."""
+    weights: dict[str, int]
+    """Bytes of parameters and buffers, by dtype."""
+    activations: int
+    """Bytes of all tensors that are alive at once in the largest batch, the weights apart."""
+    storage: Plan
+    """Where pooled rows go, and how many bytes they or the statistics take."""
+    flops: float
+    """Operations of all forward passes."""
+    seconds: dict[str, float]
+    """Expected: `forward`, `pool`, `solve`; decoding goes on beside them and is not counted."""
+    how: str
+    """How tokens, operations and activations were found."""
+
+    @property
+    def share(self) -> float:
+        """Expected share of the time that is spent on probing: pooling and solving."""
+        probing = self.seconds["pool"] + self.seconds["solve"]
+        return probing / (probing + self.seconds["forward"])
+
+    def __str__(self) -> str:
+        weights = ", ".join(f"{readable(n)} of {name}" for name, n in self.weights.items())
+        kept = "statistics" if self.storage.kind == "gram" else "rows"
+        where = "on disk" if self.storage.on_disk else "in memory"
+        per = self.flops / self.samples
+        loaded = "; the model was loaded, as it cannot be planned without weights"
+        return "\n".join(
+            [
+                f"{self.model} on {self.device} in {self.dtype}{loaded if self.loaded else ''}",
+                f"{self.samples} samples, {self.prompts} prompt(s); {self.batches}",
+                "",
+                f"{'site':44}{'tokens x width':>18}   pool",
+                *self._site_lines(),
+                "",
+                f"memory   weights      {weights}",
+                f"         activations  {readable(self.activations)}, most at once in a batch",
+                f"         {kept:12} {readable(self.storage.size)} {where}",
+                f"time     forward      about {_time(self.seconds['forward'])} "
+                f"({per / 1e9:,.2f} GFLOP a sample)",
+                f"         probing      about {_time(self.seconds['pool'])} of pooling and "
+                f"{_time(self.seconds['solve'])} of solving: {self.share:.1%} of the time",
+                f"Tokens, operations and activations: {self.how}. Times are by this machine's "
+                "speed, measured now, and good to a factor of three; decoding is not counted.",
+            ]
+        )
+
+    def _site_lines(self) -> list[str]:
+        groups: list[tuple[str, tuple[int, int], list[str]]] = []
+        for name, shape in self.sites.items():
+            tower = name.partition(".")[0]
+            if not groups or groups[-1][:2] != (tower, shape):
+                groups.append((tower, shape, []))
+            groups[-1][2].append(name)
+        return [
+            f"{_range(names):44}{f'{shape[0]:,} x {shape[1]:,}':>18}   "
+            + ", ".join(self.pools[tower])
+            for tower, shape, names in groups
+        ]
+
+
+def _range(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def plan(
+    model: str | Path | nn.Module | Model,
+    data: str | Path | Samples,
+    *,
+    sites: str | Sequence[str] | None = None,
+    pool: Pools = None,
+    prompts: str | Sequence[str] | None = None,
+    split: Split | Any | Sequence[Split | Any] = KFold(),  # noqa: B008 - frozen
+    group: str | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    select: Select | None = None,
+    storage: Literal["auto", "rows", "gram"] = "auto",
+    targets: str | Sequence[str] = ("latitude", "longitude"),
+    baselines: Mapping[str, torch.Tensor] | None = None,
+    controls: str | Sequence[str] = (),
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+    adapter: str | Path | None = None,
+    merge: bool = False,
+    trust_remote_code: bool = False,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    scratch: str | Path | None = None,
+    strict: bool = False,
+    check: bool = True,
+    progress: bool = False,
+) -> Forecast:
+    """Say what `probe` would do with the same arguments, before any weight is loaded.
+
+    A checkpoint of transformers is planned from its configuration and its processors alone. Models
+    of open_clip, timm and location encoders are loaded, for their libraries build none without
+    weights; a module or `Model` is taken as it is, and runs over one sample.
+
+    Parameters
+    ----------
+    model, data, sites, pool, prompts, split, group, alphas, select, storage, targets, baselines
+        As for `probe`, and so are all others. `device_map`, `merge`, `check` and `progress` change
+        nothing here; the weights of an adapter are not counted.
+
+    Returns
+    -------
+    Forecast
+        Sites, batches, memory and times; `str` prints them.
+
+    Raises
+    ------
+    ValueError, OSError, RuntimeError
+        What `probe` would raise before its pass.
+    """
+    places = of_places(model)
+    samples = data if isinstance(data, Samples) else read(data, location=places, strict=strict)
+    samples = samples.as_locations() if places else samples
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    given = _Given(samples, _targets(samples, targets), dict(baselines or {}))
+    alphas = _as_list(alphas)
+    _check_options(given, sites, alphas, select, storage, batch_size, workers)
+    controls = [controls] if isinstance(controls, str) else list(controls)
+    check_controls(controls, samples.kind, given.baselines)
+    inputs = worded(samples, prompts)
+    splits = _as_splits(split)
+    tasks, _ = _tasks(given, splits, group, targets, select)
+    if has_skeleton(model):
+        made = skeleton(
+            model, device=device, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code
+        )
+        where = place(device)
+    else:
+        made = load(model, device=device, dtype=dtype)
+        where = made.device
+    made = ready(made, samples, prompts, sites)
+    _check_pools(made, pool)
+    lengths: Mapping[str, Lengths] = {}
+    if samples.kind == "text":
+        good, _, lengths = usable(made, inputs, strict)
+        given, inputs = given.take(good), {k: s.take(good) for k, s in inputs.items()}
+        tasks, _ = _tasks(given, splits, group, targets, select)
+
+    seen, example, pools = _look(made, inputs, lengths, sites, pool)
+    lengths = lengths or lengths_like(example, len(samples))
+    budget = Budget.of(where, batch_size)
+    cells, _ = with_cells(tasks)
+    kept = make_plan(
+        made, inputs, example.widths, targets=len(targets), cells=int(cells.max()) + 1,
+        storage=storage, select=select,
+    )  # fmt: skip
+    if scratch:
+        check_space(Path(scratch), kept.kept)
+    passes = 1 + ("random-weights" in controls)
+    all_tokens = sum(int(one.expected.sum()) for one in lengths.values())
+    flops = passes * seen.flops / example.tokens * all_tokens
+    batch = min(budget.fit(example.tokens), len(given.samples))
+    select = select or ("loo" if kept.kind == "rows" else "gcv")
+    rate = multiply_rate(where, made.dtype, batch * example.tokens, max(example.widths))
+    count = passes * all_tokens / (batch * example.tokens)
+    seconds = {
+        "forward": flops / rate,
+        "pool": count * _pooling(seen, pools, batch, where, made.dtype),
+        "solve": passes * len(inputs) * _solving(example, tasks, len(targets), alphas, select),
+    }
+    return Forecast(
+        model=made.name,
+        loaded=made.device.type != "meta",
+        device=str(where),
+        dtype=_name(made.dtype),
+        sites=dict(seen.shapes),
+        pools={tower: tuple(p.name for p in parsed) for tower, parsed in pools.items()},
+        samples=len(given.samples),
+        prompts=max(len(inputs), len(made.prompts)),
+        batch=batch,
+        tokens=budget.tokens,
+        batches=budget.sentence(lengths.values()),
+        weights={_name(kind): n for kind, n in weight_bytes(made.module).items()},
+        activations=seen.peak * batch,
+        storage=kept,
+        flops=flops,
+        seconds=seconds,
+        how=seen.how,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _look(
+    model: Model,
+    inputs: Mapping[str, Samples],
+    lengths: Mapping[str, Lengths],
+    sites: str | Sequence[str] | None,
+    pool: Pools,
+) -> tuple[Survey, Example, dict[str, tuple[Pool, ...]]]:
+    """Survey one sample, of texts the longest, and the rows that it will leave."""
+    label = max(inputs, key=lambda k: lengths[k].expected.max() if lengths else 0)
+    order = longest_first(lengths[label].expected) if lengths else None
+    _, (sample,) = first(model, inputs[label], order)
+    wanted = model.sites(sites)
+    seen = survey(model, wanted, model.collate([sample]))
+    pools = _pools_by_tower(model.towers, wanted, pool)
+    widths: list[int] = []
+    for site in wanted:
+        width = seen.shapes[site.name][1]
+        mine = pools[site.tower][:1] if site.is_vector else pools[site.tower]
+        # Of several prompts about an image, every one leaves a row of the language model.
+        times = len(model.prompts) if site.tower == "lm" and model.prompts else 1
+        widths += [p.width(width) for p in mine] * times
+    return seen, Example(tuple(widths), token_count(seen.shapes), numbers(sample)), pools
+
+
+def _pooling(
+    seen: Survey,
+    pools: Mapping[str, tuple[Pool, ...]],
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Seconds of pooling one batch at all sites."""
+    kinds: dict[tuple[str, tuple[int, int]], int] = {}
+    for site, shape in seen.shapes.items():
+        kind = site.partition(".")[0], shape
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return sum(
+        times * pool_seconds(device, dtype, (batch, *shape), [p.name for p in pools[tower]])
+        for (tower, shape), times in kinds.items()
+    )
+
+
+def _solving(
+    example: Example, tasks: Sequence[Task], targets: int, alphas: Sequence[float], select: Select
+) -> float:
+    """Seconds of solving every site and pool, in every cross-validation and for all samples."""
+    total = 0.0
+    for width in set(example.widths):
+        times = example.widths.count(width)
+        for task in tasks:
+            n = int((task.fold >= 0).sum())
+            total += times * solve_seconds(n, width, targets, task.folds, alphas, select)
+    return total * (1 + 1 / sum(task.folds for task in tasks))  # a last fit, to everybody

@@ -43,9 +43,7 @@ def find_adapter(text: str) -> Adapter | None:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        files = ["adapter_*"]
-        found = snapshot_download(text, allow_patterns=files, local_files_only=source.cached)
-        folder = Path(found)
+        folder = Path(snapshot_download(text, allow_patterns=["adapter_*"]))
     said = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     if not (base := said.get("base_model_name_or_path")):
         raise ValueError(f"{_CONFIG} of {text} does not say what base_model_name_or_path is")
@@ -62,7 +60,7 @@ def refuse_one_inside(source: Source) -> None:
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    if find_adapter_config_file(source.path, local_files_only=source.cached):
+    if find_adapter_config_file(source.path):
         msg = (
             f"{source.path} holds a model and an adapter: put the adapter's files (adapter_*) into "
             "a folder of their own, and name it by adapter= (--adapter) to have it on"
@@ -95,6 +93,7 @@ def put_on(module: nn.Module, base: str, adapter: Adapter, *, merge: bool) -> li
     """
     peft = _peft(adapter)
     config = peft.PeftConfig.from_pretrained(str(adapter.folder))
+    config.base_model_name_or_path = None  # which peft would compare, and warn of
     if config.is_prompt_learning:
         msg = f"the adapter {adapter.name} adds tokens of its own to every text: geofast takes "
         raise ValueError(msg + "adapters of the weights, such as LoRA")
@@ -109,9 +108,11 @@ def put_on(module: nn.Module, base: str, adapter: Adapter, *, merge: bool) -> li
             str(adapter.folder), "default", torch_device="cpu", autocast_adapter_dtype=False
         )
     except (ValueError, RuntimeError) as error:
-        raise ValueError(_misfit(base, adapter, said(error))) from error
+        why = str(error).strip().splitlines()[:2][-1]  # torch says in the first that there is more
+        raise ValueError(_misfit(base, adapter, said(why))) from error
     if odd := sorted([*found.missing_keys, *found.unexpected_keys]):
-        raise ValueError(_misfit(base, adapter, f"{len(odd)} of its tensors, as {odd[0]}"))
+        why = f"{len(odd)} tensors are in one and not in the other, the first {odd[0]}"
+        raise ValueError(_misfit(base, adapter, why))
     if merge:
         worn.merge_and_unload()
     module.eval()
@@ -130,6 +131,11 @@ def _peft(adapter: Adapter) -> Any:
 
 def _misfit(base: str, adapter: Adapter, why: str) -> str:
     return f"the adapter {adapter.name}, made for {adapter.base}, does not fit {base}: {why}"
+
+
+def wears_one(module: nn.Module) -> bool:
+    """Whether an adapter is on: layers of PEFT stand around those of the model."""
+    return any(hasattr(part, "base_layer") for part in module.modules())
 
 
 def base_of(module: nn.Module) -> nn.Module:

@@ -78,7 +78,7 @@ def _unmasked(
     """Take a masked autoencoder that masks nothing."""
     config: Any = module.config
     if config.mask_ratio:
-        msg = f"{name} hides random patches: set its config.mask_ratio to 0 before it is loaded"
+        msg = f"{name} hides random patches: set its config.mask_ratio to 0.0 before it is loaded"
         raise ValueError(msg)
     patches = (config.image_size // config.patch_size) ** 2
     notes = (*notes, "masking is off: the model sees every patch, in order")

@@ -32,9 +32,14 @@ def read_config(source: Source) -> Any:
         When it is broken, of an unknown type, or needs code that is not trusted.
     FileNotFoundError
         When there is none.
+    RuntimeError
+        When a GGUF file is broken.
     """
     import transformers
 
+    if source.gguf:
+        with reading("configuration", source):
+            return transformers.AutoConfig.from_pretrained(source.path, **source.options)
     try:
         config = transformers.AutoConfig.from_pretrained(source.path, **source.options)
     except (OSError, ValueError) as error:
@@ -58,7 +63,7 @@ def read_module(
     source: Source,
     config: Any,
     device: torch.device,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     device_map: DeviceMap | None,
 ) -> nn.Module:
     """Load the weights, in eval mode, where they shall run.
@@ -74,7 +79,7 @@ def read_module(
     quantised = quantisation(config)
     if device_map is not None:
         _require(source, "is spread by device_map=", ("accelerate",))
-        options["device_map"] = device_map
+        options["device_map"] = _checked(device_map)
     elif quantised:
         options["device_map"] = {"": str(device)}  # they cannot be moved later
     if quantised:
@@ -83,10 +88,26 @@ def read_module(
     if source.gguf:
         _require(source, "is a GGUF file", ("gguf", "accelerate"))
         options |= _dequantised()
-    loader = _auto_class(config)
+    dtype = dtype or ("auto" if quantised else _default_dtype(device))
     with reading("weights", source):
-        module = _weights(loader, source.path, config, dtype or _default_dtype(device), options)
+        module = _weights(_auto_class(config), source.path, config, dtype, options)
     return module.eval() if "device_map" in options else module.eval().to(device)
+
+
+def _checked(device_map: DeviceMap) -> Any:
+    if isinstance(device_map, str):
+        if device_map != "auto":
+            msg = f"device_map= is 'auto' or a mapping from parts to devices; got {device_map!r}"
+            raise ValueError(msg)
+        return device_map
+    for part, place in device_map.items():
+        try:
+            if place != "disk":
+                torch.device(place)
+        except RuntimeError as error:
+            msg = f"device_map= sends {part!r} to {place!r}, which is no device; write cpu, disk, "
+            raise ValueError(msg + "cuda:0") from error
+    return dict(device_map)
 
 
 def _require(source: Source, why: str, packages: tuple[str, ...]) -> None:
@@ -139,8 +160,8 @@ def notes(source: Source, module: nn.Module) -> list[str]:
     if quantised := quantisation(getattr(module, "config", None)):
         said.append(_stored(quantised, dtype))
     places = {str(p) for p in getattr(module, "hf_device_map", {}).values()}
-    if len(places) > 1:
-        said.append(f"the model is spread over {', '.join(sorted(places))}")
+    if len(places) > 1 or "disk" in places:
+        said.append(f"device_map keeps parts of the model on {' and '.join(sorted(places))}")
     return said
 
 

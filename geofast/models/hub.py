@@ -7,9 +7,10 @@ before it says that nobody answers, and its messages are written for its own use
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +25,32 @@ class Source:
 
     path: str
     """Folder, or id on the Hub."""
+    name: str
+    """What reports call it."""
     gguf: str | None = None
     """The file in it that holds the weights, where that is GGUF."""
     complete: bool = True
     """Whether it has the file that was asked for: an adapter alone has no config.json."""
     cached: bool = False
-    """Take what was fetched before: the Hub was not reached."""
+    """Whether it is what was fetched before, because the Hub was not reached."""
     trust_remote_code: bool = False
     """Run the Python files that come with the checkpoint."""
 
     @property
-    def name(self) -> str:
-        """What reports call it."""
-        if self.gguf:
-            return self.gguf
-        return Path(self.path).name if Path(self.path).exists() else self.path
+    def place(self) -> str:
+        """What errors call it."""
+        if not self.gguf:
+            return self.path
+        return (
+            str(Path(self.path) / self.gguf)
+            if Path(self.path).is_dir()
+            else f"{self.path}:{self.gguf}"
+        )
 
     @property
     def options(self) -> dict[str, Any]:
         """How every part of it is read by transformers."""
         given: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        if self.cached:
-            given["local_files_only"] = True
         if self.gguf:
             given["gguf_file"] = self.gguf
         return given
@@ -81,32 +86,34 @@ def find(text: str, *, trust_remote_code: bool = False, file: str = "config.json
                 raise FileNotFoundError(f"there is no file {text}")
     if Path(path).is_dir():
         complete = gguf is not None or (Path(path) / file).exists()
-        return Source(path, gguf, complete, trust_remote_code=trust_remote_code)
+        name = gguf or Path(path).name
+        return Source(path, name, gguf, complete, trust_remote_code=trust_remote_code)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {path}")
-    complete, cached = _ask(path, gguf or file)
-    return Source(path, gguf, complete, cached, trust_remote_code)
+    complete, folder = _ask(path, gguf or file)
+    source = Source(path, gguf or path, gguf, complete, trust_remote_code=trust_remote_code)
+    return replace(source, path=folder, cached=True) if folder else source
 
 
-def _ask(repository: str, file: str) -> tuple[bool, bool]:
-    """Ask the Hub for a file, once: is it there, and is it to be taken from the cache."""
+def _ask(repository: str, file: str) -> tuple[bool, str | None]:
+    """Ask the Hub for a file, once: is it there, and what folder of the cache stands in for it."""
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
     try:
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, file))
     except errors.EntryNotFoundError:
-        return False, False
+        return False, None
     except errors.HFValidationError as error:
         msg = f"there is no folder {repository}, and it is no name on the Hugging Face Hub"
         raise FileNotFoundError(msg) from error
     except Exception as error:
         if not (isinstance(error, OSError) or _is_of_the_network(error)):
             raise
-        if isinstance(hub.try_to_load_from_cache(repository, file), str):
-            return True, True
+        if isinstance(found := hub.try_to_load_from_cache(repository, file), str):
+            return True, str(Path(found).parents[file.count("/")])
         raise _refusal(repository, error, bool(constants.HF_HUB_OFFLINE)) from error
-    return True, False
+    return True, None
 
 
 def _is_of_the_network(error: Exception) -> bool:
@@ -173,7 +180,7 @@ def _in_a_sentence(what: str, source: Source, error: Exception) -> Exception:
 
     if isinstance(error, torch.OutOfMemoryError):
         msg = (
-            f"the {what} of {source.path} do not fit into memory: device_map='auto' spreads them "
+            f"the {what} of {source.place} do not fit into memory: device_map='auto' spreads them "
             "over all devices and the main memory, dtype=torch.bfloat16 halves them"
         )
         return RuntimeError(msg)
@@ -181,10 +188,13 @@ def _in_a_sentence(what: str, source: Source, error: Exception) -> Exception:
         return _gated(source.path)
     if "trust_remote_code" in str(error):
         return ValueError(untrusted(source.path))
+    if "device_map" in str(error):
+        why = textwrap.shorten(said(error), 200, placeholder=" ...")  # it may list every parameter
+        return ValueError(f"device_map= does not fit {source.place}: {why}")
     if isinstance(error, ImportError):
-        return ImportError(f"the {what} of {source.path} cannot be read: {said(error)}")
+        return ImportError(f"the {what} of {source.place} cannot be read: {said(error)}")
     return RuntimeError(
-        f"the {what} of {source.path} cannot be loaded: {said(error) or repr(error)} "
+        f"the {what} of {source.place} cannot be loaded: {said(error) or repr(error)} "
         f"({type(error).__name__}). Is the checkpoint whole? Fetch or save it again"
     )
 
@@ -197,6 +207,6 @@ def untrusted(path: str) -> str:
     )
 
 
-def said(error: BaseException) -> str:
+def said(error: BaseException | str) -> str:
     """Return the first sentence of a message."""
     return re.split(r"\.?\s*\n|\. ", str(error).strip(), maxsplit=1)[0].rstrip(".")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import wears_one
 from .checkpoint import pinned
 from .model import Model
 
@@ -46,7 +47,7 @@ def random_twin(model: Model, seed: int = 0) -> Model:
 
 
 def _no_twin(module: nn.Module) -> str | None:
-    if any(hasattr(m, "base_layer") for m in module.modules()):
+    if wears_one(module):
         return "an adapter is on; merge it (merge=True, --merge-adapter) or leave it out"
     return pinned(module)
 

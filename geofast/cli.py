@@ -120,6 +120,11 @@ def _parser() -> argparse.ArgumentParser:
     sites = commands.add_parser("sites", help="print the sites of a model")
     _model_argument(sites)
     _loading_options(sites)
+    sites.add_argument(
+        "--example", nargs="?", const="", metavar="PATH_OR_TEXT",
+        help="also print what every token of one sample is: of this image or text, or of a "
+        "built-in one; a text is what a model that talks about images is asked about that",
+    )  # fmt: skip
     sites.set_defaults(run=_sites)
 
     doctor = commands.add_parser("doctor", help="check that a model is read rightly")
@@ -302,8 +307,14 @@ def _demo(o: argparse.Namespace) -> None:
 
 def _sites(o: argparse.Namespace) -> None:
     from .models import describe, load
+    from .tokens import explain
 
-    print(describe(load(o.model, **_loading(o))))
+    model = load(o.model, **_loading(o))
+    if o.example is None:
+        print(describe(model))
+    else:  # first, so that an example that cannot be read is told before all else
+        said = explain(model, o.example or None)
+        print(f"{describe(model)}\n\n{said}")
 
 
 def _loading(o: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What a model is to the engine: loading, batches, sites and token roles."""
 
 from .checkpoint import DeviceMap
+from .describe import describe
 from .load import load
-from .model import Batch, Model, Stage, describe
+from .model import Batch, Model, Stage
 from .structure import Site, Tower, find_towers, match_sites
 
 __all__ = [

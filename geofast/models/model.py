@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -230,44 +229,3 @@ def wrap(
     guess: Kind = "image" if "vision" in first else "location" if "location" in first else "text"
     stages = (Stage(headless(module), towers),)
     return Model(type(module).__name__, module, stages, kind or guess, None, prepare)
-
-
-def describe(model: Model) -> str:
-    """List the sites with shape, token roles and default pool, from one example run."""
-    shapes: dict[str, str] = {}
-
-    def note(name: str, hidden: torch.Tensor) -> None:
-        shapes[name] = " x ".join(map(str, hidden.shape[1:]))
-
-    with ExitStack() as hooks:
-        for site in model.every_site:
-            hooks.callback(site.watch(partial(note, site.name)).remove)
-        model.forward(model.prepare([_example(model.kind)]))
-    lines = [f"{model.name}: {model.kind} in, {str(model.dtype).removeprefix('torch.')}"]
-    lines += model.notes
-    for tower in model.towers:
-        prefix = [f"{tower.prefix.count(r)} {r}" for r in dict.fromkeys(tower.prefix)]
-        roles = ", ".join([*prefix, f"then {tower.tokens}" if prefix else tower.tokens])
-        lines.append(
-            f"\n{tower.name}: {len(tower.blocks)} blocks at {tower.path!r}; tokens: {roles}"
-        )
-        lines.append(f"{'site':28}{'tokens x width':>18}   default pool")
-        for site in tower.sites():
-            shape = shapes.get(site.name, "did not run")
-            lines.append(f"{site.name:28}{shape:>18}   {tower.default_pool}")
-        lines += [
-            f"no .{branch}: the blocks have no module that returns that branch"
-            for branch in ("attn", "mlp")
-            if branch not in tower.branches
-        ]
-    return "\n".join(lines)
-
-
-def _example(kind: str) -> Any:
-    if kind == "text":
-        return "Paris"
-    if kind == "location":
-        return (48.8584, 2.2945)
-    from PIL import Image
-
-    return Image.new("RGB", (224, 224), "grey")

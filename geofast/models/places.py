@@ -91,9 +91,7 @@ def patch_places(
     return _laid_out(tiles, total, _leading(layout))
 
 
-def projected_places(
-    around: Sequence[nn.Module], grids: Grids, total: int, call: Call
-) -> torch.Tensor:
+def projected_places(around: Sequence[nn.Module], grids: Grids, total: int) -> torch.Tensor:
     """Return tile, row and column of every token that a projector returns, `total` of them.
 
     Rows and columns count in the projector's own grid, where it merges patches.
@@ -204,9 +202,9 @@ def _merge(around: Sequence[nn.Module], patches: int) -> int:
     if (side := _known(around, "spatial_merge_size") or _known(around, "scale_factor")) is not None:
         return int(side)
     if (shrink := _known(around, "downsample_ratio")) is not None:
-        return round(1 / shrink)
+        return round(1 / float(shrink))
     if (tokens := _known(around, "mm_tokens_per_image")) is not None:
-        return round(math.sqrt(patches / tokens))
+        return round(math.sqrt(patches / int(tokens)))
     return 1
 
 
@@ -242,7 +240,7 @@ def _joined(module: Any, tiles: Sequence[tuple[int, int]], size: Sequence[int]) 
 
     config = module.config
     (rows, columns), count = tiles[0], len(tiles)
-    _, width = select_best_resolution(size, config.image_grid_pinpoints)
+    _, width = select_best_resolution(tuple(size), config.image_grid_pinpoints)
     across = width // config.vision_config.image_size
     coordinates = torch.stack([_tile(0, _order(rows, columns, 1, None))] * count).float()
     for i in range(1, count):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _ops
+from . import _ops, _reference
 
 ROLES = ("all", "cls", "register", "patch", "image", "text")
 """What a token can be, in the order of its bits. `all` is every token that is not padding."""
@@ -98,7 +98,8 @@ def pool(
         What to compute.
     out
         For each pool a float32 tensor [batch, pool.width(dim)] on the device of `hidden`, written
-        in place. Sums are float32 or better. A sample with no token of the role gives NaN.
+        in place. Sums are float32 or better; with float64 tensors the reference computes them. A
+        sample with no token of the role gives NaN.
     starts
         Where a sample is not a sequence of `hidden`: where each begins in the sequences laid end to
         end, and the end, [samples + 1]; `roles` are [1, sequences * tokens].
@@ -114,4 +115,5 @@ def pool(
         for pool_, rows in zip(pools, out, strict=True)
         for i, (operation, role) in enumerate(pool_.parts)
     ]
-    _ops.backend(hidden.device).pool(hidden, roles, jobs)
+    exact = out[0].dtype == torch.float64
+    (_reference if exact else _ops.backend(hidden.device)).pool(hidden, roles, jobs)

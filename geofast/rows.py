@@ -16,7 +16,7 @@ _BLOCK = 1 << 24  # bytes written at once where space cannot be reserved by a ca
 
 
 class Rows(Mapping[str, torch.Tensor]):
-    """Float32 rows that grow as batches come; `rows[key]` is [n, d].
+    """Rows that grow as batches come; `rows[key]` is [n, d].
 
     Parameters
     ----------
@@ -25,10 +25,18 @@ class Rows(Mapping[str, torch.Tensor]):
     room
         Float32 [m], of `on_disk`: keep the rows there instead of in memory. They need `capacity`,
         and cannot grow beyond it.
+    dtype
+        float32, or float64 for rows that are pooled in it throughout.
     """
 
-    def __init__(self, capacity: int = 256, room: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int = 256,
+        room: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._capacity = capacity
+        self._dtype = dtype
         self._room = room
         self._store: dict[str, torch.Tensor] = {}
         self._count: dict[str, int] = {}
@@ -101,7 +109,7 @@ class Rows(Mapping[str, torch.Tensor]):
     @torch.inference_mode(False)
     def _allocate(self, n: int, dim: int) -> torch.Tensor:
         if self._room is None:
-            return _ops.empty(n, dim, dtype=torch.float32)
+            return _ops.empty(n, dim, dtype=self._dtype)
         part, self._room = self._room.tensor_split([n * dim])
         return part.view(n, dim)
 

@@ -452,3 +452,28 @@ def test_from_arrays_checks_too():
 def test_from_arrays_refuses(arguments, options, error, message):
     with pytest.raises(error, match=message):
         from_arrays(*arguments, **options)
+
+
+# ---------------------------------------------------------------------------- places alone
+
+
+def test_places_are_inputs_of_their_own(tmp_path):
+    table = tmp_path / "a.csv"
+    table.write_text("lat,lon,name,country\n48.5,2.25,,FR\n91,0,x,FR\n-33,151,y,AU\n")
+    samples = read(table, location=True)
+    assert samples.kind == "location"
+    assert [samples.load(i) for i in range(2)] == [(48.5, 2.25), (-33.0, 151.0)]
+    assert samples.take([1]).load(0) == (-33.0, 151.0)
+    assert list(samples.table["country"]) == ["FR", "AU"]
+    assert [str(s) for s in samples.skipped] == [
+        f"{table} row 2: latitude 91 is outside -90 to 90 degrees"
+    ]
+    texts = read(table, text="country")
+    assert texts.as_locations().load(1) == (-33.0, 151.0)
+    with pytest.raises(ValueError, match="leave image= and text= out"):
+        read(table, location=True, text="name")
+    bare = tmp_path / "b.csv"
+    bare.write_text("lat,lon\n1,2\n3,4\n")
+    assert read(bare, location=True).load(1) == (3.0, 4.0)
+    with pytest.raises(ValueError, match=r"only a location encoder does without \(location=True\)"):
+        read(bare)

@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.special import lpmv
 
 import geofast as gf
+from geofast.cli import main
 from geofast.data.demos import geoclip_gallery, geoclip_weights
 from geofast.models import describe, location
 from geofast.models.twin import random_twin
@@ -386,3 +388,114 @@ def test_what_is_no_pair():
         location.places([PARIS, (1, 2, 3)])
     with pytest.raises(ValueError, match=r"coordinates are \[batch, 2\].*got \[3\]"):
         location.GeoCLIPEncoder()(torch.zeros(3))
+
+
+# ---------------------------------------------------------------------------- by name
+
+
+def on_the_gallery(n=5000):
+    gallery = geoclip_gallery()
+    pairs = gallery[np.random.default_rng(0).choice(len(gallery), n, replace=False)]
+    return gf.data.from_arrays([f"place {i}" for i in range(n)], *pairs.T)
+
+
+@pytest.mark.assets
+def test_a_probe_of_the_trained_encoder_beside_its_random_twin(geoclip):
+    samples = on_the_gallery()
+    sites = [*SCALES, "location.joint"]
+    found = gf.probe("location:geoclip", samples, sites=sites, controls="random-weights")
+    table = found.layers[found.layers["control"] == ""]
+    assert list(table["site"]) == sites
+    known = {
+        "r2": [0.988, 0.583, 0.177, 0.9428],
+        "r2:random-weights": [0.998, 0.682, 0.173, 0.9704],
+    }
+    for column, r2 in known.items():
+        assert table[column].tolist() == pytest.approx(r2, abs=0.001)
+    assert found.samples["id"].tolist() == samples.table["id"].tolist()
+    said = "random-weights scores no lower than geoclip-location, whose R² is then no sign of"
+    assert said in " ".join(found.summary().split())
+
+
+@pytest.mark.assets
+def test_the_commands_take_a_location_encoder(geoclip, tmp_path, capsys):
+    table = tmp_path / "cities.csv"
+    samples = on_the_gallery(300)
+    samples.table.assign(name="").to_csv(table, index=False)  # a text nobody could read
+    out = tmp_path / "run"
+    sites = ["--sites", "location.*", "--control", "random-weights"]
+    assert main(["probe", "location:geoclip", str(table), "--out", str(out), *sites]) == 0
+    run = gf.open(out)
+    assert run.info["counts"] == {"read": 300, "skipped": 0, "why": []}
+    assert list(run.layers["site"]) == ["location.joint"] * 2
+    assert run.layers["r2"].min() > 0.5
+    capsys.readouterr()
+    assert main(["sites", "location:geoclip"]) == 0
+    assert "location.capsules.2.layers.0 " in capsys.readouterr().out
+    assert main(["doctor", "location:geoclip", "--data", str(table)]) == 0
+    assert "all is well" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".safetensors"])
+def test_satclip_from_a_file(tmp_path, suffix):
+    path = tmp_path / f"satclip-l10{suffix}"
+    state = satclip_state()
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"state_dict": state} if suffix == ".ckpt" else state, path)
+    model = gf.load(f"location:satclip:{path}")
+    assert (model.name, model.kind, model.dtype) == ("satclip-l10", "location", torch.float32)
+    pairs = on_earth(5)
+    expected = location.load_satclip(state)(pairs)
+    (rows,) = run(model, pairs.tolist(), "location.joint").values()
+    torch.testing.assert_close(rows, expected.detach(), atol=2e-5, rtol=0)
+    places = gf.data.from_arrays(["a"] * 60, *on_earth(60).numpy().T)
+    found = gf.probe(f"location:satclip:{path}", places, controls="random-weights")
+    assert found.layers["site"].nunique() == 4
+    assert found.layers["r2"].notna().all()
+    double = gf.load(f"location:satclip:{path}", dtype=torch.float64)
+    assert double.module(pairs).dtype == torch.float64
+
+
+def test_what_is_no_location_encoder(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"not a file of torch")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "b.pth")
+    for name, error, said in (
+        (
+            "geoclop",
+            ValueError,
+            "there is no location encoder location:geoclop; write location:geo",
+        ),
+        ("satclip:", ValueError, "location:satclip:PATH"),
+        (f"satclip:{tmp_path / 'c.pth'}", FileNotFoundError, "there is no file .*c.pth"),
+        (f"satclip:{tmp_path / 'a.pth'}", RuntimeError, "a.pth cannot be read as a state dict"),
+        (f"satclip:{tmp_path / 'b.pth'}", ValueError, "not the state dict of a SIREN"),
+    ):
+        with pytest.raises(error, match=said):
+            gf.load(f"location:{name}")
+    with pytest.raises(ValueError, match=r"runs in float32 or float64; got dtype=torch\.bfloat16"):
+        gf.load("location:geoclip", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="adapter goes with a checkpoint"):
+        gf.load("location:geoclip", adapter="x")
+
+
+def test_an_encoder_of_ones_own_reads_the_places_of_any_samples(encoder, tmp_path):
+    model = location.as_model("random", encoder)
+    pairs = on_earth(60).numpy()
+    texts = gf.data.from_arrays(["a"] * 60, *pairs.T)
+    table = tmp_path / "places.csv"
+    pd.DataFrame(pairs, columns=["lat", "lon"]).to_csv(table, index=False)
+    options = {"sites": "location.joint", "split": gf.KFold(3), "storage": "rows"}
+    one = gf.probe(model, texts, **options)
+    other = gf.probe(model, table, **options)
+    (x,) = run(model, pairs.tolist(), "location.joint").values()
+    for found in (one, other):
+        assert found.info["counts"]["read"] == 60
+        torch.testing.assert_close(next(iter(found.rows.values())), x, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="takes no prompt"):
+        gf.probe(model, texts, prompts="{text}", **options)
+    with pytest.raises(
+        ValueError, match="'tokens' is for samples of kind text; these are location"
+    ):
+        gf.probe(model, texts, controls="tokens", **options)

@@ -1,0 +1,489 @@
+"""The checks that `doctor` makes of a model, each against the model itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .capture import capture
+from .models import Model, Stage, Tower, match_sites
+from .models.checkpoint import pinned
+from .models.layout import Call, as_tokens
+from .models.model import _evaluating
+from .models.twin import random_twin
+from .ridge import cross_validate
+from .rows import Rows
+from .tokens import tokens
+
+Outcome = Literal["pass", "note", "fail", "skip"]
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_NOISE = 0.01  # of R2: what a coarser dtype may move it by
+_TRAINED = 0.2  # of a tower's matrices, spread unlike those that nobody trained
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what came out, and what to do about it."""
+
+    name: str
+    outcome: Outcome
+    detail: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Samples with places, to tell differences in R2."""
+
+    inputs: list[Any]
+    """Transformed already."""
+    places: torch.Tensor
+    """float64 [n, 2]."""
+    fold: torch.Tensor
+    """int64 [n]."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a model is examined with."""
+
+    examples: Sequence[Any]
+    known: Known | None = None
+
+
+# ------ what is compared
+
+
+def _pools(model: Model) -> dict[str, list[str]]:
+    """The default pools, and the mean over all tokens, which no mistake escapes."""
+    return {t.name: [t.default_pool, "mean"] for t in model.towers}
+
+
+def _exact() -> Rows:
+    """Rows in float64: pooled in float32, they would add a noise of their own."""
+    return Rows(dtype=torch.float64)
+
+
+def _rows(model: Model, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    with capture(model, pool=_pools(model), rows=_exact()) as rows:
+        model.forward(model.prepare(inputs), lambda i: setattr(rows, "label", str(i)))
+    return dict(rows)
+
+
+def _one_by_one(model: Model, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    alone = [_rows(model, [one]) for one in inputs]
+    return {key: torch.cat([rows[key] for rows in alone]) for key in alone[0]}
+
+
+def _difference(
+    rows: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> tuple[str, float]:
+    """Return the key of the largest difference, relative to the spread of the inputs, and that."""
+    worst, where = 0.0, next(iter(expected))
+    for key, x in expected.items():
+        spread = (x - x.mean(0)).norm(dim=1).mean()
+        least = 0.1 * x.norm(dim=1).mean()  # inputs may be much the same
+        off = float((rows[key] - x).norm(dim=1).max() / torch.maximum(spread, least))
+        if not off <= worst:  # NaN too
+            worst, where = off, key
+    return where, worst
+
+
+def _judge(model: Model, where: str, off: float, advice: str) -> Check:
+    fine = off <= _TOLERANCE.get(model.dtype, 1e-4)
+    detail = (
+        f"off by {off:.1e} of the inputs' spread at most, at {where}" if off else "no difference"
+    )
+    return Check("", "pass" if fine else "fail", detail, "" if fine else advice)
+
+
+def _r2(model: Model, known: Known) -> dict[str, float]:
+    """Held-out R2 of every site, mean over latitude and longitude."""
+    model = replace(model, transform=None)
+    with capture(model) as rows:
+        for start in range(0, len(known.inputs), _BATCH):
+            model.forward(model.prepare(known.inputs[start : start + _BATCH]))
+    solved = {key: cross_validate(x, known.places, known.fold) for key, x in rows.items()}
+    return {key: float(s.r2.mean()) for key, s in solved.items() if s.r2 is not None}
+
+
+# ------ passes
+
+
+def _repeats(model: Model, given: Given) -> Check:
+    where, off = _difference(_rows(model, given.examples), _rows(model, given.examples))
+    advice = "something in the model is random, as masking or dropout is: switch it off"
+    return _judge(model, where, off, advice)
+
+
+def _batch(model: Model, given: Given) -> Check:
+    alone = _one_by_one(model, given.examples)
+    where, off = _difference(_rows(model, given.examples), alone)
+    advice = "padding or batching changes the result: use batch_size=1"
+    return _judge(model, where, off, advice)
+
+
+def _padding(model: Model, given: Given) -> Check:
+    batch = model.prepare(given.examples)
+    texts = batch["prompts"][0] if "prompts" in batch else batch
+    mask = texts.get("attention_mask")
+    if mask is None or model.kind == "location":
+        why = "reads its padding, always on the right" if model.kind == "text" else "has no padding"
+        return Check("", "skip", f"the model {why}")
+    if bool(mask.all()):
+        return Check("", "skip", "the examples are of one length")
+    alone = {key.removesuffix("/0"): x for key, x in _one_by_one(model, given.examples).items()}
+    left = _to_the_left(texts)
+    moved = {**batch, "prompts": [left]} if "prompts" in batch else left
+    rows = []
+    for padded in (batch, moved):
+        with capture(model, pool=_pools(model), rows=_exact()) as one:
+            model.forward(padded)
+        rows.append(dict(one))
+    on_the_right, on_the_left = (_difference(found, alone) for found in rows)
+    advice = "the model reads its padding: use batch_size=1"
+    check = _judge(model, *on_the_right, advice)
+    if check.outcome == "fail":
+        return check
+    check = _judge(model, *on_the_left, "")
+    if check.outcome == "pass":
+        return check
+    detail = f"{check.detail}, padded on the left; geofast pads on the right, where texts are right"
+    return Check("", "note", detail)
+
+
+def _to_the_left(batch: Mapping[str, Any]) -> dict[str, Any]:
+    mask = batch["attention_mask"]
+    order = mask.argsort(dim=1, stable=True)  # padding first
+    tensors = {k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    moved = {k: v.gather(1, order) for k, v in tensors.items() if v.shape == mask.shape}
+    return {**batch, **moved}
+
+
+# ------ hooks
+
+
+def _hidden_states(model: Model, given: Given) -> Check:
+    batch = model.prepare(given.examples)
+    notes: list[str] = []
+    with _evaluating(model.module):
+        for stage, arguments in _calls(model, batch):
+            states = _states(stage, arguments)
+            for tower in stage.towers:
+                if not tower.blocks:
+                    continue
+                if states is None or len(states) != 1 + len(tower.blocks):
+                    notes.append(f"{tower.name}: the model gives none of its own")
+                elif wrong := _unlike(stage, tower, arguments, states):
+                    known, detail = wrong
+                    if not known:
+                        advice = "the hooks read another place: report this model"
+                        return Check("", "fail", detail, advice)
+                    notes.append(detail)
+    return Check("", "note" if notes else "pass", "; ".join(notes) or "every site is the same")
+
+
+def _unlike(
+    stage: Stage, tower: Tower, arguments: Mapping[str, Any], states: Sequence[torch.Tensor]
+) -> tuple[bool, str] | None:
+    """Say where a tower's sites differ from the hidden states, and whether that is known."""
+    patterns = [f"{tower.name}.embed", f"{tower.name}.layers.*"]
+    norm = f"{tower.name}.norm"
+    mine = _raw(stage, arguments, [*patterns, norm] if tower.norm is not None else patterns)
+    normed = mine.pop(norm, None)
+    pairs = zip(mine.items(), states, strict=True)
+    wrong = [name for (name, x), y in pairs if not _same(x, y)]
+    if not wrong:
+        return None
+    last = f"{tower.name}.layers.{len(tower.blocks) - 1}"
+    if wrong == [last] and normed is not None and _same(normed, states[-1]):
+        return True, f"{last}: theirs is after the final norm, geofast's before it"
+    return False, f"{len(wrong)} of {len(mine)} sites differ, the first {wrong[0]}"
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two passes gave one tensor; a GPU may sum in another order from pass to pass."""
+    if x.shape != y.shape:
+        return False
+    limit = max(1e-5, 2 * torch.finfo(y.dtype).eps)
+    return bool((x.double() - y.double()).norm() <= limit * y.double().norm())
+
+
+def _calls(model: Model, batch: Mapping[str, Any]) -> list[tuple[Stage, dict[str, Any]]]:
+    if "prompts" not in batch:
+        return [(model.stages[0], dict(batch))]
+    image = {k: v for k, v in batch["image"].items() if k != "tiles"}
+    look, talk = model.stages
+    return [(look, batch["image"]), (talk, {**image, **batch["prompts"][0]})]
+
+
+@torch.inference_mode()
+def _states(stage: Stage, given: Mapping[str, Any]) -> Sequence[torch.Tensor] | None:
+    try:
+        out = stage.body(**given, output_hidden_states=True, return_dict=True)
+    except TypeError:  # not a model of transformers
+        return None
+    states: Sequence[torch.Tensor] | None = getattr(out, "hidden_states", None)
+    return states
+
+
+@torch.inference_mode()
+def _raw(stage: Stage, given: Mapping[str, Any], patterns: list[str]) -> dict[str, torch.Tensor]:
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, hidden: torch.Tensor) -> None:
+        seen[name] = hidden
+
+    with ExitStack() as hooks:
+        for site in match_sites(stage.towers, patterns):
+            hooks.callback(site.watch(partial(keep, site.name)).remove)
+        stage.body(**given)
+    return seen
+
+
+# ------ roles
+
+
+def _roles(model: Model, given: Given) -> Check:
+    """Hold what geofast calls a token against what it depends on, and against the processor."""
+    parts: list[Check] = []
+    for tower in model.towers:
+        if model.kind == "image" and tower.tokens == "patch" and tower.blocks:
+            parts.append(_patches(model, tower, given.examples[0]))
+        elif model.kind == "image" and tower.image_token is not None:
+            parts.append(_image_tokens(model, tower, given.examples))
+        elif model.kind == "text" and tower.blocks:
+            parts.append(_texts(model, tower, given.examples))
+    if not parts:
+        return Check("", "skip", "a place is one vector")
+    failed = [part for part in parts if part.outcome == "fail"]
+    return failed[0] if failed else replace(parts[0], detail="; ".join(p.detail for p in parts))
+
+
+def _misread(detail: str) -> Check:
+    return Check("", "fail", detail, "tokens are taken for what they are not: report this model")
+
+
+def _read(model: Model, tower: Tower, inputs: Sequence[Any]) -> list[list[str]]:
+    """Return what geofast says of the tokens before a tower's first block, by sample."""
+    told = tokens(model, inputs, f"{tower.name}.embed")
+    told = told[told["prompt"] == told["prompt"].iloc[0]]
+    return [list(one["role"]) for _, one in told.groupby("sample")]
+
+
+def _embedded(model: Model, tower: Tower, inputs: Sequence[Any]) -> torch.Tensor:
+    """Return what the first block of a tower is given: [sequences, tokens, dim]."""
+    batch = model.prepare(inputs)
+    (site,) = model.sites(f"{tower.name}.embed")
+    seen: list[torch.Tensor] = []
+    with ExitStack() as hooks:
+        hooks.callback(site.watch(seen.append).remove)
+        replace(model, stop=site).forward(batch)
+    return as_tokens(site, tower, seen[0], Call(batch.get("image", batch)))
+
+
+def _patches(model: Model, tower: Tower, image: Any) -> Check:
+    """What changes when the image is turned into its negative is a patch, nothing else is."""
+    (roles,) = _read(model, tower, [image])
+    changed = _embedded(model, tower, [image]) != _embedded(model, tower, [_negative(image)])
+    of_image = changed.any(-1).flatten().tolist()
+    if len(of_image) != len(roles) or not any(of_image) or "patch" not in roles:
+        return _misread(f"{tower.name}: {sum(of_image)} of {len(of_image)} tokens see the image")
+    before, counted = of_image.index(True), roles.index("patch")
+    if before != counted:
+        said = ", ".join(roles[:counted]) or "none"
+        return _misread(f"{before} tokens come before the patches; geofast counts {said}")
+    wrong = [i for i, sees in enumerate(of_image) if sees and roles[i] != "patch"]
+    if wrong:
+        return _misread(f"token {wrong[0]} sees the image, and geofast calls it {roles[wrong[0]]}")
+    config = getattr(model.module, "config", None)
+    config = getattr(config, "vision_config", None) or config
+    registers = getattr(config, "num_register_tokens", None)
+    if registers is not None and tower.prefix.count("register") != registers:
+        named = tower.prefix.count("register")
+        return _misread(f"the config says {registers} registers, geofast {named}")
+    kinds = [f"{roles.count(r)} {r}" for r in dict.fromkeys(roles)]
+    return Check("", "pass", f"{', '.join(kinds)}{_by_size(model, image, config, roles)}")
+
+
+def _by_size(model: Model, image: Any, config: Any, roles: Sequence[str]) -> str:
+    """Say how many patches the processor's pixels make, where the config tells their size."""
+    batch = model.prepare([image])
+    pixels, side = batch.get("image", batch).get("pixel_values"), getattr(config, "patch_size", 0)
+    sides = [side, side] if isinstance(side, int) else side
+    if pixels is None or pixels.ndim < 4 or len(sides) != 2 or not all(sides):
+        return ""
+    height, width = (n // s for n, s in zip(pixels.shape[-2:], sides, strict=True))
+    tiles = pixels.shape[:-3].numel()
+    many = f"{tiles} x " if tiles > 1 else ""
+    verb = "as" if roles.count("patch") == tiles * height * width else "but"
+    return f", {verb} {many}{height} x {width} by patch_size"
+
+
+def _negative(image: Any) -> Any:
+    from PIL import ImageOps
+
+    return ImageOps.invert(image.convert("RGB"))
+
+
+def _image_tokens(model: Model, tower: Tower, images: Sequence[Any]) -> Check:
+    """What changes with the image is an image's token, and has the id that the processor gives."""
+    try:
+        roles = _read(model, tower, images)
+    except ValueError as error:
+        return _misread(str(error))
+    ids = model.prepare(images)["prompts"][0]["input_ids"]
+    changed = _embedded(model, tower, images) != _embedded(model, tower, [*map(_negative, images)])
+    marked = _marked(model, ids)
+    for i, (mine, of_image) in enumerate(zip(roles, changed.any(-1).tolist(), strict=True)):
+        image = [role == "image" for role in mine]
+        for place, sees in enumerate(of_image):
+            if sees and not image[place]:
+                said = f"token {place} of example {i} sees the image, and geofast calls it"
+                return _misread(f"{said} {mine[place]}: its id is {int(ids[i, place])}")
+        if not any(of_image):
+            return _misread(f"no token of the language model sees example {i}")
+        if marked is not None and image != marked[i].tolist():
+            theirs = int(marked[i].sum())
+            said = f"the processor gives example {i} {theirs} image tokens, geofast counts"
+            return _misread(f"{said} {sum(image)}")
+    off = _pooled_otherwise(model, tower, images, "image", roles)
+    if off > _TOLERANCE[torch.float32]:
+        return _misread(f"mean:image is not the mean of the image tokens, by {off:.1e}")
+    counts = ", ".join(str(mine.count("image")) for mine in roles)
+    return Check("", "pass", f"{counts} image tokens")
+
+
+def _marked(model: Model, ids: torch.Tensor) -> torch.Tensor | None:
+    """Return which ids [batch, tokens] the processor has put for images, if it says so."""
+    processor: Any = getattr(model.transform, "processor", None)
+    # Several: first the image's, then those that stand around it. Gemma's `image_token_id` is what
+    # the user writes, in whose place the image's come.
+    several = getattr(processor, "image_token_ids", [getattr(processor, "image_token_id", None)])
+    return None if several[0] is None else ids == several[0]
+
+
+def _texts(model: Model, tower: Tower, texts: Sequence[Any]) -> Check:
+    """A text has the tokens that the tokenizer makes of it alone, and no padding has a role."""
+    roles = _read(model, tower, texts)
+    real = [[r for r in mine if r != "padding"] for mine in roles]
+    alone = [_count(model.prepare([text])) for text in texts]
+    if [*map(len, real)] != alone:
+        counts = " and ".join(", ".join(map(str, c)) for c in (alone, map(len, real)))
+        return _misread(f"tokens by the tokenizer, and as geofast counts them: {counts}")
+    off = max(
+        _pooled_otherwise(model, tower, texts, role, roles) for role in {*real[0]} - {"other"}
+    )
+    if off > _TOLERANCE[torch.float32]:
+        return _misread(f"{tower.name}: a pool is not of the tokens that it names, by {off:.1e}")
+    tokenizer = getattr(model.collate, "tokenizer", None)
+    special = getattr(tokenizer, "all_special_ids", ())
+    first = model.prepare(texts[:1]).get("input_ids")
+    said = ", ".join(map(str, alone))
+    if first is None:
+        return Check("", "pass", f"{said} text tokens")
+    among = sum(int(i) in special for i in first[0][: alone[0]])
+    return Check("", "pass", f"{said} text tokens ({among} special ones in the first)")
+
+
+def _count(batch: Mapping[str, Any]) -> int:
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return int(mask.sum())
+    return next(v.shape[1] for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim > 1)
+
+
+def _pooled_otherwise(
+    model: Model, tower: Tower, inputs: Sequence[Any], role: str, roles: Sequence[Sequence[str]]
+) -> float:
+    """How far the pool of a role is from the mean of the tokens that have it, relative to that."""
+    site, pool = f"{tower.name}.embed", f"mean:{role}"
+    hidden = _embedded(model, tower, inputs).double()
+    expected = [
+        h[[r == role for r in mine]].mean(0).cpu() for h, mine in zip(hidden, roles, strict=True)
+    ]
+    with capture(model, site, {tower.name: pool}, rows=_exact()) as rows:
+        model.forward(model.prepare(inputs))
+    (found,) = (rows[key] for key in list(rows)[:1])
+    wanted = torch.stack(expected)
+    return float(((found - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+
+
+# ------ numbers and weights
+
+
+def _dtype(model: Model, given: Given) -> Check:
+    if model.dtype == torch.float32:
+        return Check("", "skip", "float32 is what it runs in")
+    if why := pinned(model.module):
+        return Check("", "skip", why)
+    exact = copy.deepcopy(model)
+    exact.module.float()
+    where, off = _difference(_rows(model, given.examples), _rows(exact, given.examples))
+    advice = "too coarse: load the model with dtype=torch.float32"
+    check = _judge(model, where, off, advice)
+    if given.known is None:
+        return check
+    coarse, fine = _r2(model, given.known), _r2(exact, given.known)
+    moved = {key: abs(coarse[key] - fine[key]) for key in fine}
+    where = max(moved, key=lambda key: moved[key])
+    n = len(given.known.inputs)
+    detail = f"{check.detail}; R² of {n} samples moves by at most {moved[where]:.4f}, at {where}"
+    if moved[where] <= _NOISE:
+        return Check("", "pass", detail)
+    return Check("", "fail", detail, advice)
+
+
+def _weights(model: Model, given: Given) -> Check:
+    try:
+        twin = random_twin(model)
+    except ValueError as error:
+        return Check("", "skip", str(error))
+    theirs = dict(twin.module.named_parameters())
+    pairs = {id(p): (p, theirs[name]) for name, p in model.module.named_parameters()}
+    said, untrained = [], []
+    for tower in model.towers:
+        matrices = [pairs[id(p)] for p in _matrices(tower) if id(p) in pairs]
+        trained = sum(_spread_unlike(a, b) for a, b in matrices)
+        if matrices:
+            said.append(f"{trained} of {len(matrices)} in {tower.name}")
+        if trained < _TRAINED * len(matrices):
+            untrained.append(tower.name)
+    detail = f"matrices spread unlike those of a random twin: {', '.join(said)}"
+    if given.known is not None:
+        mine, random = _r2(model, given.known), _r2(twin, given.known)
+        best = max(mine, key=lambda key: mine[key])
+        detail += f"; R² at {best} {mine[best]:.3f}, of the twin {random[best]:.3f}"
+    if not untrained:
+        return Check("", "pass", detail)
+    advice = f"nobody has trained {' and '.join(untrained)}: load weights"
+    return Check("", "fail", detail, advice)
+
+
+def _matrices(tower: Tower) -> list[nn.Parameter]:
+    return [p for block in tower.blocks for p in block.parameters() if p.ndim > 1]
+
+
+def _spread_unlike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = a.float().std(), b.float().std()
+    return bool(abs(a - b) > 0.05 * b)
+
+
+CHECKS: dict[str, Callable[[Model, Given], Check]] = {
+    "repeats": _repeats,
+    "batch": _batch,
+    "padding": _padding,
+    "hidden_states": _hidden_states,
+    "roles": _roles,
+    "dtype": _dtype,
+    "weights": _weights,
+}

@@ -501,7 +501,7 @@ def test_adapters_that_do_not_go_on(lm, adapter, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "bloom")
     with pytest.raises(ValueError, match=r"does not fit bloom: Target modules .* not found"):
         gf.load(tmp_path / "bloom", adapter=adapter)
-    with pytest.raises(FileNotFoundError, match="holds no adapter: it has no adapter_config.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter: it has no adapter_config.json"):
         gf.load(lm, adapter=tmp_path / "bloom")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         gf.load(lm, adapter=tmp_path / "none")
@@ -598,7 +598,7 @@ def test_a_module_that_masks_is_refused_until_it_does_not(lm):
         gf.load(module, processor=processor)
     module.config.mask_ratio = 0.0
     assert "masking is off" in gf.load(module, processor=processor).notes[0]
-    with pytest.raises(ValueError, match="processor= goes with an nn.Module"):
+    with pytest.raises(ValueError, match=r"processor= goes with an nn.Module"):
         gf.load(lm, processor=processor)
 
 
@@ -863,3 +863,74 @@ def test_attention_stays_what_it_is(family, tmp_path):
     assert len(calls) >= sum(len(t.blocks) for t in model.towers)
     after = {m.config._attn_implementation for m in model.module.modules() if hasattr(m, "config")}
     assert after == kinds
+
+
+# ------ the command, and probes
+
+
+@old
+def test_the_command_takes_what_load_takes(lm, adapter, own, capsys):
+    from geofast.cli import main
+
+    assert main(["sites", str(lm), "--adapter", str(adapter)]) == 0
+    assert capsys.readouterr().out.startswith("lm + tuned: text in, float32")
+    assert main(["sites", str(adapter), "--merge-adapter", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.startswith("lm + tuned (merged): text in, bfloat16")
+    assert main(["sites", str(lm), "--device-map", "auto"]) == 0
+    capsys.readouterr()
+    assert main(["doctor", str(lm), "--adapter", str(adapter)]) == 0
+    assert capsys.readouterr().out.startswith("lm + tuned: all is well")
+    folder = own(2)
+    assert main(["sites", str(folder)]) == 1
+    assert "allow it with trust_remote_code=True (--trust-remote-code)" in capsys.readouterr().err
+    assert main(["sites", str(folder), "--trust-remote-code"]) == 0
+    with pytest.raises(SystemExit):
+        main(["doctor", str(lm), "--device", "cpu", "--device-map", "auto"])
+    assert "--device-map: not allowed with argument --device" in capsys.readouterr().err
+
+
+@old
+def test_a_probe_of_an_adapter_spread_by_a_device_map(lm, adapter, tmp_path, capsys):
+    from geofast.cli import main
+
+    r = np.random.default_rng(0)
+    places = r.uniform(-50, 50, (24, 2))
+    lines = [f"w{i} w{i + 1},{a},{b}" for i, (a, b) in enumerate(places)]
+    (tmp_path / "places.csv").write_text("\n".join(["name,latitude,longitude", *lines]))
+    asked = ["probe", str(lm), str(tmp_path / "places.csv"), "--text", "name", "--folds", "3"]
+    out = tmp_path / "run"
+    more = ["--adapter", str(adapter), "--merge-adapter", "--device-map", "auto", "--out", str(out)]
+    assert main([*asked, *more]) == 0
+    run = gf.open(out)
+    assert run.info["model"] == "lm + tuned (merged)"
+    samples = gf.data.read(tmp_path / "places.csv", text="name")
+    other = gf.probe(lm, samples, split=gf.KFold(3), adapter=adapter, device_map="auto")
+    assert other.info["model"] == "lm + tuned"
+    np.testing.assert_allclose(run.layers["r2"], other.layers["r2"], rtol=1e-3, atol=1e-4)
+    off = gf.probe(lm, samples, split=gf.KFold(3))
+    assert abs(off.layers["r2"].to_numpy() - other.layers["r2"].to_numpy())[1:].min() > 1e-3
+    disk = gf.probe(lm, samples, split=gf.KFold(3), device_map={"": "disk"})
+    np.testing.assert_allclose(disk.layers["r2"], off.layers["r2"])
+    assert "device_map keeps parts of the model on disk" in disk.info["warnings"]
+    assert disk.info["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["some/model", "no/such/folder", "{lm}:broken"],
+    ids=["no network", "no folder", "code"],
+)
+def test_nothing_is_written_where_a_model_is_refused(lm, own, tmp_path, monkeypatch, capsys, model):
+    from geofast.cli import main
+
+    refuse(monkeypatch, answered("HfHubHTTPError", 503))
+    where = str(own(2)) if model == "{lm}:broken" else model
+    (tmp_path / "places.csv").write_text(
+        "name,latitude,longitude\n" + "\n".join(f"w{i},{i},{i * i % 7}" for i in range(12))
+    )
+    out = tmp_path / "below" / "run"
+    before = sorted(tmp_path.iterdir())
+    asked = ["probe", where, str(tmp_path / "places.csv"), "--text", "name", "--out", str(out)]
+    assert main(asked) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before

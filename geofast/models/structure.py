@@ -151,8 +151,8 @@ def find_towers(root: nn.Module) -> tuple[Tower, ...]:
         msg = (
             f"no residual blocks found in {type(root).__name__}: looked for a ModuleList or "
             "Sequential of two or more modules of one class, each with submodules that hold "
-            "parameters. Put the blocks of a model of your own into a ModuleList, or name them in a "
-            "method geofast_towers() that returns a tuple of geofast.models.Tower"
+            "parameters. Put the blocks of a model of your own into a ModuleList, or name them in "
+            "a method geofast_towers() that returns a tuple of geofast.models.Tower"
         )
         raise ValueError(msg)
     found = {n: _tower(root, n, path, blocks) for n, (_, path, blocks) in largest.items()}

@@ -156,24 +156,55 @@ def test_the_callers_random_numbers_are_untouched():
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
 
 
-def test_many_tensors_need_few_descriptors():
+def parts(image):
+    """What a processor makes for a model that talks about images, with tensors of mixed sizes."""
+    pixels = to_tensor(image)[: 2 + corner(image) % 3]
+    ids = [torch.arange(3), torch.ones(1, 2, dtype=torch.int64)]
+    return {"image": {"pixels": pixels, "mask": pixels > 9}, "ids": ids, "size": image.size}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_holds_several_tensors_arrives_as_it_was(workers):
+    (batch,) = batches(pictures(5), range(5), 5, transform=parts, workers=workers)
+    for i, item in enumerate(batch.inputs):
+        expected = parts(Image.fromarray(picture(i)))
+        assert item.keys() == expected.keys()
+        assert item["size"] == (8, 6)
+        for mine, theirs in zip(
+            [*item["image"].values(), *item["ids"]],
+            [*expected["image"].values(), *expected["ids"]],
+            strict=True,
+        ):
+            assert mine.dtype == theirs.dtype
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("transform", [to_tensor, parts])
+def test_many_tensors_need_few_descriptors(transform):
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = []
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
-        for batch in batches(pictures(600), range(600), 100, transform=to_tensor, workers=1):
+        for batch in batches(pictures(600), range(600), 100, transform=transform, workers=1):
             held += batch.inputs
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(held) == 600
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_of_different_sizes(workers):
+    samples = from_arrays(list("abcdef"), [0] * 6, [0] * 6)
+    out = list(batches(samples, [5, 4, 3, 2, 1, 0], [1, 3, 2], workers=workers))
+    assert [batch.inputs for batch in out] == [["f"], ["e", "d", "c"], ["b", "a"]]
+
+
 def test_no_samples_no_batches():
     assert list(batches(pictures(1), [], 4)) == []
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(0, 0), (4, -1)])
+@pytest.mark.parametrize(("batch_size", "workers"), [(0, 0), (4, -1), ([1, 0], 0)])
 def test_bad_arguments(batch_size, workers):
     with pytest.raises(ValueError, match="batch_size must be at least 1 and workers at least 0"):
         batches(pictures(1), [0], batch_size, workers=workers)

@@ -71,6 +71,20 @@ def test_reserved_rows_count_only_when_committed():
     assert rows["a/last"].shape == (0, 3)
 
 
+def test_rows_of_a_batch_that_failed_are_forgotten():
+    x, y = torch.randn(2, 3), torch.randn(4, 3)
+    rows = fill(Rows(), [x])
+    mark = rows.mark()
+    rows.reserve("a/last", 3, 4)
+    rows.reserve("b/last", 5, 4)
+    rows.commit(["a/last", "b/last"], 4)
+    rows.rewind(mark)
+    assert (rows["a/last"].shape, rows["b/last"].shape) == ((2, 3), (0, 5))
+    rows.reserve("a/last", 3, 4).copy_(y)
+    rows.commit(["a/last"], 4)
+    assert torch.equal(rows["a/last"], torch.cat([x, y]))
+
+
 def test_reorder():
     x = torch.randn(5, 3)
     rows = fill(Rows(), [x])

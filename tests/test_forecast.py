@@ -1,0 +1,239 @@
+"""What `plan` says before weights are loaded, against what a run does."""
+
+import families
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import geofast as gf
+from geofast.cli import main
+from geofast.data import from_arrays
+from geofast.models.inputs import text_collate
+from geofast.models.skeleton import has_skeleton, skeleton, weight_bytes
+from geofast.survey import estimate, survey, token_count
+
+# PaliGemma's processor hands numpy what it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+# Those whose images are cut into tiles lay out new lines of tokens that the estimate leaves out.
+ESTIMATED = {
+    "siglip2", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3",
+    "smolvlm", "mistral3",
+}  # fmt: skip
+ALL = (
+    *families.VISION_FAMILIES, *families.COMPARING_FAMILIES, *families.TALKING_FAMILIES,
+    *families.LANGUAGE_FAMILIES,
+)  # fmt: skip
+
+
+def name_of(family):
+    return family.__name__
+
+
+def save(family, folder):
+    if needed := families.NEEDS.get(family.__name__):
+        pytest.importorskip(needed, reason=f"transformers' processor needs {needed}")
+    return families.save(family, folder)
+
+
+def without_weights(folder):
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    return folder
+
+
+def photos(n=30, size=(40, 56)):
+    r = np.random.default_rng(0)
+    images = [r.integers(0, 255, (*size, 3), dtype=np.uint8) for _ in range(n)]
+    return from_arrays(images, r.uniform(-60, 60, n), r.uniform(-90, 90, n))
+
+
+def words(n=30):
+    r = np.random.default_rng(0)
+    texts = [" ".join(["w5"] * (1 + i % 9)) for i in range(n)]
+    return from_arrays(texts, r.uniform(-60, 60, n), r.uniform(-90, 90, n))
+
+
+def batch_of(model):
+    kind = words(10) if model.kind == "text" else photos(1)
+    sample = kind.load(len(kind) - 2) if model.kind == "text" else kind.load(0)
+    return model.collate([model.transform(sample) if model.transform else sample])
+
+
+@pytest.mark.parametrize("family", ALL, ids=name_of)
+def test_a_model_without_weights_shows_what_the_model_does(tmp_path, family):
+    real = gf.load(save(family, tmp_path))
+    bare = skeleton(without_weights(tmp_path))
+    assert all(p.is_meta for p in bare.module.parameters())
+    assert weight_bytes(bare.module) == weight_bytes(real.module)
+    seen = []
+    for model in (real, bare):
+        model = model.asking(["w1 w2", "w3"]) if model.prompts else model
+        wanted = model.sites()
+        seen.append(survey(model.until(wanted), wanted, batch_of(model)))
+    mine, theirs = seen[1], seen[0]
+    assert ("estimated" in mine.how) == (family.__name__ in ESTIMATED)
+    assert mine.shapes.keys() == theirs.shapes.keys()
+    for site, shape in theirs.shapes.items():
+        if site not in ("projector", "vision.joint"):
+            assert mine.shapes[site] == shape, site
+    assert token_count(mine.shapes) == token_count(theirs.shapes)
+    # The fused attention of the CPU is not counted, that without numbers is.
+    assert 0.8 < mine.flops / theirs.flops < 1.7
+    assert 0.3 < mine.peak / theirs.peak < 1.5
+
+
+@pytest.mark.parametrize("family", [families.llama, families.vit, families.llava], ids=name_of)
+def test_an_estimate_is_near_a_run(tmp_path, family):
+    model = gf.load(save(family, tmp_path))
+    wanted = model.sites()
+    for deepest in (wanted, wanted[:2]):
+        short = model.until(deepest)
+        run = survey(short, deepest, batch_of(model))
+        guess = estimate(short, deepest, batch_of(model), "")
+        assert guess.shapes == run.shapes
+        # Embeddings are not in it: patches are cut by a product.
+        assert 0.6 < guess.flops / run.flops < 1.5
+        assert 0.3 < guess.peak / run.peak < 2
+
+
+def test_activations_are_those_that_are_alive_at_once():
+    """Three layers of a plain stack: a layer's input, and what it makes of it."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = torch.nn.LayerNorm(64), torch.nn.Linear(64, 64, bias=False)
+
+        def forward(self, hidden):
+            return self.linear(hidden)
+
+    class Stack(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Block(), Block(), Block()])
+
+        def forward(self, pixel_values):
+            for layer in self.layers:
+                pixel_values = layer(pixel_values)
+            return pixel_values
+
+    model = gf.load(Stack(), prepare=lambda inputs: {"pixel_values": torch.stack(inputs)})
+    wanted = model.sites()
+    seen = survey(model.until(wanted), wanted, model.collate([torch.zeros(10, 64)]))
+    assert seen.peak == 2 * 10 * 64 * 4
+    assert seen.flops == 3 * 2 * 10 * 64 * 64
+    assert seen.shapes["vision.layers.2"] == (10, 64)
+
+
+def test_weights_are_counted_by_dtype(tmp_path):
+    save(families.llama, tmp_path)
+    model = skeleton(tmp_path, dtype=torch.bfloat16)
+    plain = weight_bytes(model.module)
+    whole = sum(p.numel() for p in model.module.parameters())
+    assert plain[torch.bfloat16] == 2 * whole
+    matrices = sum(
+        m.weight.numel() for m in model.body.layers.modules() if isinstance(m, torch.nn.Linear)
+    )
+    for how, bits in (({"load_in_4bit": True}, 4), ({"bits": 8, "quant_method": "gptq"}, 8)):
+        model.module.config.quantization_config = how
+        packed = weight_bytes(model.module)
+        assert packed[torch.int8] == matrices * bits // 8
+        assert packed[torch.bfloat16] == 2 * (whole - matrices)
+
+
+@pytest.mark.parametrize(
+    ("family", "data", "options"),
+    [
+        (families.swin, photos(), {"pool": ["mean", "max"]}),
+        (families.clip, words(), {"prompts": ["{text}", "w1 {text}"]}),
+        (families.qwen2_5_vl, photos(), {"prompts": ["w1", "w2 w3"], "storage": "gram"}),
+        (families.gemma2, words(), {"sites": "lm.layers.1", "storage": "gram"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_plan_is_what_a_probe_does(tmp_path, family, data, options):
+    folder = save(family, tmp_path)
+    options = {"split": gf.KFold(3), **options}
+    run = gf.probe(folder, data, workers=0, **options)
+    told = gf.plan(without_weights(folder), data, **options)
+    assert not told.loaded
+    assert (told.samples, told.device) == (30, "cpu")
+    real = run.layers[run.layers["prompt"] == run.layers["prompt"].iloc[-1]]
+    assert set(real["site"]) <= set(told.sites)
+    widths = {site: width for site, (_, width) in told.sites.items()}
+    assert all(
+        widths[site] == d for site, d in zip(run.layers["site"], run.layers["d"], strict=True)
+    )
+    assert told.batch <= run.info["batch"]["samples"]
+    assert told.tokens == run.info["batch"]["tokens"]
+    assert told.batches in f"{told}"
+    kept = run.rows or {k: g.matrix for k, g in run.grams.items()}
+    assert told.storage.size == sum(x.nbytes for x in kept.values())
+    assert told.storage.kind == run.info["arguments"]["storage"]
+
+
+def test_what_is_printed(tmp_path):
+    told = gf.plan(without_weights(save(families.llava, tmp_path)), photos(), prompts=["w1", "w2"])
+    text = str(told)
+    assert "30 samples, 2 prompt(s); batches of 30 samples, at most 2,048 tokens" in text
+    assert "vision.embed to vision.layers.2 (4)" in text
+    assert "17 x 32   cls" in text
+    assert "weights      0 MB of float32" in text
+    assert "activations" in text
+    assert f"{told.share:.1%} of the time" in text
+    assert 0 < told.share < 1
+
+
+def test_a_model_that_is_there_is_planned_from_as_it_is():
+    module = tiny.llama()
+    model = gf.load(module, prepare=text_collate(tiny.tokenizer(), module.base_model))
+    assert not has_skeleton(model)
+    assert not has_skeleton("open_clip:ViT-B-32/openai")
+    assert has_skeleton("facebook/dinov2-small")
+    told = gf.plan(model, words(), split=gf.KFold(3))
+    assert told.loaded
+    assert "the model was loaded, as it cannot be planned without weights" in str(told)
+    assert told.sites["lm.layers.2"] == (9, 32)
+
+
+def test_a_budget_and_a_cap_are_told(tmp_path):
+    folder = save(families.vit, tmp_path)
+    assert gf.plan(folder, photos(), batch_size=4).batch == 4
+    assert gf.plan(folder, photos()).batch == 30
+    more = gf.plan(folder, photos(), controls="random-weights")
+    assert more.flops == 2 * gf.plan(folder, photos()).flops
+
+
+def test_the_prediction_is_near_a_run(tmp_path):
+    """Within a factor of four, on a machine that may be busy, once the process is warm."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(hidden_size=192, num_hidden_layers=6, num_attention_heads=3)
+    Dinov2Model(config).save_pretrained(tmp_path)
+    side = {"height": 224, "width": 224}
+    BitImageProcessorPil(size={"shortest_edge": 224}, crop_size=side).save_pretrained(tmp_path)
+    data = photos(60, (224, 224))
+    options = dict(split=gf.KFold(5), pool=["cls", "mean:patch"])
+    gf.probe(tmp_path, data.take(range(10)), check=False, workers=0, **options)
+    seconds = gf.probe(tmp_path, data, check=False, workers=0, **options).info["seconds"]
+    told = gf.plan(tmp_path, data, **options).seconds
+    for stage in ("forward", "solve"):
+        assert 0.25 < told[stage] / seconds[stage] < 4, (stage, told, seconds)
+
+
+def test_the_command(tmp_path, capsys):
+    for i in range(12):
+        Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    rows = [f"{i}.png,{5 * i + 1},{7 * i + i % 5}" for i in range(12)]
+    table = tmp_path / "photos.csv"
+    table.write_text("\n".join(["image,latitude,longitude", *rows]))
+    model = without_weights(save(families.vit, tmp_path / "model"))
+    options = ["--folds", "2", "--pool", "mean:patch", "--batch-size", "3", "--unchecked"]
+    assert main(["plan", str(model), str(table), *options]) == 0
+    out = capsys.readouterr().out
+    assert "12 samples, 1 prompt(s); batches of 3 samples" in out
+    assert "vision.embed to vision.layers.2 (4)" in out
+    assert main(["plan", str(model), str(table), "--sites", "lm.*"]) == 1
+    assert "no site matches 'lm.*'" in capsys.readouterr().err

@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from .data.demos import cities as cities_data
-from .data.demos import dinov2_small, raw_pixels, smollm2
+from .data.demos import dinov2_small, smollm2
 from .data.demos import satellite as satellite_data
 from .geo import Blocks, GroupKFold, KFold
 from .models import Model, load
@@ -27,26 +25,27 @@ CITY_PROMPTS = (
 def satellite(samples: int | None = None, alphas: Sequence[float] = ALPHAS) -> Run:
     """Probe DINOv2-S on crops of NASA's Blue Marble.
 
-    All 13 sites, CLS and patch mean, random folds and 15-degree blocks, beside raw pixels.
+    All 13 sites, CLS and patch mean, random folds and 15-degree blocks, beside the pixels.
     """
     data = satellite_data(1200 if samples is None else samples)
     model = _load(dinov2_small())
     return probe(
         model, data, pool=["cls", "mean:patch"], split=[KFold(), Blocks(15)], alphas=alphas,
-        baselines={"raw pixels": torch.from_numpy(raw_pixels(data))}, progress=True,
+        controls="pixels", progress=True,
     )  # fmt: skip
 
 
 def cities(samples: int | None = None, alphas: Sequence[float] = ALPHAS) -> Run:
     """Probe SmolLM2-135M on the names of the largest cities.
 
-    All 31 sites, last token, three prompts, random folds and folds that keep countries together.
+    All 31 sites, last token, three prompts, random folds and folds that keep countries together,
+    beside bags of tokens.
     """
     data = cities_data(2500 if samples is None else samples)
     model = _load(smollm2())
     return probe(
         model, data, prompts=CITY_PROMPTS, batch_size=64, alphas=alphas,
-        split=[KFold(), GroupKFold("country")], progress=True,
+        split=[KFold(), GroupKFold("country")], controls="tokens", progress=True,
     )  # fmt: skip
 
 

@@ -139,8 +139,21 @@ class Gram:
 
     @staticmethod
     def load(path: str | Path) -> Gram:
-        """Read what `save` wrote."""
-        return load(path)[""]
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            When the file holds several, as a run's does, or cannot be read.
+        """
+        grams = load(path)
+        if "" not in grams:
+            names = ", ".join([*grams][:5]) + (", ..." if len(grams) > 5 else "")
+            msg = f"{path} holds the statistics of {len(grams)} sites ({names}): open its run"
+            raise ValueError(
+                f"{msg} with gf.open(folder).grams, or take one of geofast.gram.load(path)"
+            )
+        return grams[""]
 
     def _about(self, shift: torch.Tensor) -> torch.Tensor:
         # [x - c', 1, y - e'] = [x - c, 1, y - e] + delta * 1, so the Gram changes by rank two.

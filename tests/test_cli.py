@@ -294,6 +294,49 @@ def test_the_doctor_and_a_control(job, tmp_path, capsys):
     assert set(gf.open(out).layers["control"]) == {"", "random-weights"}
 
 
+def test_the_doctor_takes_examples_from_data(job, tmp_path, capsys):
+    arguments = ["doctor", str(job / "model"), "--dtype", "bfloat16", "--data"]
+    with pytest.raises(SystemExit):
+        main([*arguments, str(job / "photos.csv")])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "R² of 30 samples moves by at most" in said
+    assert re.search(r"R² at vision\.\S+ \d\.\d{3}, of the twin \d", said)
+    table = pd.read_csv(job / "photos.csv").rename(columns={"image": "shot"})
+    table.to_csv(job / "shots.csv", index=False)
+    assert main([*arguments, str(job / "shots.csv"), "--image", "place"]) == 1
+    assert "has no column 'place'" in capsys.readouterr().err
+
+
+def test_raw_pixels_as_a_control(job, tmp_path, capsys):
+    out = tmp_path / "run"
+    probe = ["probe", str(job / "model"), str(job / "photos.csv"), "--out", str(out)]
+    assert main([*probe, "--control", "tokens"]) == 1
+    assert "the control 'tokens' is for samples of kind text" in capsys.readouterr().err
+    assert main([*probe, "--control", "pixels", "random-weights"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"median km +random +pixels$|median km +pixels +random$", printed, re.MULTILINE
+    )
+    table = pd.read_csv(out / "layers.csv", keep_default_na=False)
+    assert set(table["control"]) == {"", "pixels", "random-weights"}
+    assert (table["r2:pixels"][table["control"] == ""] != "").all()
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_run_outlives_its_reader(job, tmp_path, closed):
+    """As of `geofast probe ... 2>&1 | head`: what took hours is in the folder."""
+    out = tmp_path / "run"
+    read, write = os.pipe()
+    os.close(read)
+    script = "import sys; from geofast.cli import main; sys.exit(main(sys.argv[1:]))"
+    probe = ["probe", str(job / "model"), str(job / "photos.csv"), "--out", str(out)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {closed: write}
+    done = subprocess.run([sys.executable, "-c", script, *probe, "--workers", "0"], **streams)
+    os.close(write)
+    assert done.returncode == 0
+    assert len(gf.open(out).layers) == 4
+
+
 def test_a_demo_with_other_penalties(tmp_path, monkeypatch):
     given = []
 

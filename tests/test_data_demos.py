@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from sklearn.linear_model import RidgeCV
 
-from geofast.data.demos import assets, cities, dinov2, dinov2_small, raw_pixels, satellite, smollm2
+from geofast.controls import thumbnail
+from geofast.data.demos import assets, cities, dinov2, dinov2_small, satellite, smollm2
 from geofast.data.stream import batches
 from geofast.geo import KFold, fold_scores
 
@@ -163,7 +164,7 @@ def test_crops_survive_workers_and_pickling():
 
 def test_raw_pixels_know_some_latitude_and_little_longitude():
     samples = satellite(1200)
-    x = raw_pixels(samples)
+    x = np.stack([thumbnail(samples.load(i)).numpy() for i in range(1200)])
     assert (x.shape, x.dtype) == ((1200, 768), np.float32)
     small = np.asarray(samples.load(3)).reshape(16, 14, 16, 14, 3).mean((1, 3)) / 255
     np.testing.assert_allclose(

@@ -55,7 +55,7 @@ def test_satellite_on_240_crops(tmp_path, capsys):
     latitude, longitude = r2(run, "vision.layers.6", "mean:patch", "kfold")
     assert 0.68 < latitude < 0.84  # the ten: .71 to .81
     assert 0.12 < longitude < 0.35  # the ten: .16 to .31
-    raw = r2(run, "input", "raw pixels", "kfold", control="raw pixels")
+    raw = r2(run, "input", "pixels", "kfold", control="pixels")
     assert raw[0] < 0.27  # the ten: .02 to .22
     assert raw[1] < 0.04  # the ten: -.09 to .01
     _, apart = r2(run, "vision.layers.6", "mean:patch", "blocks15")
@@ -70,7 +70,7 @@ def test_cities_on_the_300_largest(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("geofast.demo.probe", few)
     monkeypatch.setattr("geofast.demo.CITY_PROMPTS", CITY_PROMPTS[:2])
     run = demo("cities", 300, tmp_path)
-    assert len(run.layers) == 2 * 2 * 2  # sites, prompts, splits
+    assert len(run.layers) == 2 * 2 * 2 + 2 * 2  # sites, prompts, splits, and a bag of tokens
     assert set(run.layers["n"]) == {300}
     prompt = "The city of {name}"
     latitude, longitude = r2(run, "lm.layers.17", "last", "kfold", prompt)

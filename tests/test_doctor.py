@@ -158,7 +158,8 @@ class OddBlock(nn.Module):
 @pytest.mark.parametrize(("stream", "found"), [(0, "pass"), (1, "fail")])
 def test_a_block_that_returns_something_else_first(stream, found):
     torch.manual_seed(0)
-    model = gf.load(Odd(stream), prepare=text_collate(tiny.tokenizer(), None))
+    module = Odd(stream)
+    model = gf.load(module, prepare=text_collate(tiny.tokenizer(), module))
     check = outcome(model, "hidden_states")
     assert check.outcome == found
     if found == "fail":

@@ -179,3 +179,15 @@ def test_arrays_of_numpy_and_a_fold_that_was_forgotten():
     assert torch.equal(gram.matrix, same.matrix)
     with pytest.raises(ValueError, match="this Gram has 4 cells: say the cell of every row, cell="):
         gram.update(x, y)
+
+
+def test_a_file_of_several_sites_names_them(tmp_path):
+    x, y = rows(50, 5)
+    grams = {f"lm.layers.{i}/last": gf.Gram(5, 2).update(x, y) for i in range(7)}
+    path = tmp_path / "gram.safetensors"
+    statistics.save(grams, path)
+    said = r"holds the statistics of 7 sites \(lm\.layers\.0/last, .*lm\.layers\.4/last, \.\.\.\)"
+    with pytest.raises(ValueError, match=rf"{said}: open its run with gf\.open\(folder\)\.grams"):
+        gf.Gram.load(path)
+    (name, last) = [*grams.items()][-1]
+    assert torch.equal(statistics.load(path)[name].matrix, last.matrix)

@@ -3,7 +3,7 @@
 from .cities import cities
 from .dinov2 import dinov2_small
 from .geoclip import geoclip_gallery, geoclip_weights
-from .satellite import raw_pixels, satellite
+from .satellite import satellite
 from .smollm2 import smollm2
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "dinov2_small",
     "geoclip_gallery",
     "geoclip_weights",
-    "raw_pixels",
     "satellite",
     "smollm2",
 ]

@@ -72,23 +72,6 @@ def satellite(n: int = 1200, seed: int = 0, cache: Path | None = None) -> Sample
     return Samples(table, "image", crops, f"Blue Marble, {n} crops, seed {seed}")
 
 
-def raw_pixels(samples: Samples) -> NDArray[np.float32]:
-    """Return the baseline features of images: 16 x 16 RGB pixels.
-
-    Returns
-    -------
-    ndarray of float32 [n, 768]
-        Each pixel the mean of the area that it covers, 0 to 1.
-    """
-    features = np.empty((len(samples), 16 * 16 * 3), dtype=np.float32)
-    for i in range(len(samples)):
-        image = samples.load(i)
-        assert isinstance(image, Image.Image)
-        small = image.resize((16, 16), Image.Resampling.BOX)
-        features[i] = np.asarray(small, dtype=np.float32).ravel() / 255
-    return features
-
-
 class _Crops:
     """Cuts the crop of a place out of the whole picture, which each process decodes once."""
 

@@ -525,6 +525,27 @@ def test_adapters_that_do_not_go_on(lm, adapter, tmp_path):
 
 
 @old
+@pytest.mark.filterwarnings("ignore:Merge lora module:UserWarning")
+def test_an_adapter_on_quantised_weights(lm, adapter, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(
+        lm, quantization_config=bits(4), dtype=torch.float32
+    ).save_pretrained(tmp_path / "lm")
+    tiny.tokenizer().save_pretrained(tmp_path / "lm")
+    exact = rows_of(gf.load(lm, adapter=adapter))
+    off = rows_of(gf.load(tmp_path / "lm"))
+    quantised = "weights are quantised: bitsandbytes 4 bit, computed in float32"
+    again = "the sum of the weights and the adapter tuned is quantised again"
+    for merge, notes in ((False, (quantised,)), (True, (quantised, again))):
+        model = gf.load(tmp_path / "lm", adapter=adapter, merge=merge)
+        assert model.notes == notes
+        rows = rows_of(model)
+        assert distance(rows, off, "lm.layers.2/last") > 1
+        assert distance(rows, exact, "lm.layers.2/last") < 0.4
+
+
+@old
 def test_an_adapter_with_another_name_for_its_base_is_told(lm, adapter, tmp_path):
     other = another(tmp_path / "sibling")
     model = gf.load(other, adapter=adapter)
@@ -547,6 +568,47 @@ def test_without_peft(lm, adapter, monkeypatch):
         ImportError, match=r"the adapter tuned needs peft: pip install 'geofast\[big"
     ):
         gf.load(lm, adapter=adapter)
+
+
+@old
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("family", [families.llava, families.qwen2_5_vl])
+def test_a_model_that_talks_about_images_with_an_adapter_and_off_the_disk(family, tmp_path):
+    """Its vision tower and its language model are adapted, and called by different methods."""
+    base = families.save(family, tmp_path / "base")
+    lora(base, tmp_path / "tuned", "AutoModelForImageTextToText", target_modules="all-linear")
+    image = [Image.new("RGB", (40, 50), "red"), Image.new("RGB", (60, 40), "blue")]
+    off = rows_of(gf.load(base), image)
+    on = rows_of(gf.load(base, adapter=tmp_path / "tuned"), image)
+    merged = rows_of(gf.load(base, adapter=tmp_path / "tuned", merge=True), image)
+    assert_same(on, merged, rtol=1e-4, atol=1e-5)
+    for key in ("vision.layers.2", "lm.layers.2/last"):
+        key = next(k for k in off if k.startswith(key))
+        assert distance(on, off, key) > 0.01
+    away = gf.load(base, device_map={"": "disk"})
+    assert away.device == torch.device("cpu")
+    assert_same(rows_of(away, image), off, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_on_the_hub(lm, adapter, monkeypatch):
+    """The id of an adapter alone: its repository has no config.json."""
+    import huggingface_hub
+
+    from geofast.models.load import base_and_adapter
+
+    asked = []
+
+    def ask(repository, file):
+        asked.append((repository, file))
+        return file == "adapter_config.json", None
+
+    monkeypatch.setattr(hub, "_ask", ask)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(adapter))
+    source, worn = base_and_adapter("some/adapter", hub.find("some/adapter"), None)
+    assert asked == [("some/adapter", "config.json"), ("some/adapter", "adapter_config.json")]
+    assert (source.path, source.name, worn.name, worn.base) == (
+        str(lm), "lm", "some/adapter", str(lm)
+    )  # fmt: skip
 
 
 # ------ modules with a processor

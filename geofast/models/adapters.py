@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .checkpoint import quantisation
 from .hub import Source, find, said
 from .model import headless
 
@@ -116,9 +117,12 @@ def put_on(module: nn.Module, base: str, adapter: Adapter, *, merge: bool) -> li
     if merge:
         worn.merge_and_unload()
     module.eval()
-    if Path(adapter.base).name.lower() == Path(base).name.lower():
-        return []
-    return [f"the adapter {adapter.name} was made for {adapter.base}, not for {base}"]
+    remarks = []
+    if merge and quantisation(getattr(module, "config", None)):
+        remarks.append(f"the sum of the weights and the adapter {adapter.name} is quantised again")
+    if Path(adapter.base).name.lower() != Path(base).name.lower():
+        remarks.append(f"the adapter {adapter.name} was made for {adapter.base}, not for {base}")
+    return remarks
 
 
 def _peft(adapter: Adapter) -> Any:

@@ -88,9 +88,9 @@ def read_module(
     if source.gguf:
         _require(source, "is a GGUF file", ("gguf", "accelerate"))
         options |= _dequantised()
-    dtype = dtype or ("auto" if quantised else _default_dtype(device))
+    dtype = dtype or ("auto" if quantised else default_dtype(device))
     with reading("weights", source):
-        module = _weights(_auto_class(config), source.path, config, dtype, options)
+        module = _weights(auto_class(config), source.path, config, dtype, options)
     return module.eval() if "device_map" in options else module.eval().to(device)
 
 
@@ -127,7 +127,7 @@ def _dequantised() -> dict[str, Any]:
 
 def quantisation(config: Any) -> Mapping[str, Any] | None:
     """Return how the weights are stored, as config.json says; None for plain numbers."""
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inner = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     for part in (config, inner):
         if found := getattr(part, "quantization_config", None):
             given: Mapping[str, Any] = found if isinstance(found, Mapping) else found.to_dict()
@@ -181,12 +181,13 @@ def _word(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """Return the class of transformers that loads the checkpoint whole, its head included."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    own = getattr(config, "auto_map", None) or {}
+    of_its_own = type(config).__module__.startswith("transformers_modules")
+    own = config.auto_map if of_its_own else {}
     for name in ("AutoModelForImageTextToText", "AutoModelForCausalLM", "AutoModel"):
         if name in own:
             return getattr(transformers, name)
@@ -207,7 +208,8 @@ def _is_causal(config: Any) -> bool:
     return config.model_type in CAUSAL
 
 
-def _default_dtype(device: torch.device) -> torch.dtype | str:
+def default_dtype(device: torch.device) -> torch.dtype | str:
+    """Return what `load` takes on `device` where nobody says; `auto` is the checkpoint's own."""
     return torch.float32 if device.type == "cpu" else "auto"
 
 

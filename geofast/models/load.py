@@ -94,7 +94,7 @@ def load(
         return model
     if device is not None and device_map is not None:
         raise ValueError("give device= or device_map=, not both: the latter says where parts go")
-    where = _device(device)
+    where = default_device(device)
     if isinstance(model, nn.Module):
         if extra := [n for n in named if n not in ("prepare", "processor", "device", "dtype")]:
             raise ValueError(f"{' and '.join(extra)} goes with a checkpoint, not with an nn.Module")
@@ -112,13 +112,20 @@ def load(
         return zoo.load(library, of_library, where, dtype)
     text = str(model).removeprefix("hf:")
     source = find(text, trust_remote_code=trust_remote_code)
-    source, worn = _base_and_adapter(text, source, adapter)
+    source, worn = base_and_adapter(text, source, adapter)
     if merge and worn is None:
         raise ValueError("merge=True goes with an adapter: name it by adapter=")
     return _from_checkpoint(source, where, dtype, device_map, worn, merge)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def default_device(device: str | torch.device | None) -> torch.device:
+    """Return `device`, or a GPU where there is one, else the CPU.
+
+    Raises
+    ------
+    RuntimeError
+        When it is a GPU that is not there.
+    """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and not torch.cuda.is_available():
         msg = f"there is no GPU for device={str(where)!r} that torch can use; leave device= out"
@@ -143,10 +150,10 @@ def _from_module(module: nn.Module, prepare: Any, processor: Any) -> Model:
     return assemble(name, module, Given(processor))
 
 
-def _base_and_adapter(
+def base_and_adapter(
     text: str, source: Source, adapter: str | Path | None
 ) -> tuple[Source, Adapter | None]:
-    """Tell an adapter that is given as the model from a model."""
+    """Return the base and the adapter on it, where the model named is an adapter itself too."""
     if adapter is None and source.complete:
         return source, None
     worn = find_adapter(text if adapter is None else str(adapter))

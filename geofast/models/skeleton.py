@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from .assemble import assemble
-from .checkpoint import _auto_class, _default_dtype, quantisation, read_config
+from .checkpoint import auto_class, default_dtype, quantisation, read_config
 from .hub import find
-from .load import _base_and_adapter, _device
+from .load import base_and_adapter, default_device
 from .model import Model
 from .processors import OfCheckpoint
 from .structure import block_lists
@@ -29,7 +29,7 @@ def has_skeleton(model: str | Path | nn.Module | Model) -> TypeGuard[str | Path]
 
 def place(device: str | torch.device | None) -> torch.device:
     """Return the device that `load` would take."""
-    return _device(device)
+    return default_device(device)
 
 
 def skeleton(
@@ -51,13 +51,13 @@ def skeleton(
     """
     text = str(model).removeprefix("hf:")
     found = find(text, trust_remote_code=trust_remote_code)
-    source, worn = _base_and_adapter(text, found, adapter)
+    source, worn = base_and_adapter(text, found, adapter)
     config = read_config(source)
-    chosen: Any = dtype or _default_dtype(place(device))
+    chosen: Any = dtype or default_dtype(place(device))
     if chosen == "auto":
         chosen = getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
-        module = _auto_class(config).from_config(
+        module = auto_class(config).from_config(
             config, dtype=chosen, trust_remote_code=trust_remote_code
         )
     name = source.name if worn is None else f"{source.name} + {worn.name}"

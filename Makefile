@@ -11,6 +11,7 @@ BIN    := $(VENV)/bin
 # gigabytes of CUDA packages away.
 CONSTRAINTS := -c $(if $(shell command -v nvidia-smi 2>/dev/null),constraints.txt,constraints-cpu.txt)
 PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+ZOO         := $(abspath $(VENV))/zoo
 OR_SAY_WHY  := || { echo "The install failed. Where the lines above name nvidia or triton, this package index has torch for CUDA only: see the top of the README." >&2; exit 1; }
 SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.py' -o -name '*.png') CMakeLists.txt pyproject.toml constraints.txt constraints-cpu.txt
 
@@ -19,8 +20,11 @@ SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.h' -o
 demo: $(VENV)/.demo
 	$(BIN)/geofast demo satellite --out runs/satellite --overwrite
 
-test: $(VENV)/.dev
+# Twice: as `make demo` installs geofast, and beside open_clip, timm and torchvision, whose presence
+# makes transformers take other processors.
+test: $(VENV)/.dev $(VENV)/.zoo
 	$(BIN)/pytest
+	PYTHONPATH="$(ZOO)" $(BIN)/pytest tests/test_zoo.py tests/test_families.py tests/test_doctor.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -46,6 +50,12 @@ $(BIN)/python:
 $(VENV)/.demo: $(BIN)/python $(SOURCES)
 	@echo "Installing geofast and what the demo needs into $(VENV) (about two minutes the first time)"
 	$(PIP) -e '.[demo]' $(OR_SAY_WHY)
+	touch $@
+
+$(VENV)/.zoo: constraints-zoo.txt | $(BIN)/python
+	@echo "Installing open_clip, timm and torchvision into $(ZOO), for tests alone"
+	rm -rf "$(ZOO)"
+	$(PIP) --no-deps --target "$(ZOO)" -r constraints-zoo.txt $(OR_SAY_WHY)
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python $(SOURCES)

@@ -1,5 +1,7 @@
 """Tiny random checkpoints of every model family, with the processors that they really have."""
 
+from importlib.util import find_spec
+
 import torch
 
 IMAGE = "<image>"
@@ -47,10 +49,12 @@ def tokenizer(**more):
 
 
 def _processor(name, *parts, **more):
-    """A processor of class `name`, with or without a part for videos, which needs torchvision."""
+    """A processor of class `name`; its part for videos needs torchvision."""
     import transformers
 
     kind = getattr(transformers, name)
+    if "video_processor" in kind.get_attributes():
+        more["video_processor"] = _video_processor(name) if find_spec("torchvision") else None
 
     class ImagesAndText(kind):
         def check_argument_for_proper_class(self, attribute, part):
@@ -61,6 +65,16 @@ def _processor(name, *parts, **more):
     there = [a for a in kind.get_attributes() if getattr(made, a) is not None]
     ImagesAndText.get_attributes = classmethod(lambda _: there)  # what is None cannot be saved
     return made
+
+
+def _video_processor(name):
+    import transformers
+    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
+
+    family = name.removesuffix("Processor")
+    names = [n for n in VIDEO_PROCESSOR_MAPPING_NAMES.values() if n]
+    own = f"{family}VideoProcessor"
+    return getattr(transformers, own if own in names else "Qwen2VLVideoProcessor")()
 
 
 def chat(image):
@@ -89,6 +103,21 @@ def dinov2():
     return t.Dinov2Model(t.Dinov2Config(**small)), t.BitImageProcessorPil(
         size={"shortest_edge": 32}, crop_size=SIDE
     )
+
+
+def webssl_dino():
+    """DINOv2 with the feed-forward of its giant."""
+    import transformers as t
+
+    small = {k: v for k, v in VISION.items() if k != "intermediate_size"}
+    return t.Dinov2Model(t.Dinov2Config(**small, use_swiglu_ffn=True)), dinov2()[1]
+
+
+def webssl_mae():
+    """A ViT whose configuration still has the ratio of its training's masks."""
+    import transformers as t
+
+    return t.ViTModel(t.ViTConfig(**VISION, mask_ratio=0.0)), dinov2()[1]
 
 
 def dinov2_registers():
@@ -169,6 +198,17 @@ def clip():
     return t.CLIPModel(config), t.CLIPProcessor(processor, tokenizer())
 
 
+def metaclip2():
+    import transformers as t
+
+    config = t.MetaClip2Config(
+        text_config=TEXT | dict(bos_token_id=2, eos_token_id=3, pad_token_id=0),
+        vision_config=VISION, projection_dim=16,
+    )  # fmt: skip
+    words = _xlm_roberta_tokenizer()
+    return t.MetaClip2Model(config), t.CLIPProcessor(clip()[1].image_processor, words)
+
+
 def siglip():
     import transformers as t
 
@@ -234,7 +274,7 @@ def llava_onevision():
     )  # fmt: skip
     images = t.LlavaOnevisionImageProcessorPil(size=SIDE, image_grid_pinpoints=grid)
     processor = _processor(
-        "LlavaOnevisionProcessor", images, tokenizer(), None, num_image_tokens=16,
+        "LlavaOnevisionProcessor", images, tokenizer(), num_image_tokens=16,
         vision_feature_select_strategy="full", chat_template=chat(IMAGE),
     )  # fmt: skip
     return t.LlavaOnevisionForConditionalGeneration(config), processor
@@ -261,7 +301,7 @@ def _qwen(kind, vision, processor_class):
         }
     )  # fmt: skip
     template = chat("<|vision_start|><|image_pad|><|vision_end|>")
-    processor = _processor(processor_class, images, words, None, chat_template=template)
+    processor = _processor(processor_class, images, words, chat_template=template)
     return getattr(t, f"{kind}ForConditionalGeneration")(config), processor
 
 
@@ -312,9 +352,21 @@ def gemma3():
 def paligemma():
     import transformers as t
 
+    return _paligemma(t.GemmaConfig(**LANGUAGE))
+
+
+def paligemma2():
+    import transformers as t
+
+    return _paligemma(t.Gemma2Config(**LANGUAGE))
+
+
+def _paligemma(language):
+    import transformers as t
+
     config = t.PaliGemmaConfig(
-        vision_config=t.SiglipVisionConfig(**VISION, projection_dim=32),
-        text_config=t.Gemma2Config(**LANGUAGE), image_token_index=IDS[IMAGE], projection_dim=32,
+        vision_config=t.SiglipVisionConfig(**VISION, projection_dim=32), text_config=language,
+        image_token_index=IDS[IMAGE], projection_dim=32,
     )  # fmt: skip
     images = t.SiglipImageProcessorPil(size=SIDE)
     images.image_seq_length = 16
@@ -340,18 +392,14 @@ def internvl():
         }
     )  # fmt: skip
     images = t.GotOcr2ImageProcessorPil(size=SIDE, crop_to_patches=True, max_patches=4)
+    template = chat("<IMG_CONTEXT>")
     processor = _processor(
-        "InternVLProcessor",
-        images,
-        words,
-        None,
-        image_seq_length=4,
-        chat_template=chat("<IMG_CONTEXT>"),
+        "InternVLProcessor", images, words, image_seq_length=4, chat_template=template
     )
     return t.InternVLForConditionalGeneration(config), processor
 
 
-def _idefics(kind, images, words, **more):
+def _idefics(kind, images, words):
     import transformers as t
 
     config = getattr(t, f"{kind}Config")(
@@ -359,7 +407,7 @@ def _idefics(kind, images, words, **more):
         scale_factor=2, pad_token_id=0,
     )  # fmt: skip
     processor = _processor(
-        f"{kind}Processor", images, words, image_seq_len=4, chat_template=chat(IMAGE), **more
+        f"{kind}Processor", images, words, image_seq_len=4, chat_template=chat(IMAGE)
     )
     return getattr(t, f"{kind}ForConditionalGeneration")(config), processor
 
@@ -379,7 +427,29 @@ def smolvlm():
     images = t.SmolVLMImageProcessorPil(
         size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
     )
-    return _idefics("SmolVLM", images, tokenizer(), video_processor=None)
+    return _idefics("SmolVLM", images, tokenizer())
+
+
+def pixtral():
+    """As a checkpoint of transformers, which makes a LLaVA of it."""
+    import transformers as t
+
+    config = t.LlavaConfig(
+        vision_config=t.PixtralVisionConfig(**VISION | {"image_size": 64}),
+        text_config=t.MistralConfig(**LANGUAGE), image_token_index=IDS["[IMG]"],
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    return t.LlavaForConditionalGeneration(config), _pixtral_processor(1)
+
+
+def _pixtral_processor(merge):
+    import transformers as t
+
+    images = t.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size=8)
+    return _processor(
+        "PixtralProcessor", images, tokenizer(), patch_size=8, spatial_merge_size=merge,
+        chat_template=chat("[IMG]"),
+    )  # fmt: skip
 
 
 def mistral3():
@@ -390,16 +460,7 @@ def mistral3():
         text_config=t.MistralConfig(**LANGUAGE), image_token_index=IDS["[IMG]"],
         spatial_merge_size=2,
     )  # fmt: skip
-    images = t.PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size=8)
-    processor = _processor(
-        "PixtralProcessor",
-        images,
-        tokenizer(),
-        patch_size=8,
-        spatial_merge_size=2,
-        chat_template=chat("[IMG]"),
-    )
-    return t.Mistral3ForConditionalGeneration(config), processor
+    return t.Mistral3ForConditionalGeneration(config), _pixtral_processor(2)
 
 
 # ------ language
@@ -445,6 +506,30 @@ def bert():
     import transformers as t
 
     return t.BertModel(t.BertConfig(**TEXT)), tokenizer()
+
+
+def minilm():
+    import transformers as t
+
+    words = {w: i for i, w in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))}
+    words |= {f"w{i}": 5 + i for i in range(60)}
+    return t.BertModel(t.BertConfig(**TEXT)), t.BertTokenizer(vocab=words)
+
+
+def xlm_roberta():
+    """Its positions count from the id of the padding."""
+    import transformers as t
+
+    config = t.XLMRobertaConfig(**TEXT | {"max_position_embeddings": 66}, pad_token_id=1)
+    return t.XLMRobertaModel(config), _xlm_roberta_tokenizer()
+
+
+def _xlm_roberta_tokenizer():
+    import transformers as t
+
+    special = ("<s>", "<pad>", "</s>", "<unk>", "▁")
+    words = [(w, 0.0) for w in special] + [(f"▁w{i}", -float(i)) for i in range(60)]
+    return t.XLMRobertaTokenizer(vocab=words)
 
 
 # ------ open_clip and timm: each writes a checkpoint and returns the name that gf.load takes
@@ -559,15 +644,17 @@ def timm_convnext(folder):
 
 
 VISION_FAMILIES = (
-    vit, deit, dinov2, dinov2_registers, dinov3_vit, dinov3_convnext, vit_mae, sam, beit, swin,
-    siglip_vision,
+    vit, deit, dinov2, dinov2_registers, webssl_dino, webssl_mae, dinov3_vit, dinov3_convnext,
+    vit_mae, sam, beit, swin, siglip_vision,
 )  # fmt: skip
-COMPARING_FAMILIES = (clip, siglip, siglip2)
+COMPARING_FAMILIES = (clip, metaclip2, siglip, siglip2)
 TALKING_FAMILIES = (
-    llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, gemma3, paligemma, internvl,
-    idefics3, smolvlm, mistral3,
+    llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, gemma3, paligemma,
+    paligemma2, internvl, idefics3, smolvlm, pixtral, mistral3,
 )  # fmt: skip
-LANGUAGE_FAMILIES = (llama, qwen3, gemma2, mistral, gpt_neox, gpt2, bert)
+LANGUAGE_FAMILIES = (
+    llama, qwen3, gemma2, mistral, gpt_neox, gpt2, bert, minilm, xlm_roberta,
+)  # fmt: skip
 OPEN_CLIP_FAMILIES = (
     open_clip_clip, open_clip_custom_text, open_clip_siglip, open_clip_roberta, open_clip_coca,
 )  # fmt: skip
@@ -576,7 +663,13 @@ TIMM_FAMILIES = (
     timm_swin, timm_convnext,
 )  # fmt: skip
 ZOO_FAMILIES = (*OPEN_CLIP_FAMILIES, *TIMM_FAMILIES)
-NEEDS = {"smolvlm": "num2words", "mistral3": "torchvision"}  # what transformers' processor imports
+FAMILIES = (
+    *VISION_FAMILIES, *COMPARING_FAMILIES, *TALKING_FAMILIES, *LANGUAGE_FAMILIES, *ZOO_FAMILIES
+)  # fmt: skip
+NEEDS = {"smolvlm": "num2words", "pixtral": "torchvision", "mistral3": "torchvision"}
+"""What transformers' processor imports, or who wrote the checkpoint."""
+NEEDS |= {family.__name__: "open_clip" for family in OPEN_CLIP_FAMILIES}
+NEEDS |= {family.__name__: "timm" for family in TIMM_FAMILIES}
 
 
 def save(family, folder):

@@ -1,6 +1,7 @@
 """Every model family under one vocabulary, from tiny random checkpoints and real processors."""
 
 from functools import partial
+from pathlib import Path
 
 import families
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import geofast as gf
 
+ROOT = Path(__file__).parents[1]
 SIZES = ((40, 40), (30, 64), (70, 35))  # height and width: one square, one wide, one tall
 POOLS = {
     "vision": ["mean:patch", "max"], "projector": "mean:patch", "lm": ["last", "mean:image"],
@@ -227,6 +229,18 @@ def test_texts_through_a_model_that_talks_about_images(load):
         load(families.vit).reading("text")
 
 
+@pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
+def test_a_text_is_read_alike_alone_and_padded(load, family):
+    model = load(family).reading("text")
+    texts = ["w1 w2", "w3", "w4 w5 w6 w7"]
+    with gf.capture(model, pool=["last", "mean"]) as together:
+        model.forward(model.prepare(texts))
+    with gf.capture(model, pool=["last", "mean"]) as alone:
+        for text in texts:
+            model.forward(model.prepare([text]))
+    assert_close(dict(together), dict(alone))
+
+
 @pytest.mark.parametrize("storage", ["rows", "gram"])
 def test_prompts_about_images_are_probed_beside_each_other(load, storage):
     model = load(families.qwen2_5_vl)
@@ -245,3 +259,16 @@ def test_prompts_about_images_are_probed_beside_each_other(load, storage):
     np.testing.assert_allclose(mine["r2"], alone["r2"], rtol=1e-3, atol=1e-4)
     few = gf.probe(model, samples, sites="vision.layers.*", **options)
     assert set(few.layers["tower"]) == {"vision"}
+
+
+def test_the_page_is_what_the_checks_say(monkeypatch):
+    """In the second run of `make test`, which has all that the families need."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import families_page
+
+    if absent := families_page.lacking():
+        pytest.skip(f"the page of families takes {', '.join(absent)}: constraints-zoo.txt")
+    assert set(families_page.KNOWN.values()) <= set(families.FAMILIES)
+    made = families_page.page()
+    assert made == (ROOT / "docs" / "families.md").read_text()
+    assert "fail" not in made

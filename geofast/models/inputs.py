@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -71,6 +72,9 @@ class Tokenize:
     """The longest prompt that the model takes, in tokens."""
     fixed: bool = False
     """Pad every text to the whole context, and have the model read the padding too."""
+    segments: bool = False
+    """Say that all of a text is of the first segment: PaliGemma reads that both ways, as it was
+    trained to, and would read a text alone so but not one that is padded."""
 
     def __call__(self, texts: list[str]) -> Batch:
         """Pad on the right to the longest, whichever side the tokenizer pads for generation.
@@ -96,7 +100,8 @@ class Tokenize:
         if self.fixed:
             room = (0, int(self.context) - ids.shape[1])
             return {"input_ids": nn.functional.pad(ids, room, value=self.tokenizer.pad_token_id)}
-        return {"input_ids": ids, "attention_mask": mask}
+        segments = {"token_type_ids": torch.zeros_like(ids)} if self.segments else {}
+        return {"input_ids": ids, "attention_mask": mask, **segments}
 
 
 def text_collate(tokenizer: Any, body: nn.Module, *, fixed: bool = False) -> Tokenize:
@@ -104,10 +109,13 @@ def text_collate(tokenizer: Any, body: nn.Module, *, fixed: bool = False) -> Tok
     if tokenizer.pad_token is None:
         # Masked, so any id will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    config: Any = getattr(body, "config", None)
-    config = getattr(config, "text_config", config)
+    whole: Any = getattr(body, "config", None)
+    config = getattr(whole, "text_config", whole)
     context = getattr(config, "max_position_embeddings", None) or -1
-    return Tokenize(tokenizer, context if context > 0 else inf, fixed)  # XLNet has none, says -1
+    room = context if context > 0 else inf  # XLNet has none, says -1
+    talks = config is not whole
+    segments = talks and "token_type_ids" in inspect.signature(body.forward).parameters
+    return Tokenize(tokenizer, room, fixed, segments)
 
 
 @dataclass(frozen=True)

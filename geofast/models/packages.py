@@ -38,7 +38,7 @@ def require_torchvision_that_fits() -> None:
     if find_spec("torchvision") is None:
         return
     try:
-        import torchvision  # noqa: F401
+        import_module("torchvision")
     except Exception as error:
         said = (str(error).splitlines() or [repr(error)])[0]
         msg = (

@@ -289,7 +289,13 @@ class _Tokenize:
     Every text is padded to the whole context, as the towers want it.
     """
 
-    tokenizer: Any
+    encode: Any
+    """Of open_clip: texts to ids [batch, context]."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The one that knows its words: that of transformers inside, or CLIP's own."""
+        return getattr(self.encode, "tokenizer", self.encode)
 
     def __call__(self, texts: list[str]) -> Batch:
         """Return `inputs`, ids [batch, context], and `attention_mask`, 1 where a token is real.
@@ -299,11 +305,11 @@ class _Tokenize:
         ValueError
             For an empty text, or one that is longer than the model's context.
         """
-        context = self.tokenizer.context_length
-        ids = self.tokenizer(texts)
+        context = self.encode.context_length
+        ids = self.encode(texts)
         mask = self._mask(ids)
         # open_clip cuts what is too long, and says nothing.
-        whole = self._mask(self.tokenizer(texts, context_length=context + 1)).sum(1)
+        whole = self._mask(self.encode(texts, context_length=context + 1)).sum(1)
         for text, length, needs in zip(texts, mask.sum(1).tolist(), whole.tolist(), strict=True):
             if not length:
                 raise ValueError(f"the text {text!r} has no token; give the model a longer prompt")
@@ -313,8 +319,8 @@ class _Tokenize:
         return {"inputs": ids, "attention_mask": mask}
 
     def _mask(self, ids: torch.Tensor) -> torch.Tensor:
-        theirs = getattr(self.tokenizer, "tokenizer", None)
-        if theirs is not None:
-            return (ids != theirs.pad_token_id).long()
+        padding: int | None = getattr(self.tokenizer, "pad_token_id", None)
+        if padding is not None:
+            return (ids != padding).long()
         # CLIP's own tokenizer pads with 0, which is an exclamation mark inside a word too.
         return (ids != 0).long().flip(1).cummax(1).values.flip(1)

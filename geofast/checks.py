@@ -492,7 +492,8 @@ def _unlike_random(a: torch.Tensor, b: torch.Tensor) -> bool:
     """
     spread, tails = zip(*(_moments(x) for x in (a, b)), strict=True)
     chance = max(0.1, 6 * (24 / a.numel()) ** 0.5)
-    return abs(spread[0] - spread[1]) > 0.05 * spread[1] or abs(tails[0] - tails[1]) > chance
+    differs = abs(spread[0] - spread[1]) > 0.05 * spread[1]
+    return bool(differs or abs(tails[0] - tails[1]) > chance)
 
 
 def _moments(x: torch.Tensor) -> tuple[float, float]:

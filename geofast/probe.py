@@ -19,10 +19,11 @@ from . import _ops
 from ._folder import check_space
 from .batching import Budget, Lengths
 from .capture import Pools
+from .checks import Check
 from .controls import check_controls, raw_inputs
 from .data import Samples, read
 from .data.stream import batches
-from .doctor import Check, quick
+from .doctor import quick
 from .extract import (
     Extracted,
     Storage,

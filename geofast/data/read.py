@@ -174,9 +174,10 @@ def _read_table(
     lon = _find(path, names, longitude, "longitude", LONGITUDES)
     if lat.lower() in LONGITUDES and lon.lower() in LATITUDES:
         raise _swapped(str(path), lat, lon)
-    column, kind = "", "location"
+    found_input: tuple[str, Kind] = ("", "location")
     if not location:
-        column, kind = _find_input(path, names, image, text)
+        found_input = _find_input(path, names, image, text)
+    column, kind = found_input
     if id_column:
         _find(path, names, id_column, "id", ())
     else:

@@ -14,7 +14,7 @@ from torch import nn
 
 from .models import Model, Site, Stage, Tower, find_towers, match_sites
 from .models.layout import Call, Layout, as_tokens, lay_out
-from .pooling import Pool, parse_pools, pool, role_bit
+from .pooling import ROLES, Pool, parse_pools, pool, role_bit
 from .rows import Rows
 
 Pools = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
@@ -268,5 +268,7 @@ def _require_tokens(pools: Sequence[Pool], layout: Layout, site: Site) -> None:
                 empty = ends.diff() == 0
             if empty.any():
                 first = int(empty.nonzero()[0])
+                there = [r for r in ROLES[1:] if (layout.roles >> role_bit(r) & 1).any()]
                 msg = f"sample {first} of the batch has no {role} token"
+                msg += f"; here are {', '.join(there)} tokens" if there else ""
                 raise ValueError(f"pool {p.name!r} at {site.name}: {msg}")

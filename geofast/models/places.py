@@ -51,8 +51,8 @@ def find_grids(
     sequences = shape[0] if len(shape) == 3 else 1
     sizes = call.pixel_sizes(sequences)
     patches = layout.roles.numel() - sequences * _leading(layout)
-    if _known(around, "mask_ratio") is not None:  # a masked autoencoder: keeps some, in any order
-        if "noise" not in call.given:
+    if "noise" in inspect.signature(around[0].forward).parameters:
+        if "noise" not in call.given:  # a masked autoencoder then keeps patches in random order
             return None
         patches = call.given["noise"].numel()
     tiles = grids_of(sizes, patches) if sizes else None

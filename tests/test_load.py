@@ -516,11 +516,17 @@ def test_adapters_that_do_not_go_on(lm, adapter, tmp_path):
         gf.load(lm, adapter=tmp_path / "prompt")
     with pytest.raises(ValueError, match="no adapter can be put on it"):
         gf.load(lm, adapter=adapter, device_map={"": "disk"})
-    monkey = json.loads((adapter / "adapter_config.json").read_text())
-    monkey["base_model_name_or_path"] = None
+    own = json.loads((adapter / "adapter_config.json").read_text())
+    own["base_model_name_or_path"] = None
     (tmp_path / "nobodys").mkdir()
-    (tmp_path / "nobodys" / "adapter_config.json").write_text(json.dumps(monkey))
+    (tmp_path / "nobodys" / "adapter_config.json").write_text(json.dumps(own))
     with pytest.raises(ValueError, match="does not say what base_model_name_or_path is"):
+        gf.load(tmp_path / "nobodys")
+    own["base_model_name_or_path"] = str(tmp_path / "gone")
+    (tmp_path / "nobodys" / "adapter_config.json").write_text(json.dumps(own))
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no folder .*gone. The adapter .*nobodys"
+    ):
         gf.load(tmp_path / "nobodys")
 
 
@@ -721,7 +727,7 @@ def test_no_network_is_told_at_once():
         env=environment | {"HF_ENDPOINT": "http://127.0.0.1:9"},
     )  # fmt: skip
     seconds, _, said = done.stdout.partition(" ")
-    assert float(seconds) < 5, done.stderr  # transformers alone: 24
+    assert float(seconds) < 15, done.stderr  # transformers alone: 24
     assert said.startswith("some/model is neither a local folder nor in the Hub's cache, and")
     assert "cannot be reached" in said
 
@@ -748,7 +754,7 @@ def test_a_model_of_the_cache_needs_no_network(lm, plain, tmp_path, monkeypatch)
     refuse(monkeypatch, answered("HfHubHTTPError", 503))
     start = time.time()
     model = gf.load("some/model")
-    assert time.time() - start < 10
+    assert time.time() - start < 15  # a wait for the Hub would take 23
     assert model.notes == ("the Hugging Face Hub was not reached: the model is the cache's",)
     assert_same(rows_of(model), plain, rtol=0, atol=0)
 

@@ -159,9 +159,13 @@ def base_and_adapter(
     worn = find_adapter(text if adapter is None else str(adapter))
     if adapter is not None and worn is None:
         raise FileNotFoundError(f"{adapter} holds no adapter: it has no adapter_config.json")
-    if adapter is None and worn is not None:
-        source = find(worn.base, trust_remote_code=source.trust_remote_code)
-    return source, worn
+    if adapter is not None or worn is None:
+        return source, worn
+    try:
+        return find(worn.base, trust_remote_code=source.trust_remote_code), worn
+    except OSError as error:
+        msg = f"{error}. The adapter {text} names it as its base: if that is elsewhere, load it "
+        raise type(error)(f"{msg}with adapter={text!r} (--adapter)") from error
 
 
 def _from_checkpoint(

@@ -10,7 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_TOKENS = {"cpu": 2048, "cuda": 32768}
+# On two cores, 300 cities x 3 prompts through SmolLM2-135M took 44 s of CPU time in batches of 16
+# samples, 33 s with 1024 tokens, 41 s with 2048 and 52 s with 4096, whose activations leave the
+# cache; DINOv2-S on images of 257 tokens took the same with all of them. The budget of a GPU is not
+# measured: it makes 127 such images a batch, and shrinks where memory is too small.
+_TOKENS = {"cpu": 1024, "cuda": 32768}
 _MOST = 1024  # samples, however short: more gain nothing, and their rows wait in memory
 _NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 

@@ -177,7 +177,7 @@ def test_a_plan_is_what_a_probe_does(tmp_path, family, data, options):
 def test_what_is_printed(tmp_path):
     told = gf.plan(without_weights(save(families.llava, tmp_path)), photos(), prompts=["w1", "w2"])
     text = str(told)
-    assert "30 samples, 2 prompt(s); batches of 30 samples, at most 2,048 tokens" in text
+    assert "30 samples, 2 prompt(s); batches of 30 samples, at most 1,024 tokens" in text
     assert "vision.embed to vision.layers.2 (4)" in text
     assert "17 x 32   cls" in text
     assert "weights      0 MB of float32" in text

@@ -151,8 +151,8 @@ def finding(run: Run) -> list[str]:
     controls = best_controls(run, first)
     if controls:
         told = (f"{row['control']} {number(row['r2'])}" for row in controls)
-        sentences.append(f"For comparison, R² of controls: {', '.join(told)}.")
-    if high := [row["control"] for row in controls if row["r2"] >= best["r2"]]:
+        sentences.append(f"For comparison, the highest R² of controls: {', '.join(told)}.")
+    if high := [row["control"] for row in controls if round(row["r2"] - best["r2"], 3) >= 0]:
         one = "scores" if len(high) == 1 else "score"
         sentences.append(
             f"{' and '.join(high)} {one} no lower than {name}, whose R² is then no sign of "
@@ -293,7 +293,7 @@ def groups_table(run: Run, split: str) -> Table | None:
 
 
 def notes(run: Run, split: str) -> list[str]:
-    """Lines below a split's table: the honest best layer, and the controls by name."""
+    """Lines below a split's table: the honest best layer, and the highest R2 of every control."""
     lines = []
     honest = run.best_layer(split).honest
     if honest is None:
@@ -309,7 +309,7 @@ def notes(run: Run, split: str) -> list[str]:
             if f"r2_{t}" in row and pd.notna(row[f"r2_{t}"])
         ]
         detail = f" ({', '.join(parts)})" if parts else ""
-        lines.append(f"Control {row['control']}: R² {number(row['r2'])}{detail}")
+        lines.append(f"Control {row['control']}: highest R² {number(row['r2'])}{detail}")
     return lines
 
 

@@ -489,6 +489,21 @@ def mistral():
     return _language("Mistral")
 
 
+def phi4_multimodal():
+    """Its language model: it has no call for its vision tower alone."""
+    import transformers as t
+
+    vision = VISION | dict(crop_size=32, image_token_id=IDS[IMAGE])
+    audio = dict(
+        hidden_size=32, intermediate_size=32, num_blocks=2, num_attention_heads=4,
+        ext_pw_out_channel=32, depthwise_separable_out_channel=32, nemo_conv_channels=8,
+        audio_token_id=IDS["<video>"],
+    )  # fmt: skip
+    language = LANGUAGE | dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    config = t.Phi4MultimodalConfig(**language, vision_config=vision, audio_config=audio)
+    return t.Phi4MultimodalForCausalLM(config), tokenizer()
+
+
 def gpt_neox():
     import transformers as t
 
@@ -653,7 +668,7 @@ TALKING_FAMILIES = (
     paligemma2, internvl, idefics3, smolvlm, pixtral, mistral3,
 )  # fmt: skip
 LANGUAGE_FAMILIES = (
-    llama, qwen3, gemma2, mistral, gpt_neox, gpt2, bert, minilm, xlm_roberta,
+    llama, qwen3, gemma2, mistral, phi4_multimodal, gpt_neox, gpt2, bert, minilm, xlm_roberta,
 )  # fmt: skip
 OPEN_CLIP_FAMILIES = (
     open_clip_clip, open_clip_custom_text, open_clip_siglip, open_clip_roberta, open_clip_coca,

@@ -241,6 +241,13 @@ def test_a_text_is_read_alike_alone_and_padded(load, family):
     assert_close(dict(together), dict(alone))
 
 
+def test_a_vision_tower_that_cannot_be_called_is_left_out_aloud(load):
+    model = load(families.phi4_multimodal)
+    assert [tower.name for tower in model.towers] == ["lm"]
+    assert model.kind == "text"
+    assert "only its language model is read" in model.notes[0]
+
+
 @pytest.mark.parametrize("storage", ["rows", "gram"])
 def test_prompts_about_images_are_probed_beside_each_other(load, storage):
     model = load(families.qwen2_5_vl)

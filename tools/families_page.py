@@ -37,6 +37,13 @@ where a model takes both.
 |---|---|---|---|---|---|---|---|---|
 """
 KNOWN_HEAD = """
+Phi-4-multimodal is read as a language model alone: transformers has no call for its vision tower,
+which runs inside the language model's embedding, and its checkpoint on the Hub is for code of its
+own, with an adapter that has to be put on where there are images.
+
+A family that is not here works too when its blocks can be found by structure; `geofast doctor
+MODEL` says whether it is read rightly.
+
 ## Which row is mine?
 
 | checkpoint | family |
@@ -82,6 +89,7 @@ KNOWN = {
     "meta-llama/Llama-3.2-3B, HuggingFaceTB/SmolLM2-360M-Instruct": f.llama,
     "Qwen/Qwen3-4B": f.qwen3,
     "google/gemma-2-2b": f.gemma2,
+    "microsoft/Phi-4-multimodal-instruct, converted for transformers": f.phi4_multimodal,
     "mistralai/Mistral-7B-v0.3": f.mistral,
     "EleutherAI/pythia-1b": f.gpt_neox,
     "openai-community/gpt2": f.gpt2,

@@ -51,6 +51,10 @@ def assemble(
         return conversing(name, module, body, towers, bring("processor"), notes)
     if hasattr(body, "get_image_features") and {"vision", "text"} <= towers.keys():
         return _comparing(name, module, towers, bring("processor"), notes)
+    if {"vision", "lm"} <= towers.keys():
+        # Phi-4-multimodal: its vision tower is called from within the language model's embedding.
+        towers = {"lm": towers["lm"]}
+        notes += ("it has no call for its vision tower alone: only its language model is read",)
     stages = (Stage(body, tuple(towers.values())),)
     reads = getattr(body, "main_input_name", None)
     if reads == "input_ids":

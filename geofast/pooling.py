@@ -1,9 +1,25 @@
 """The pooling vocabulary: from the tokens of one sample to one vector.
 
 A pool is written `cls`, `last`, `mean`, `max` or `min`, with a role where one is needed
-(`mean:patch`, `max:image`), and `a+b` concatenates. A role says what a token is; a token may have
-several. Roles travel as one byte a token, a bit a role, so that a single read of the hidden states
-serves every pool.
+(`mean:patch`, `max:image`), and `a+b` concatenates. A role says what a token is:
+
+`cls`
+    the token that a vision tower is trained to gather an image in;
+`register`
+    tokens beside it that stand for no part of the image (DeiT's distillation token is one);
+`patch`
+    a vision tower's tokens of the image, and what a projector makes of them, in the model's order;
+`image`
+    an image's tokens inside a language model, the ends of lines among them that LLaVA-NeXT adds;
+`text`
+    all other tokens of a language model or a text tower, its special ones and those of the chat
+    template included, but not those that only stand around an image (`<|vision_start|>`,
+    `[IMG_BREAK]`), which have no role of their own;
+`all`
+    every token that is not padding. `last` takes the last of them, on whichever side padding is.
+
+Roles travel as one byte a token, a bit a role, so that a single read of the hidden states serves
+every pool. `geofast.tokens` tells the role and the place of every token.
 """
 
 from __future__ import annotations

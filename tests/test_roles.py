@@ -148,7 +148,9 @@ def check_places(model, sizes, boxes, wanted):
     plans = [[] for _ in sizes]  # of every sample: tile, cells, axis, bit
     for (sample, _site, tile), grid in grids.iterrows():
         for axis, cells in enumerate(grid):
-            plan = [(boxes[sample][tile], cells, axis, bit) for bit in range(cells.bit_length())]
+            plan = [
+                (boxes[sample][tile], cells, axis, bit) for bit in range((cells - 1).bit_length())
+            ]
             plans[sample] += [p for p in plan if p not in plans[sample]]
     found = pd.DataFrame(0, index=table.index, columns=["row", "column"])
     for turn in range(max(map(len, plans))):
@@ -448,6 +450,18 @@ def test_a_pool_without_its_tokens_says_what_there_is(load, family, site, pool, 
     inputs = ["w1 w2"] if model.kind == "text" else [photo((32, 32))]
     with gf.capture(model, site, pool), pytest.raises(ValueError, match=said):
         model.forward(model.prepare(inputs))
+
+
+def test_of_embeddings_alone_nobody_can_tell_text_from_image(load):
+    body = load(families.llava).body
+    ids = torch.tensor([[4, 4, 30, 31]])
+    embeddings = body.get_input_embeddings()(ids).detach()
+    with gf.capture(body, "lm.layers.0", ["last", "mean"]) as rows, torch.no_grad():
+        body(inputs_embeds=embeddings)
+    assert len(rows) == 2
+    message = "pool 'mean:text' at lm.layers.0: sample 0 of the batch has no text token$"
+    with gf.capture(body, "lm.layers.0", "mean:text"), pytest.raises(ValueError, match=message):
+        body(inputs_embeds=embeddings)
 
 
 def test_the_norm_of_clip_is_that_of_its_cls_token(load):

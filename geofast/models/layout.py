@@ -167,10 +167,13 @@ def _roles(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> torch.
         bits[i] = 1 << role_bit(role) | 1
     roles = bits.to(tokens.device).repeat(sequences, 1)
     ids = call.given.get("input_ids")
-    if tower.image_token is not None and isinstance(ids, torch.Tensor) and ids.shape == roles.shape:
-        ids = ids.to(roles.device)
-        roles[torch.isin(ids, torch.tensor(tower.image_marks).to(ids))] = 1
-        roles[ids == tower.image_token] = 1 << role_bit("image") | 1
+    if tower.image_token is not None:
+        if isinstance(ids, torch.Tensor) and ids.shape == roles.shape:
+            ids = ids.to(roles.device)
+            roles[torch.isin(ids, torch.tensor(tower.image_marks).to(ids))] = 1
+            roles[ids == tower.image_token] = 1 << role_bit("image") | 1
+        else:
+            roles[:] = 1  # of embeddings alone nobody can tell text from image
     mask = _mask(tower, roles, call)
     if mask is not None:
         roles *= (mask != 0).to(roles.device)

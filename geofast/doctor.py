@@ -118,7 +118,8 @@ def doctor(
     checks: list[Check] = []
     for view in (loaded, loaded.other):
         if view is not None:
-            given = _given(view, examples if view is loaded else None, samples)
+            view = view.asking(view.prompts[:1]) if view.prompts else view
+            given = _given(view, examples if view.kind == loaded.kind else None, samples)
             prefix = f"{view.kind}: " if loaded.other else ""
             checks += [
                 replace(check(view, given), name=prefix + name)

@@ -472,6 +472,13 @@ def test_places_are_inputs_of_their_own(tmp_path):
     assert texts.as_locations().load(1) == (-33.0, 151.0)
     with pytest.raises(ValueError, match="leave image= and text= out"):
         read(table, location=True, text="name")
+    arrays = from_arrays(None, [1, 2, 95], [3, 4, 5], country=["FR", "IT", "no"])
+    assert (arrays.kind, arrays.load(1), len(arrays), len(arrays.skipped)) == (
+        "location",
+        (2.0, 4.0),
+        2,
+        1,
+    )
     bare = tmp_path / "b.csv"
     bare.write_text("lat,lon\n1,2\n3,4\n")
     assert read(bare, location=True).load(1) == (3.0, 4.0)

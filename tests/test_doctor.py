@@ -243,6 +243,12 @@ def test_tokens_of_images_that_are_taken_for_others(talking, monkeypatch):
     assert "report this model" in check.advice
 
 
+def test_a_model_that_is_asked_twice(talking):
+    asked = replace(talking.asking(["w1", "w2 w3"]), other=None)
+    found = {c.name: c.outcome for c in gf.doctor(asked, only=["batch", "padding", "roles"]).checks}
+    assert found == {"batch": "pass", "padding": "pass", "roles": "pass"}
+
+
 def test_a_wrong_image_token(talking):
     (tower,) = (t for t in talking.towers if t.name == "lm")
     check = roles(changed(talking, "lm", image_token=tower.image_token + 1))

@@ -96,7 +96,7 @@ def read(
 
 
 def from_arrays(
-    inputs: Iterable[Any],
+    inputs: Iterable[Any] | None,
     latitude: ArrayLike,
     longitude: ArrayLike,
     *,
@@ -108,10 +108,10 @@ def from_arrays(
 
     Parameters
     ----------
-    inputs : iterable
+    inputs : iterable, optional
         Strings for a text model; for an image model PIL images, uint8 arrays
         [height, width, 3], encoded bytes, or `pathlib.Path`s. One array [n, height, width, 3] will
-        do.
+        do. None takes the places themselves, for a location encoder.
     latitude, longitude : array_like [n]
         Degrees.
     ids : iterable, optional
@@ -132,7 +132,7 @@ def from_arrays(
     TypeError
         When strings and images are mixed.
     """
-    items = list(inputs)
+    items = [None] * len(np.asarray(latitude)) if inputs is None else list(inputs)
     texts = sum(isinstance(item, str) for item in items)
     if texts not in (0, len(items)):
         msg = f"inputs are all strings or all images, got {texts} strings among {len(items)}."
@@ -150,7 +150,9 @@ def from_arrays(
             raise ValueError(msg)
     rows = pd.DataFrame({name: list(values) for name, values in table.items()})
     where = [f"arrays, index {i}" for i in index]
-    return _samples(rows, items, "text" if texts else "image", "arrays", where, {}, strict)
+    kind: Kind = "text" if texts else "image"
+    found = _samples(rows, items, kind, "arrays", where, {}, strict)
+    return found.as_locations() if inputs is None else found
 
 
 # ---------------------------------------------------------------------------- tables

@@ -39,11 +39,11 @@ def load(
     model
         A Hugging Face Hub id (`facebook/dinov2-small`, with or without `hf:`), a local folder, a
         GGUF file (`model.gguf`, or `ID:FILE.gguf` on the Hub), the folder or id of a PEFT adapter,
-        `open_clip:ARCH/TAG` or `timm:NAME` (see `models.zoo`), or an nn.Module together with
-        `processor` or `prepare`. Vision encoders, language models and
-        text encoders, models that compare images with texts (CLIP, SigLIP) and models that talk
-        about images (LLaVA, Qwen-VL, Gemma 3). The last two take images; `reading("text")` takes
-        texts. Checkpoints quantised by bitsandbytes, GPTQ or AWQ run as they are, those of GGUF
+        `open_clip:ARCH/TAG` or `timm:NAME` (see `models.zoo`), `location:geoclip` or
+        `location:satclip:FILE` (see `models.location`), or an nn.Module together with `processor`
+        or `prepare`. Vision encoders, language models and text encoders, models that compare
+        images with texts (CLIP, SigLIP) and models that talk about images (LLaVA, Qwen-VL, Gemma
+        3). The last two take images; `reading("text")` takes texts. Checkpoints quantised by bitsandbytes, GPTQ or AWQ run as they are, those of GGUF
         are dequantised.
     prepare
         For an nn.Module: from a list of inputs to the module's keyword arguments.

@@ -19,8 +19,9 @@ from .extract import Example, first, lengths_like, ready, usable, worded
 from .geo import Split
 from .geo.folds import KFold
 from .models import DeviceMap, Model, load
+from .models.load import default_device
 from .models.location import of_places
-from .models.skeleton import has_skeleton, place, skeleton, weight_bytes
+from .models.skeleton import has_skeleton, skeleton, weight_bytes
 from .plan import Plan, Task, make_plan, readable, with_cells
 from .pooling import Pool
 from .probe import _as_list, _as_splits, _check_options, _check_pools, _Given, _targets, _tasks
@@ -74,7 +75,7 @@ class Forecast:
         kept = "statistics" if self.storage.kind == "gram" else "rows"
         where = "on disk" if self.storage.on_disk else "in memory"
         per = self.flops / self.samples
-        loaded = "; the model was loaded, as it cannot be planned without weights"
+        loaded = "; planned from the loaded model"
         return "\n".join(
             [
                 f"{self.model} on {self.device} in {self.dtype}{loaded if self.loaded else ''}",
@@ -90,8 +91,9 @@ class Forecast:
                 f"({per / 1e9:,.2f} GFLOP a sample)",
                 f"         probing      about {_time(self.seconds['pool'])} of pooling and "
                 f"{_time(self.seconds['solve'])} of solving: {self.share:.1%} of the time",
-                f"Tokens, operations and activations: {self.how}. Times are by this machine's "
-                "speed, measured now, and good to a factor of three; decoding is not counted.",
+                f"Tokens, operations and activations: {self.how}.",
+                "Times are by this machine's speed, measured now, and good to a factor of three; "
+                "decoding is not counted.",
             ]
         )
 
@@ -185,7 +187,7 @@ def plan(
         made = skeleton(
             model, device=device, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code
         )
-        where = place(device)
+        where = default_device(device)
     else:
         made = load(model, device=device, dtype=dtype)
         where = made.device

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 # Those whose images are cut into tiles lay out new lines of tokens that the estimate leaves out.
 ESTIMATED = {
     "siglip2", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3",
-    "smolvlm", "mistral3",
+    "smolvlm", "pixtral", "mistral3",
 }  # fmt: skip
 ALL = (
     *families.VISION_FAMILIES, *families.COMPARING_FAMILIES, *families.TALKING_FAMILIES,
@@ -194,8 +194,22 @@ def test_a_model_that_is_there_is_planned_from_as_it_is():
     assert has_skeleton("facebook/dinov2-small")
     told = gf.plan(model, words(), split=gf.KFold(3))
     assert told.loaded
-    assert "the model was loaded, as it cannot be planned without weights" in str(told)
+    assert "planned from the loaded model" in str(told)
+    other = gf.plan(model, words(), split=gf.KFold(3), prompts="w1 {text} w2")
+    assert other.sites["lm.layers.2"] == (11, 32)
     assert told.sites["lm.layers.2"] == (9, 32)
+
+
+def test_a_class_that_needs_numbers_is_told(tmp_path, monkeypatch):
+    import transformers
+
+    def numbers(*_, **__):
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    folder = save(families.vit, tmp_path / "vit")
+    monkeypatch.setattr(transformers.AutoModel, "from_config", numbers)
+    with pytest.raises(RuntimeError, match=r"vit cannot be built without its weights \(Tensor"):
+        gf.plan(folder, photos())
 
 
 def test_a_budget_and_a_cap_are_told(tmp_path):

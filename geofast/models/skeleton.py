@@ -13,7 +13,7 @@ from torch import nn
 
 from .assemble import assemble
 from .checkpoint import auto_class, default_dtype, quantisation, read_config
-from .hub import find
+from .hub import find, said
 from .load import base_and_adapter, default_device
 from .model import Model
 from .processors import OfCheckpoint
@@ -25,11 +25,6 @@ _OF_LIBRARIES = ("open_clip", "timm", "location")
 def has_skeleton(model: str | Path | nn.Module | Model) -> TypeGuard[str | Path]:
     """Whether `skeleton` takes what `load` takes: a checkpoint of transformers that is named."""
     return isinstance(model, str | Path) and str(model).partition(":")[0] not in _OF_LIBRARIES
-
-
-def place(device: str | torch.device | None) -> torch.device:
-    """Return the device that `load` would take."""
-    return default_device(device)
 
 
 def skeleton(
@@ -46,20 +41,29 @@ def skeleton(
 
     Raises
     ------
-    FileNotFoundError, PermissionError, ConnectionError, ValueError, RuntimeError
+    FileNotFoundError, PermissionError, ConnectionError, ValueError
         As `load`.
+    RuntimeError
+        As `load`, and when the model's class does not work without numbers.
     """
     text = str(model).removeprefix("hf:")
     found = find(text, trust_remote_code=trust_remote_code)
     source, worn = base_and_adapter(text, found, adapter)
     config = read_config(source)
-    chosen: Any = dtype or default_dtype(place(device))
+    chosen: Any = dtype or default_dtype(default_device(device))
     if chosen == "auto":
         chosen = getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        module = auto_class(config).from_config(
-            config, dtype=chosen, trust_remote_code=trust_remote_code
+    try:
+        with torch.device("meta"):
+            module = auto_class(config).from_config(
+                config, dtype=chosen, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # its code may be anybody's, and do anything
+        msg = (
+            f"{source.name} cannot be built without its weights ({said(error)}): load it, and give "
+            "gf.plan the loaded model"
         )
+        raise RuntimeError(msg) from error
     name = source.name if worn is None else f"{source.name} + {worn.name}"
     return assemble(name, module.eval(), OfCheckpoint(source))
 

@@ -123,7 +123,10 @@ def _table(model: Model, one: _Heard, seen: _Heard | None) -> pd.DataFrame:
     roles, starts = one.layout.roles.cpu(), one.layout.starts
     if starts is None:
         starts = tuple(range(0, roles.numel() + 1, roles.shape[1]))
-    table = pd.DataFrame({"role": [_role(bits) for bits in roles.flatten().tolist()]})
+    kinds = [_role(bits) for bits in roles.flatten().tolist()]
+    if one.tower.tokens == "all":
+        kinds = ["vector"] * len(kinds)  # of a place
+    table = pd.DataFrame({"role": kinds})
     lengths = torch.tensor(starts).diff()
     table["sample"] = torch.arange(len(lengths)).repeat_interleave(lengths).numpy()
     table["token"] = table.groupby("sample").cumcount()

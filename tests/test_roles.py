@@ -555,3 +555,13 @@ def test_the_command_prints_tokens(load, tmp_path, capsys):
     assert "1 register, 16 patch" not in capsys.readouterr().out
     assert main(["sites", str(folder), "--example", "absent.png"]) == 1
     assert "there is no file absent.png" in capsys.readouterr().err
+
+
+def test_a_place_is_one_vector():
+    from geofast.models import location
+
+    encoder = location.SphericalSiren(6, 32, 2, 16)
+    model = gf.load(encoder, prepare=location.places)
+    table = gf.tokens(model, [(48.9, 2.3), (-33.9, 151.2)])
+    assert table["role"].tolist() == ["vector", "vector"]
+    assert table["sample"].tolist() == [0, 1]

@@ -22,10 +22,14 @@ def backend(device: torch.device) -> ModuleType:
     return _core if device.type == "cpu" else _reference
 
 
-def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return an uninitialised CPU tensor in large pages, because fresh small ones cost time."""
-    out = torch.empty(shape, dtype=dtype)
-    _core.large_pages(out)
+_CPU = torch.device("cpu")
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device = _CPU) -> torch.Tensor:
+    """Return an uninitialised tensor, on the CPU in large pages: fresh small ones cost time."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if out.is_cpu:
+        _core.large_pages(out)
     return out
 
 

@@ -125,7 +125,8 @@ def gram(
     shift, z
         float64 [dim] and [n, q].
     order, offsets
-        int64; cell c holds the rows order[offsets[c]:offsets[c + 1]], repeats allowed.
+        int64; cell c holds the rows order[offsets[c]:offsets[c + 1]], repeats allowed. `offsets`
+        are on the CPU.
     out
         float64 [cells, dim + q, dim + q]; the upper triangle is left alone.
     products

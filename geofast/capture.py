@@ -199,10 +199,12 @@ class _Recorder:
         pools = pools[:1] if site.is_vector else pools
         keys = [self._rows.key(site.name, p.name) for p in pools]
         room = [
-            self._rows.reserve(k, p.width(dim), batch) for k, p in zip(keys, pools, strict=True)
+            self._rows.reserve(k, p.width(dim), batch, hidden.device)
+            for k, p in zip(keys, pools, strict=True)
         ]
-        # Pool where the tokens are; only [batch, dim] travels to the host.
-        out = room if hidden.is_cpu else [r.new_empty(r.shape, device=hidden.device) for r in room]
+        # Pool where the tokens are; at most [batch, dim] travels to the host.
+        where = hidden.device
+        out = [r if r.device == where else torch.empty_like(r, device=where) for r in room]
         if tokens.stride(-1) != 1:
             tokens = tokens.contiguous()
         pool(tokens, layout.roles, pools, out, layout.starts)

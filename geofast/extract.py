@@ -51,6 +51,8 @@ class Storage:
     """int64 [n]: the cell of every sample, negative for none."""
     room: torch.Tensor | None = None
     """Float32 [prompts, m] on disk, for rows too large for memory."""
+    stay: bool = False
+    """Keep statistics where their layer lives until the pass is over."""
 
 
 def extract(
@@ -120,7 +122,8 @@ class _Pass:
         order = longest_first(self.lengths.expected)
         sizes = self.budget.sizes(self.lengths.expected[order])
         of_rows = self.storage.kind == "rows"
-        rows = Rows(len(self.samples) if of_rows else _FLUSH + max(sizes), self.room)
+        capacity = len(self.samples) if of_rows else _FLUSH + max(sizes)
+        rows = Rows(capacity, self.room, stay=self.storage.stay)
         rows.label = self.label
         grams: dict[str, Gram] = {}
         pending: list[int] = []
@@ -139,7 +142,8 @@ class _Pass:
                 bar.update(len(batch.index) + len(batch.skipped))
         if not of_rows:
             self._flush(rows, grams, pending, kept)
-            return Extracted(np.sort(kept), None, grams, skipped)
+            on_cpu = {key: gram.cpu() for key, gram in grams.items()}
+            return Extracted(np.sort(kept), None, on_cpu, skipped)
         short = [key for key in rows if len(rows[key]) != len(pending)]
         if short:
             got = len(rows[short[0]])
@@ -187,7 +191,8 @@ class _Pass:
         for key in rows:
             x = rows[key]
             if key not in grams:
-                grams[key] = Gram(x.shape[1], y.shape[1], int(self.storage.cell.max()) + 1)
+                cells = int(self.storage.cell.max()) + 1
+                grams[key] = Gram(x.shape[1], y.shape[1], cells, device=x.device)
             grams[key].update(x, y, cell)
         rows.clear()
         kept += pending

@@ -37,6 +37,8 @@ class Gram:
         sqrt(G_ii G_jj); sums are float64 in both.
     out
         Memory for `matrix`, if it is to lie in a tensor that is there.
+    device
+        Where `matrix` lies and rows come from.
 
     Attributes
     ----------
@@ -54,13 +56,14 @@ class Gram:
         *,
         products: str = "float64",
         out: torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if products not in PRODUCTS:
             raise ValueError(f"products must be one of {PRODUCTS}; got {products!r}")
         self.dim, self.targets, self.cells, self.products = dim, targets, cells, products
         p = dim + 1 + targets
         if out is None:
-            out = _ops.empty(cells, p, p, dtype=torch.float64)
+            out = _ops.empty(cells, p, p, dtype=torch.float64, device=torch.device(device))
         if out.shape != (cells, p, p) or out.dtype != torch.float64:
             raise ValueError(
                 f"out must be float64 {[cells, p, p]}; got {out.dtype} {list(out.shape)}"
@@ -84,7 +87,8 @@ class Gram:
         Raises
         ------
         ValueError
-            When shapes disagree, or `cell` is missing, not int64 [n] or out of range.
+            When shapes disagree, `x` is on another device, or `cell` is missing, not int64 [n] or
+            out of range.
         """
         x, y = torch.as_tensor(x), torch.as_tensor(y)
         if x.ndim != 2 or x.shape[1] != self.dim or y.shape != (len(x), self.targets):
@@ -93,13 +97,16 @@ class Gram:
                 f"{list(x.shape)} and {list(y.shape)}"
             )
             raise ValueError(msg)
+        if x.device != self.matrix.device:
+            msg = f"rows are on {x.device} and this Gram is on {self.matrix.device}"
+            raise ValueError(f"{msg}: make it with device={str(x.device)!r}, or move the rows")
         if cell is None and self.cells > 1:
             raise ValueError(f"this Gram has {self.cells} cells: say the cell of every row, cell=")
         cell = torch.zeros(len(x), dtype=torch.int64) if cell is None else torch.as_tensor(cell)
         _check_int64("cell", cell, len(x), "row")
         if not len(x):
             return self
-        y = y.to(torch.float64)
+        y = y.to(x.device, torch.float64)
         if int(cell.max()) >= self.cells:
             raise ValueError(
                 f"cell {int(cell.max())} is out of range: this Gram has {self.cells} cells"
@@ -108,11 +115,22 @@ class Gram:
             first = x[:_SHIFT_ROWS].double()
             self.shift = torch.cat([first.mean(0), y[:_SHIFT_ROWS].mean(0)])
         c, e = self.shift.split([self.dim, self.targets])
-        z = torch.cat([torch.ones(len(x), 1, dtype=torch.float64), y - e], 1)
+        z = torch.cat([y.new_ones(len(x), 1), y - e], 1)
+        cell = cell.cpu()  # where it mostly is; the offsets of cells are read there
         order = torch.argsort(cell, stable=True)
         offsets = torch.searchsorted(cell[order], torch.arange(self.cells + 1))
+        order = order.to(x.device)
         _ops.backend(x.device).gram(x, c, z, order, offsets, self.matrix, products=self.products)
         return self
+
+    def cpu(self) -> Gram:
+        """Return the statistics on the CPU, where they are solved; themselves if they are there."""
+        if self.matrix.is_cpu:
+            return self
+        moved = Gram(self.dim, self.targets, self.cells, products=self.products)
+        moved.matrix.copy_(self.matrix)
+        moved.shift = None if self.shift is None else self.shift.cpu()
+        return moved
 
     @property
     def count(self) -> torch.Tensor:
@@ -120,17 +138,18 @@ class Gram:
         return self.matrix[:, self.dim, self.dim]
 
     def __add__(self, other: Gram) -> Gram:
-        """Merge two accumulators of the same shape; their shifts may differ."""
+        """Merge two accumulators of the same shape, on the CPU; their shifts may differ."""
         mine, theirs = (self.dim, self.targets, self.cells), (other.dim, other.targets, other.cells)
         if mine != theirs:
             raise ValueError(f"cannot add Grams of (dim, targets, cells) {mine} and {theirs}")
         both = Gram(*mine, products=min(self.products, other.products))  # the coarser of the two
-        if self.shift is None or other.shift is None:
-            both.shift = other.shift if self.shift is None else self.shift
-            both.matrix = self.matrix + other.matrix
+        a, b = self.cpu(), other.cpu()
+        if a.shift is None or b.shift is None:
+            both.shift = b.shift if a.shift is None else a.shift
+            both.matrix = a.matrix + b.matrix
         else:
-            both.shift = self.shift
-            both.matrix = self.matrix + other._about(self.shift)
+            both.shift = a.shift
+            both.matrix = a.matrix + b._about(a.shift)
         return both
 
     def save(self, path: str | Path) -> None:
@@ -209,6 +228,8 @@ def totals(gram: Gram, folds: torch.Tensor | None = None) -> Totals:
     """
     if gram.shift is None:
         raise ValueError("this Gram is empty: call update() with rows before solving")
+    gram = gram.cpu()
+    assert gram.shift is not None
     if folds is None:
         return Totals(gram.matrix.sum(0), gram.matrix, gram.shift)
     _check_int64("folds", folds, gram.cells, "cell of the Gram")
@@ -225,6 +246,8 @@ def save(grams: Mapping[str, Gram], path: str | Path) -> None:
     for name, gram in grams.items():
         if gram.shift is None:
             raise ValueError(f"the Gram {name!r} is empty: there is nothing to save")
+        gram = gram.cpu()
+        assert gram.shift is not None
         tensors[f"{name}/matrix"], tensors[f"{name}/shift"] = gram.matrix, gram.shift
         kinds[name] = {"dim": gram.dim, "targets": gram.targets, "products": gram.products}
     path = Path(path)

@@ -16,6 +16,7 @@ from .data import Samples
 from .geo import Split
 from .models import Model
 
+_GPU_SHARE = 0.5  # of what is free beside the weights, for statistics; activations need the rest
 _MEMORY_SHARE = 0.25  # of the machine's memory, for pooled rows
 
 
@@ -150,6 +151,8 @@ class Plan:
     """Bytes of the rows or statistics of all prompts."""
     kept: int
     """Bytes of the rows or statistics that the run's folder will hold."""
+    stay: bool
+    """Whether statistics live on the device of their layer until the pass is over."""
     sentence: str
 
 
@@ -198,13 +201,25 @@ def make_plan(
     on_disk = kind == "rows" and as_rows > budget
     if kind == "gram" and as_grams > budget:
         why += f"; warning: statistics take more than {_MEMORY_SHARE:.0%} of the machine's memory"
-    where = {"gram": "statistics (Gram matrices)", "rows": "pooled rows"}[kind]
+    free = _free_on_gpus(model)
+    stay = kind == "gram" and 0 < as_grams <= _GPU_SHARE * free
+    if kind == "gram" and free and not stay:
+        why += f"; on the CPU, because more than {_GPU_SHARE:.0%} of the {readable(free)} that are "
+        why += "free on the GPU"
+    what = {"gram": "statistics (Gram matrices)", "rows": "pooled rows"}[kind]
+    where = " on disk" if on_disk else " on the GPU" if stay else ""
     sentence = (
         f"{model.name}: {len(widths)} site x pool, {len(samples)} samples, {len(inputs)} "
-        f"prompt(s); keeping {where}{' on disk' if on_disk else ''} ({why})"
+        f"prompt(s); keeping {what}{where} ({why})"
     )
     size = as_grams if kind == "gram" else as_rows
-    return Plan(kind, on_disk, floats, size, 0 if on_disk else size, sentence)
+    return Plan(kind, on_disk, floats, size, 0 if on_disk else size, stay, sentence)
+
+
+def _free_on_gpus(model: Model) -> int:
+    """Bytes that are free on the GPUs where the model's parameters live; 0 without one."""
+    gpus = {p.device for p in model.module.parameters() if p.is_cuda}
+    return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
 
 
 def _memory() -> int:

@@ -194,8 +194,9 @@ def probe(
         if plan.on_disk:
             folder = Path(scratch or tempfile.gettempdir())
             room = on_disk(folder, plan.floats * len(inputs)).view(len(inputs), plan.floats)
+        place = Storage(plan.kind, given.y, cells, room, plan.stay)
         return extract(
-            model, inputs, Storage(plan.kind, given.y, cells, room), sites=sites, pool=pool,
+            model, inputs, place, sites=sites, pool=pool,
             lengths=lengths, budget=budget, workers=_workers(samples, workers), strict=strict,
             progress=progress,
         )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 
 from . import _ops
 
+_CPU = torch.device("cpu")
 _BLOCK = 1 << 24  # bytes written at once where space cannot be reserved by a call
 
 
@@ -27,6 +28,8 @@ class Rows(Mapping[str, torch.Tensor]):
         and cannot grow beyond it.
     dtype
         float32, or float64 for rows that are pooled in it throughout.
+    stay
+        Keep rows on the device where they are pooled, instead of on the CPU.
     """
 
     def __init__(
@@ -34,8 +37,11 @@ class Rows(Mapping[str, torch.Tensor]):
         capacity: int = 256,
         room: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        *,
+        stay: bool = False,
     ) -> None:
         self._capacity = capacity
+        self._stay = stay
         self._dtype = dtype
         self._room = room
         self._store: dict[str, torch.Tensor] = {}
@@ -64,13 +70,16 @@ class Rows(Mapping[str, torch.Tensor]):
         """Return "site/pool", or "site/pool/label"."""
         return "/".join(filter(None, (site, pool, self.label)))
 
-    def reserve(self, key: str, dim: int, batch: int) -> torch.Tensor:
-        """Return the room [batch, dim] for the next rows of `key`; `commit` makes them count."""
+    def reserve(self, key: str, dim: int, batch: int, device: torch.device = _CPU) -> torch.Tensor:
+        """Return the room [batch, dim] for the next rows of `key`; `commit` makes them count.
+
+        `device` is where they are pooled.
+        """
         store = self._store.get(key)
         n = self._count.setdefault(key, 0)
         need = n + batch
         if store is None:
-            store = self._store[key] = self._allocate(max(self._capacity, need), dim)
+            store = self._store[key] = self._allocate(max(self._capacity, need), dim, device)
         elif store.shape[1] != dim:
             msg = f"rows of {key!r} have width {store.shape[1]}; a batch came with width {dim}"
             raise ValueError(msg)
@@ -78,7 +87,7 @@ class Rows(Mapping[str, torch.Tensor]):
             if self._room is not None:
                 msg = f"rows on disk cannot grow: {need} rows came where {len(store)} fit"
                 raise ValueError(msg)
-            grown = self._allocate(max(2 * len(store), need), dim)
+            grown = self._allocate(max(2 * len(store), need), dim, device)
             grown[:n] = store[:n]
             store = self._store[key] = grown
         return store[n:need]
@@ -107,7 +116,9 @@ class Rows(Mapping[str, torch.Tensor]):
 
     # Rows made inside a forward pass are written to after it, which inference tensors forbid.
     @torch.inference_mode(False)
-    def _allocate(self, n: int, dim: int) -> torch.Tensor:
+    def _allocate(self, n: int, dim: int, device: torch.device) -> torch.Tensor:
+        if self._stay and device.type != "cpu":
+            return torch.empty(n, dim, dtype=self._dtype, device=device)
         if self._room is None:
             return _ops.empty(n, dim, dtype=self._dtype)
         part, self._room = self._room.tensor_split([n * dim])

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from synthetic import KINDS, rows
 
 import geofast as gf
+from geofast import _ops, _reference
 from geofast import gram as statistics
 
 
@@ -102,6 +103,26 @@ def test_save_and_load(tmp_path):
     several = {"lm.layers.1/last": gram, "lm.layers.2/last": back}
     statistics.save(several, tmp_path / "b.safetensors")
     assert statistics.load(tmp_path / "b.safetensors").keys() == several.keys()
+
+
+def test_statistics_lie_where_the_rows_are():
+    """The meta device stands for any other than the CPU: a tensor left behind would be refused."""
+    x, y = rows(50, 5)
+    gram = gf.Gram(5, 2, 3, device="meta").update(x.to("meta"), y, torch.arange(50) % 3)
+    assert gram.matrix.is_meta
+    assert gram.shift.is_meta
+    with pytest.raises(ValueError, match=r"rows are on cpu and this Gram is on meta.*device='cpu'"):
+        gram.update(x, y, torch.arange(50) % 3)
+    at_home = gf.Gram(5, 2, 3)
+    assert at_home.cpu() is at_home
+
+
+def test_another_device_computes_the_same(monkeypatch):
+    x, y = rows(50, 5)
+    cell = torch.arange(50) % 3 - 1  # some in no cell
+    here = gf.Gram(5, 2, 2).update(x, y, cell)
+    monkeypatch.setattr(_ops, "backend", lambda device: _reference)
+    assert_same(here, gf.Gram(5, 2, 2).update(x, y, cell), 1e-12)
 
 
 def test_bad_input(tmp_path):

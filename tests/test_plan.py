@@ -39,6 +39,19 @@ def test_statistics_are_held_against_the_memory(monkeypatch):
         plan_of("gram", GRAMS - 1, monkeypatch)
 
 
+def test_statistics_lie_on_a_gpu_that_has_room(monkeypatch):
+    free = sys.modules["geofast.plan"]
+    monkeypatch.setattr(free, "_free_on_gpus", lambda model: 2 * GRAMS)
+    plan = plan_of("gram", 4 * GRAMS, monkeypatch)
+    assert plan.stay
+    assert "statistics (Gram matrices) on the GPU" in plan.sentence
+    assert not plan_of("rows", 4 * GRAMS, monkeypatch).stay
+    monkeypatch.setattr(free, "_free_on_gpus", lambda model: 2 * GRAMS - 2)
+    plan = plan_of("gram", 4 * GRAMS, monkeypatch)
+    assert not plan.stay
+    assert "on the CPU, because more than 50% of the 0 MB that are free on" in plan.sentence
+
+
 def test_auto_keeps_rows_that_fit_or_are_smaller_or_must_be(monkeypatch):
     """Of 200 samples the rows are larger than statistics of one cell."""
     rows, grams = 100 * ROWS, GRAMS // 5

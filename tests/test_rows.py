@@ -21,6 +21,13 @@ def test_rows_grow(capacity):
     assert torch.equal(fill(Rows(capacity), x.split(7))["a/last"], x)
 
 
+def test_rows_stay_where_they_are_pooled():
+    elsewhere = torch.device("meta")
+    assert Rows(stay=True).reserve("a/last", 3, 2, elsewhere).device == elsewhere
+    assert Rows(stay=True).reserve("a/last", 3, 2).is_cpu
+    assert Rows().reserve("a/last", 3, 2, elsewhere).is_cpu
+
+
 def test_rows_on_disk(tmp_path):
     x, y = torch.randn(40, 3), torch.randn(40, 5)
     rows = Rows(40, on_disk(tmp_path, 40 * 8))

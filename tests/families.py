@@ -590,6 +590,11 @@ def open_clip_siglip(folder):
     )  # fmt: skip
 
 
+def open_clip_resnet(folder):
+    vision = dict(image_size=32, layers=[1, 2, 2, 1], width=8, head_width=16)
+    return _open_clip(folder, "tiny-resnet", vision_cfg=vision)
+
+
 def open_clip_roberta(folder):
     """A text tower of transformers."""
     import transformers as t
@@ -654,6 +659,11 @@ def timm_swin(folder):
     return _timm(folder, "swin_tiny_patch4_window7_224", **small, window_size=2)
 
 
+def timm_resnet(folder):
+    """A list of blocks for each of four stages."""
+    return _timm(folder, "resnet26", layers=(1, 2, 2, 1), channels=(8, 8, 16, 16))
+
+
 def timm_convnext(folder):
     return _timm(folder, "convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32))
 
@@ -672,10 +682,11 @@ LANGUAGE_FAMILIES = (
 )  # fmt: skip
 OPEN_CLIP_FAMILIES = (
     open_clip_clip, open_clip_custom_text, open_clip_siglip, open_clip_roberta, open_clip_coca,
+    open_clip_resnet,
 )  # fmt: skip
 TIMM_FAMILIES = (
     timm_vit, timm_vit_registers, timm_deit_distilled, timm_eva02, timm_vit_siglip, timm_cait,
-    timm_swin, timm_convnext,
+    timm_swin, timm_convnext, timm_resnet,
 )  # fmt: skip
 ZOO_FAMILIES = (*OPEN_CLIP_FAMILIES, *TIMM_FAMILIES)
 FAMILIES = (

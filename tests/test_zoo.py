@@ -23,6 +23,7 @@ PREFIX = {
     "timm_convnext": (), "timm_vit_registers": ("cls", *["register"] * 4),
     "timm_deit_distilled": ("cls", "register"),
 }  # fmt: skip
+RESNETS = (families.timm_resnet, families.open_clip_resnet)
 IN_OPEN_CLIP = pytest.mark.parametrize(
     "family", families.OPEN_CLIP_FAMILIES, ids=lambda f: f.__name__
 )
@@ -83,7 +84,9 @@ def test_a_batch_gives_what_single_inputs_give(load, images, family):
                 assert_close({k: v[i : i + 1] for k, v in together.items()}, read(view, [one]))
 
 
-@IN_BOTH
+@pytest.mark.parametrize(
+    "family", [f for f in families.ZOO_FAMILIES if f not in RESNETS], ids=lambda f: f.__name__
+)
 def test_vision_sites_and_roles_are_those_of_the_library(load, images, family):
     """Its own `forward_intermediates` splits prefix and patches, [batch, dim, height, width]."""
     model = load(family)
@@ -111,6 +114,24 @@ def test_vision_sites_and_roles_are_those_of_the_library(load, images, family):
         if tower.prefix:
             assert before.shape[1] == len(tower.prefix)
     assert_close(rows, expected)
+
+
+@pytest.mark.parametrize("family", RESNETS, ids=lambda f: f.__name__)
+def test_a_list_of_blocks_for_each_stage(load, images, family):
+    model = load(family)
+    (tower,) = model.towers
+    assert len(tower.blocks) == 6
+    assert tower.prefix == ()
+    pixels = model.prepare(images)["inputs"]
+    with torch.inference_mode():
+        if family is families.timm_resnet:
+            states = model.module.forward_intermediates(pixels, intermediates_only=True)
+        else:
+            states = model.module.visual.forward_intermediates(pixels)["image_intermediates"]
+    ends = [f"vision.layers.{i}" for i in (0, 2, 4, 5)]
+    rows = read(model, images, ends, "mean:patch")
+    expected = [state.flatten(2).mean(2) for state in states[-4:]]
+    assert_close(rows, dict(zip(rows, expected, strict=True)))
 
 
 def intermediates(encoder, pixels, with_prefix):

@@ -100,6 +100,7 @@ KNOWN = {
     "open_clip:ViT-H-14-worldwide/metaclip2_worldwide": f.open_clip_custom_text,
     "open_clip:ViT-B-16-SigLIP/webli": f.open_clip_siglip,
     "open_clip:xlm-roberta-base-ViT-B-32/laion5b_s13b_b90k": f.open_clip_roberta,
+    "open_clip:RN50/openai": f.open_clip_resnet,
     "open_clip:coca_ViT-B-32/laion2b_s13b_b90k": f.open_clip_coca,
     "timm:vit_base_patch16_224.augreg2_in21k_ft_in1k": f.timm_vit,
     "timm:vit_base_patch14_reg4_dinov2.lvd142m": f.timm_vit_registers,
@@ -108,6 +109,7 @@ KNOWN = {
     "timm:vit_base_patch16_siglip_224.webli": f.timm_vit_siglip,
     "timm:cait_s24_224.fb_dist_in1k": f.timm_cait,
     "timm:swin_base_patch4_window7_224.ms_in22k_ft_in1k": f.timm_swin,
+    "timm:resnet50.a1_in1k": f.timm_resnet,
     "timm:convnext_base.fb_in22k_ft_in1k": f.timm_convnext,
 }
 

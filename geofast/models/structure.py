@@ -155,7 +155,10 @@ def find_towers(root: nn.Module) -> tuple[Tower, ...]:
             "a method geofast_towers() that returns a tuple of geofast.models.Tower"
         )
         raise ValueError(msg)
-    found = {n: _tower(root, n, path, blocks) for n, (_, path, blocks) in largest.items()}
+    found = {
+        n: _tower(root, n, *_with_siblings(root, path, blocks))
+        for n, (_, path, blocks) in largest.items()
+    }
     if {"vision", "text"} <= found.keys():
         found = {n: replace(tower, head=_joint(root, tower)) for n, tower in found.items()}
     if {"vision", "lm"} <= found.keys() and (projector := _projector(root, found)) is not None:
@@ -280,6 +283,22 @@ def _reads_pixels(root: nn.Module) -> bool:
 
 def _of_images(path: str) -> bool:
     return any(part in path.lower() for part in ("vision", "visual", "image"))
+
+
+def _with_siblings(root: nn.Module, path: str, blocks: nn.Module) -> tuple[str, nn.Module]:
+    """Join the lists of a ResNet, which has one a stage: `layer1` to `layer4`."""
+    around, _, last = path.rpartition(".")
+    stem = last.rstrip("0123456789")
+    if stem in ("", last):
+        return path, blocks
+    kinds = {type(block) for block in blocks.children()}
+    lists = [
+        beside
+        for name, beside in root.get_submodule(around).named_children()
+        if name.rstrip("0123456789") == stem and {type(b) for b in beside.children()} == kinds
+    ]
+    joined = nn.ModuleList(block for beside in lists for block in beside.children())
+    return f"{path.removesuffix(last)}{stem}*", joined
 
 
 def _tower(root: nn.Module, name: str, path: str, blocks: nn.Module) -> Tower:

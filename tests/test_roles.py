@@ -313,7 +313,7 @@ def roles_by_hand(model, prefix, batch, site, hidden):
     if tower in ("lm", "text"):
         given = batch["prompts"][0] if "prompts" in batch else batch
         ids = given["input_ids"]
-        mask = given.get("attention_mask", torch.ones_like(ids))
+        mask = given.get("attention_mask", given.get("real"))
         tokenizer = getattr(model.collate, "tokenizer", None) or model.transform.processor.tokenizer
         samples = []
         for i, row in enumerate(ids.tolist()):
@@ -450,6 +450,20 @@ def test_a_pool_without_its_tokens_says_what_there_is(load, family, site, pool, 
     inputs = ["w1 w2"] if model.kind == "text" else [photo((32, 32))]
     with gf.capture(model, site, pool), pytest.raises(ValueError, match=said):
         model.forward(model.prepare(inputs))
+
+
+def test_padding_that_siglip_reads_is_no_text(load):
+    """It was trained with texts padded to the whole context, and its joint embedding needs that."""
+    model = load(families.siglip).reading("text")
+    table = gf.tokens(model, ["w1 w2 w3", "w4"])
+    assert table.groupby(["sample", "role"]).size().to_dict() == {
+        (0, "padding"): 61, (0, "text"): 3, (1, "padding"): 63, (1, "text"): 1,
+    }  # fmt: skip
+    assert table[table["last"]]["text"].tolist() == ["w3", "w4"]
+    with gf.capture(model, "text.embed", ["mean:text", "last"]) as rows:
+        model.forward(model.prepare(["w4", "w1 w2 w3"]))
+    torch.testing.assert_close(rows["text.embed/mean:text"][0], rows["text.embed/last"][0])
+    assert not torch.allclose(rows["text.embed/mean:text"][1], rows["text.embed/last"][1])
 
 
 def test_of_embeddings_alone_nobody_can_tell_text_from_image(load):

@@ -71,7 +71,8 @@ class Tokenize:
     context: float
     """The longest prompt that the model takes, in tokens."""
     fixed: bool = False
-    """Pad every text to the whole context, and have the model read the padding too."""
+    """Pad every text to the whole context, and have the model read the padding too; it is no text
+    all the same, which `real` says."""
     segments: bool = False
     """Say that all of a text is of the first segment: PaliGemma reads that both ways, as it was
     trained to, and would read a text alone so but not one that is padded."""
@@ -99,7 +100,8 @@ class Tokenize:
                 raise ValueError(msg)
         if self.fixed:
             room = (0, int(self.context) - ids.shape[1])
-            return {"input_ids": nn.functional.pad(ids, room, value=self.tokenizer.pad_token_id)}
+            ids = nn.functional.pad(ids, room, value=self.tokenizer.pad_token_id)
+            return {"input_ids": ids, "real": nn.functional.pad(mask, room)}
         segments = {"token_type_ids": torch.zeros_like(ids)} if self.segments else {}
         return {"input_ids": ids, "attention_mask": mask, **segments}
 

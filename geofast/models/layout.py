@@ -20,6 +20,7 @@ from .structure import Site, Tower
 
 _PACKED = ("image_grid_thw", "grid_thw", "image_sizes")
 _MASKS = {"vision": ("pixel_attention_mask", "patch_attention_mask")}
+_MASKS_OF_TEXT = ("attention_mask", "real")  # the latter is of padding that the model reads
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Call:
 
     def note_mask(self, tower: str, given: Mapping[str, Any]) -> None:
         """Keep the mask that a module on the way to the blocks of `tower` is called with."""
-        for name in _MASKS.get(tower, ("attention_mask",)):
+        for name in _MASKS.get(tower, _MASKS_OF_TEXT):
             mask = given.get(name)
             # Further in, models make [batch, 1, tokens, tokens] of a mask that was seen before.
             if isinstance(mask, torch.Tensor) and (mask.ndim == 2 or tower == "vision"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ._folder import check_space
-from .batching import Budget, Lengths, longest_first, numbers
+from .batching import Budget, Lengths, numbers
 from .capture import Pools, _pools_by_tower
 from .controls import check_controls
 from .data import Samples, read
@@ -100,7 +100,7 @@ class Forecast:
     def _site_lines(self) -> list[str]:
         groups: list[tuple[str, tuple[int, int], list[str]]] = []
         for name, shape in self.sites.items():
-            tower = name.partition(".")[0]
+            tower = _tower(name, self.pools)
             if not groups or groups[-1][:2] != (tower, shape):
                 groups.append((tower, shape, []))
             groups[-1][2].append(name)
@@ -109,6 +109,11 @@ class Forecast:
             + ", ".join(self.pools[tower])
             for tower, shape, names in groups
         ]
+
+
+def _tower(site: str, towers: Iterable[str]) -> str:
+    """Return the one of `towers` that a site is of; GeoCLIP's are location.capsules.0 and so on."""
+    return max((t for t in towers if f"{site}.".startswith(f"{t}.")), key=len)
 
 
 def _range(names: Sequence[str]) -> str:
@@ -254,9 +259,7 @@ def _look(
     pool: Pools,
 ) -> tuple[Survey, Example, dict[str, tuple[Pool, ...]]]:
     """Survey one sample, of texts the longest, and the rows that it will leave."""
-    label = max(inputs, key=lambda k: lengths[k].expected.max() if lengths else 0)
-    order = longest_first(lengths[label].expected) if lengths else None
-    _, (sample,) = first(model, inputs[label], order)
+    _, _, (sample,) = first(model, inputs, lengths)
     wanted = model.sites(sites)
     seen = survey(model, wanted, model.collate([sample]))
     pools = _pools_by_tower(model.towers, wanted, pool)
@@ -280,7 +283,7 @@ def _pooling(
     """Seconds of pooling one batch at all sites."""
     kinds: dict[tuple[str, tuple[int, int]], int] = {}
     for site, shape in seen.shapes.items():
-        kind = site.partition(".")[0], shape
+        kind = _tower(site, pools), shape
         kinds[kind] = kinds.get(kind, 0) + 1
     return sum(
         times * pool_seconds(device, dtype, (batch, *shape), [p.name for p in pools[tower]])

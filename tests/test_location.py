@@ -432,6 +432,8 @@ def test_the_commands_take_a_location_encoder(geoclip, tmp_path, capsys):
     capsys.readouterr()
     assert main(["sites", "location:geoclip"]) == 0
     assert "location.capsules.2.layers.0 " in capsys.readouterr().out
+    assert main(["plan", "location:geoclip", str(table), "--sites", "location.capsules.*.*"]) == 0
+    assert "location.capsules.1.embed " in capsys.readouterr().out
     assert main(["doctor", "location:geoclip", "--data", str(table)]) == 0
     assert "all is well" in capsys.readouterr().out
 

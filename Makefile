@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 # makes transformers take other processors.
 test: $(VENV)/.dev $(VENV)/.zoo
 	$(BIN)/pytest
-	PYTHONPATH="$(ZOO)" $(BIN)/pytest tests/test_zoo.py tests/test_families.py tests/test_doctor.py
+	PYTHONPATH="$(ZOO)" $(BIN)/pytest $(foreach part,zoo families doctor roles,tests/test_$(part).py)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

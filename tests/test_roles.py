@@ -204,9 +204,14 @@ def reaches(patch, boxes, sizes, grids):
     return all(0 <= box[a] + at[a] * box[a + 2] / grid.iloc[a] < size[a] for a in (0, 1))
 
 
-@pytest.mark.parametrize("family", families.ZOO_FAMILIES, ids=name_of)
+@pytest.mark.parametrize(
+    "family", [f for f in families.ZOO_FAMILIES if "resnet" not in f.__name__], ids=name_of
+)
 def test_places_in_models_of_open_clip_and_timm(load, family):
-    """In two images of one size: their own transforms crop every image to a square."""
+    """In two images of one size: their own transforms crop every image to a square.
+
+    Every convolution of a ResNet looks beyond its patch; the experiment can switch none off.
+    """
     model = load(family)
     side = {"open_clip_siglip": 160, "timm_convnext": 64}.get(family.__name__, 32)
 

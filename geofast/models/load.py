@@ -43,8 +43,8 @@ def load(
         `location:satclip:FILE` (see `models.location`), or an nn.Module together with `processor`
         or `prepare`. Vision encoders, language models and text encoders, models that compare
         images with texts (CLIP, SigLIP) and models that talk about images (LLaVA, Qwen-VL, Gemma
-        3). The last two take images; `reading("text")` takes texts. Checkpoints quantised by bitsandbytes, GPTQ or AWQ run as they are, those of GGUF
-        are dequantised.
+        3). The last two take images; `reading("text")` takes texts. Checkpoints quantised by
+        bitsandbytes, GPTQ or AWQ run as they are, those of GGUF are dequantised.
     prepare
         For an nn.Module: from a list of inputs to the module's keyword arguments.
     processor

@@ -267,11 +267,9 @@ def try_one(
     FloatingPointError, ValueError, RuntimeError
         As `first` and `forward`.
     """
-    label = max(inputs, key=lambda k: lengths[k].expected.max() if lengths else 0)
-    order = longest_first(lengths[label].expected) if lengths else None
-    index, example = first(model, inputs[label], order)
+    samples, index, example = first(model, inputs, lengths)
     with capture(model, sites, pool) as rows, shapes_of(model, model.sites(sites)) as shapes:
-        forward(model, inputs[label], index, example, rows)
+        forward(model, samples, index, example, rows)
     widths = tuple(rows[key].shape[1] for key in rows)
     return Example(widths, token_count(shapes), numbers(example[0]))
 
@@ -284,22 +282,24 @@ def lengths_like(example: Example, samples: int) -> dict[str, Lengths]:
 
 
 def first(
-    model: Model, samples: Samples, order: Sequence[int] | NDArray[np.int64] | None = None
-) -> tuple[NDArray[np.int64], list[Any]]:
-    """Return the index [1] and the transformed input [1] of the first sample that can be read.
+    model: Model, inputs: Mapping[str, Samples], lengths: Mapping[str, Lengths]
+) -> tuple[Samples, NDArray[np.int64], list[Any]]:
+    """Return the first sample that can be read, of texts the longest of all prompts.
 
-    Samples are tried in `order`, or as they come.
+    Its samples, its index [1] in them, and the transformed input [1].
 
     Raises
     ------
     ValueError
         When there is none.
     """
-    order = range(len(samples)) if order is None else order
+    label = max(inputs, key=lambda k: lengths[k].expected.max() if lengths else 0)
+    samples = inputs[label]
+    order = longest_first(lengths[label].expected) if lengths else range(len(samples))
     stream = batches(samples, order, 1, transform=model.transform)
     batch = next(batch for batch in stream if batch.inputs)
     stream.close()
-    return batch.index, batch.inputs
+    return samples, batch.index, batch.inputs
 
 
 def _blame(samples: Samples, index: NDArray[np.int64], inputs: Sequence[Any]) -> str:

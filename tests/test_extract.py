@@ -119,8 +119,18 @@ def test_a_prepare_of_ones_own_that_only_stacks(vision):
 
 def test_the_first_sample_that_can_be_read(vision):
     arrays = [b"no image", np.full((28, 28, 3), 7, np.uint8), np.zeros((28, 28, 3), np.uint8)]
-    index, (image,) = first(vision, from_arrays(arrays, np.arange(3), np.arange(3)))
+    samples = from_arrays(arrays, np.arange(3), np.arange(3))
+    found, index, (image,) = first(vision, {"": samples}, {})
+    assert found is samples
     assert index.tolist() == [1]
     assert float(image.mean()) == 7
     with pytest.raises(ValueError, match="not one of the samples of arrays could be loaded"):
-        first(vision, from_arrays([b"no image"], [0], [0]))
+        first(vision, {"": from_arrays([b"no image"], [0], [0])}, {})
+
+
+def test_of_texts_the_longest_of_all_prompts_is_tried(language):
+    inputs = worded(texts("w1", "w2 w3 w4", "w5 w6"), ["{text} w7", "w8 {text} w9"])
+    _, _, lengths = usable(language, inputs, False)
+    samples, index, sample = first(language, inputs, lengths)
+    assert (index.tolist(), sample) == ([1], ["w8 w2 w3 w4 w9"])
+    assert samples is inputs["w8 {text} w9"]

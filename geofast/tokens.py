@@ -166,10 +166,11 @@ def _words(model: Model, call: Call, tokens: int) -> list[str]:
     ids = call.given.get("input_ids", call.given.get("inputs"))
     processor = getattr(model.transform, "processor", None)
     tokenizer = getattr(model.collate, "tokenizer", getattr(processor, "tokenizer", None))
-    if tokenizer is None or ids is None or ids.is_floating_point() or ids.numel() != tokens:
+    if tokenizer is None or ids is None or ids.is_floating_point() or tokens < ids.numel():
         return [""] * tokens
     words = {i: tokenizer.decode([i]) for i in ids.unique().tolist()}
-    return [words[i] for i in ids.flatten().tolist()]
+    more = [""] * (tokens // len(ids) - ids.shape[1])  # the cls that ends a text of CoCa
+    return [word for row in ids.tolist() for word in [*(words[i] for i in row), *more]]
 
 
 # ------ for people

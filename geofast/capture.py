@@ -83,7 +83,7 @@ def capture(
     stages = model.stages if isinstance(model, Model) else (Stage(model, find_towers(model)),)
     towers = [tower for stage in stages for tower in stage.towers]
     wanted = match_sites(towers, sites)
-    pools = _pools_by_tower(towers, wanted, pool)
+    pools = pools_by_tower(towers, wanted, pool)
     if isinstance(model, Model) and model.stop is not None:
         last = model.deepest([model.stop, *wanted])
         if (last.tower, last.layer) != (model.stop.tower, model.stop.layer):
@@ -111,9 +111,10 @@ def _refuse_two_towers(stage: Stage, sites: Sequence[Site]) -> None:
         raise ValueError(msg)
 
 
-def _pools_by_tower(
+def pools_by_tower(
     towers: Sequence[Tower], sites: Sequence[Site], pools: Pools
 ) -> dict[str, tuple[Pool, ...]]:
+    """Return the pools of every tower that has one of `sites`."""
     by_tower = {}
     names = [t.name for t in towers]
     for name in pools if isinstance(pools, Mapping) else ():

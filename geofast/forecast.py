@@ -12,7 +12,7 @@ from torch import nn
 
 from ._folder import check_space
 from .batching import Budget, Lengths, numbers
-from .capture import Pools, _pools_by_tower
+from .capture import Pools, pools_by_tower
 from .controls import check_controls
 from .data import Samples, read
 from .extract import Example, first, lengths_like, ready, usable, worded
@@ -24,7 +24,15 @@ from .models.location import of_places
 from .models.skeleton import has_skeleton, skeleton, weight_bytes
 from .plan import Plan, Task, make_plan, readable, with_cells
 from .pooling import Pool
-from .probe import _as_list, _as_splits, _check_options, _check_pools, _Given, _targets, _tasks
+from .request import (
+    Given,
+    as_list,
+    as_splits,
+    check_options,
+    check_pools,
+    read_targets,
+    scored_tasks,
+)
 from .ridge import ALPHAS, Select
 from .speed import multiply_rate, pool_seconds, solve_seconds
 from .survey import Survey, survey, token_count
@@ -180,14 +188,14 @@ def plan(
     samples = data if isinstance(data, Samples) else read(data, location=places, strict=strict)
     samples = samples.as_locations() if places else samples
     targets = [targets] if isinstance(targets, str) else list(targets)
-    given = _Given(samples, _targets(samples, targets), dict(baselines or {}))
-    alphas = _as_list(alphas)
-    _check_options(given, sites, alphas, select, storage, batch_size, workers)
+    given = Given(samples, read_targets(samples, targets), dict(baselines or {}))
+    alphas = as_list(alphas)
+    check_options(given, sites, alphas, select, storage, batch_size, workers)
     controls = [controls] if isinstance(controls, str) else list(controls)
     check_controls(controls, samples.kind, given.baselines)
     inputs = worded(samples, prompts)
-    splits = _as_splits(split)
-    tasks, _ = _tasks(given, splits, group, targets, select)
+    splits = as_splits(split)
+    tasks, _ = scored_tasks(given, splits, group, targets, select)
     if has_skeleton(model):
         made = skeleton(
             model, device=device, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code
@@ -197,12 +205,12 @@ def plan(
         made = load(model, device=device, dtype=dtype)
         where = made.device
     made = ready(made, samples, prompts, sites)
-    _check_pools(made, pool)
+    check_pools(made, pool)
     lengths: Mapping[str, Lengths] = {}
     if samples.kind == "text":
         good, _, lengths = usable(made, inputs, strict)
         given, inputs = given.take(good), {k: s.take(good) for k, s in inputs.items()}
-        tasks, _ = _tasks(given, splits, group, targets, select)
+        tasks, _ = scored_tasks(given, splits, group, targets, select)
 
     seen, example, pools = _look(made, inputs, lengths, sites, pool)
     lengths = lengths or lengths_like(example, len(samples))
@@ -262,7 +270,7 @@ def _look(
     _, _, (sample,) = first(model, inputs, lengths)
     wanted = model.sites(sites)
     seen = survey(model, wanted, model.collate([sample]))
-    pools = _pools_by_tower(model.towers, wanted, pool)
+    pools = pools_by_tower(model.towers, wanted, pool)
     widths: list[int] = []
     for site in wanted:
         width = seen.shapes[site.name][1]

@@ -36,13 +36,22 @@ from .extract import (
     worded,
 )
 from .geo import Split, fold_scores, great_circle_km
-from .geo.folds import KFold, as_split
+from .geo.folds import KFold
 from .gram import Gram
 from .models import DeviceMap, Model, load
 from .models.location import of_places
 from .models.twin import random_twin
-from .plan import Task, make_plan, make_tasks, with_cells, without_skipped
+from .plan import Task, make_plan, with_cells, without_skipped
 from .report.text import beside
+from .request import (
+    Given,
+    as_list,
+    as_splits,
+    check_options,
+    check_pools,
+    read_targets,
+    scored_tasks,
+)
 from .ridge import ALPHAS, Select, Solution, cross_validate, fit, fold_errors, solve
 from .rows import on_disk
 from .run import Probe, Run, key
@@ -150,28 +159,30 @@ def probe(
     places = of_places(model)
     samples = data if isinstance(data, Samples) else read(data, location=places, strict=strict)
     samples = samples.as_locations() if places else samples
-    splits = _as_splits(split)
+    splits = as_splits(split)
     targets = [targets] if isinstance(targets, str) else list(targets)
-    given = _Given(samples, _targets(samples, targets), dict(baselines or {}))
-    alphas = _as_list(alphas)
-    _check_options(given, sites, alphas, select, storage, batch_size, workers)
+    given = Given(samples, read_targets(samples, targets), dict(baselines or {}))
+    alphas = as_list(alphas)
+    check_options(given, sites, alphas, select, storage, batch_size, workers)
     controls = [controls] if isinstance(controls, str) else list(dict.fromkeys(controls))
     check_controls(controls, samples.kind, given.baselines)
     inputs = worded(samples, prompts)
-    tasks, warned = _tasks(given, splits, group, targets, select)  # before the model is loaded
+    tasks, warned = scored_tasks(
+        given, splits, group, targets, select
+    )  # before the model is loaded
     loaded = load(
         model, device=device, dtype=dtype, device_map=device_map, adapter=adapter, merge=merge,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     model = ready(loaded, samples, prompts, sites)
-    _check_pools(model, pool)
+    check_pools(model, pool)
     lengths: Mapping[str, Lengths] = {}
     if samples.kind == "text":
         good, unfit, lengths = usable(model, inputs, strict)
         if unfit:
             given, inputs = given.take(good), {k: s.take(good) for k, s in inputs.items()}
             given = replace(given, samples=given.samples.skipping(unfit))
-            tasks, warned = _tasks(given, splits, group, targets, select)
+            tasks, warned = scored_tasks(given, splits, group, targets, select)
     clock.lap("load")
     checks = _examine(model, inputs, batch_size) if check else []
     clock.lap("check")
@@ -213,7 +224,7 @@ def probe(
     if len(found.kept) < len(given.samples):
         kept = given.take(found.kept)
         if found.rows is not None:
-            tasks, warned = _tasks(kept, splits, group, targets, select)
+            tasks, warned = scored_tasks(kept, splits, group, targets, select)
         else:
             tasks, more = without_skipped(tasks, found.kept, given.y, targets)
             warned = warned + more
@@ -266,96 +277,7 @@ def probe(
     )
 
 
-# ------ what is given
-
-
-@dataclass(frozen=True)
-class _Given:
-    """The samples and what goes with each of them."""
-
-    samples: Samples
-    y: torch.Tensor
-    """float64 [n, k]."""
-    baselines: dict[str, torch.Tensor]
-
-    def take(self, indices: NDArray[np.int64]) -> _Given:
-        """Keep some samples, in the order of `indices`."""
-        baselines = {name: x[torch.from_numpy(indices)] for name, x in self.baselines.items()}
-        return _Given(self.samples.take(indices), self.y[torch.from_numpy(indices)], baselines)
-
-
-def _as_splits(split: Any) -> list[Split]:
-    many = split if isinstance(split, list | tuple) else [split]
-    if not many:
-        raise ValueError("no split was given; write for example split=gf.KFold(5)")
-    splits = [as_split(s) for s in many]
-    names = [s.name for s in splits]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two splits have the same name: {', '.join(names)}")
-    return splits
-
-
-def _targets(samples: Samples, names: Sequence[str]) -> torch.Tensor:
-    table = samples.table
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"targets= needs one column or several, each once; got {list(names)}")
-    for name in names:
-        if name not in table or not pd.api.types.is_numeric_dtype(table[name]):
-            numeric = [c for c in table if pd.api.types.is_numeric_dtype(table[c])]
-            raise ValueError(
-                f"target {name!r} is not a numeric column; there are {', '.join(numeric)}"
-            )
-        if not np.isfinite(table[name]).all():
-            row = int(np.flatnonzero(~np.isfinite(table[name]))[0])
-            raise ValueError(
-                f"target {name!r} of sample {table['id'].iloc[row]} is not a finite number"
-            )
-        if table[name].nunique() == 1:
-            value = table[name].iloc[0]
-            raise ValueError(
-                f"target {name!r} is {value} for every sample: there is nothing to regress"
-            )
-    return torch.from_numpy(table[list(names)].to_numpy(np.float64, copy=True))
-
-
-def _as_list(alphas: Any) -> list[float]:
-    if not hasattr(alphas, "__len__") or np.ndim(alphas) != 1:
-        raise ValueError(f"alphas must be a list of positive numbers; got {alphas!r}")
-    return [float(a) for a in alphas]
-
-
-def _check_options(
-    given: _Given,
-    sites: str | Sequence[str] | None,
-    alphas: Sequence[float],
-    select: str | None,
-    storage: str,
-    batch_size: int | None,
-    workers: int | None,
-) -> None:
-    """Refuse what would only fail after the forward pass."""
-    if sites is not None and not len(sites):
-        raise ValueError("sites= is empty; give names or globs, or None for every layer")
-    if (batch_size is not None and batch_size < 1) or (workers or 0) < 0:
-        msg = f"batch_size must be at least 1 and workers at least 0; got {batch_size}, {workers}"
-        raise ValueError(msg)
-    if storage not in ("auto", "rows", "gram"):
-        raise ValueError(f"storage must be auto, rows or gram; got {storage!r}")
-    if select not in (None, "loo", "gcv", "folds"):
-        raise ValueError(f"select must be loo, gcv or folds; got {select!r}")
-    if select == "loo" and storage == "gram":
-        raise ValueError("select='loo' needs rows: use storage='rows', or select='gcv' or 'folds'")
-    if not len(alphas) or not all(0 < a < float("inf") for a in alphas):
-        raise ValueError(f"alphas must be positive numbers; got {list(alphas)}")
-    for name, x in given.baselines.items():
-        if x.ndim != 2 or len(x) != len(given.samples):
-            msg = (
-                f"baseline {name!r} has shape {list(x.shape)} for {len(given.samples)} samples; "
-                "give one row for each"
-            )
-            raise ValueError(msg)
-        if not torch.isfinite(x).all():
-            raise ValueError(f"baseline {name!r} has NaN or infinite values; replace them")
+# ------ before the pass
 
 
 def _examine(model: Model, inputs: Mapping[str, Samples], batch_size: int | None) -> list[Check]:
@@ -374,31 +296,6 @@ def _examine(model: Model, inputs: Mapping[str, Samples], batch_size: int | None
                 "`geofast doctor` examines the whole model; check=False (--unchecked) goes on"
             )
     return checks
-
-
-def _check_pools(model: Model, pool: Pools) -> None:
-    towers = [t.name for t in model.towers]
-    for name in pool if isinstance(pool, Mapping) else ():
-        if name not in towers:
-            raise ValueError(f"pool= names a tower {name!r}; {model.name} has {', '.join(towers)}")
-
-
-def _tasks(
-    given: _Given,
-    splits: Sequence[Split],
-    group: str | None,
-    targets: Sequence[str],
-    select: str | None,
-) -> tuple[list[Task], list[str]]:
-    tasks, warned = make_tasks(given.samples.table, splits, group, given.y, targets)
-    few = [t for t in tasks if t.folds < 3]
-    if select == "folds" and few:
-        msg = (
-            f"select='folds' needs at least 3 folds, and split {few[0].split!r} has "
-            f"{few[0].folds}; take more folds, or select='loo' or 'gcv'"
-        )
-        raise ValueError(msg)
-    return tasks, warned
 
 
 def _workers(samples: Samples, workers: int | None) -> int:
@@ -435,7 +332,7 @@ class _Solved:
 
 def _solve_all(
     found: Mapping[str, Extracted],
-    given: _Given,
+    given: Given,
     tasks: Sequence[Task],
     targets: Sequence[str],
     alphas: Sequence[float],
@@ -646,7 +543,7 @@ def _honest(solved: Sequence[_Solved], layers: pd.DataFrame) -> dict[str, dict[s
 def _predictions(
     solved: Sequence[_Solved],
     tasks: Sequence[Task],
-    given: _Given,
+    given: Given,
     targets: Sequence[str],
 ) -> pd.DataFrame:
     """Held-out predictions of the best probe of every split."""
@@ -665,9 +562,7 @@ def _bests(solved: Sequence[_Solved], tasks: Sequence[Task]) -> Iterator[_Solved
             yield max(real, key=lambda s: float(s.r2.mean()))
 
 
-def _best_predictions(
-    s: _Solved, task: Task, given: _Given, targets: Sequence[str]
-) -> pd.DataFrame:
+def _best_predictions(s: _Solved, task: Task, given: Given, targets: Sequence[str]) -> pd.DataFrame:
     assert s.solution.predictions is not None
     guess = s.solution.predictions.numpy()
     table = pd.DataFrame({"split": task.split, "id": given.samples.table["id"].to_numpy()})

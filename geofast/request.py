@@ -1,0 +1,138 @@
+"""What is asked of a probe: samples, targets, splits and options, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from .capture import Pools
+from .data import Samples
+from .geo import Split
+from .geo.folds import as_split
+from .models import Model
+from .plan import Task, make_tasks
+
+
+@dataclass(frozen=True)
+class Given:
+    """The samples and what goes with each of them."""
+
+    samples: Samples
+    y: torch.Tensor
+    """float64 [n, k]."""
+    baselines: dict[str, torch.Tensor]
+
+    def take(self, indices: NDArray[np.int64]) -> Given:
+        """Keep some samples, in the order of `indices`."""
+        baselines = {name: x[torch.from_numpy(indices)] for name, x in self.baselines.items()}
+        return Given(self.samples.take(indices), self.y[torch.from_numpy(indices)], baselines)
+
+
+def as_splits(split: Any) -> list[Split]:
+    """Take one split or several, each under a name of its own."""
+    many = split if isinstance(split, list | tuple) else [split]
+    if not many:
+        raise ValueError("no split was given; write for example split=gf.KFold(5)")
+    splits = [as_split(s) for s in many]
+    names = [s.name for s in splits]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two splits have the same name: {', '.join(names)}")
+    return splits
+
+
+def read_targets(samples: Samples, names: Sequence[str]) -> torch.Tensor:
+    """Return the columns to regress, float64 [n, k]."""
+    table = samples.table
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"targets= needs one column or several, each once; got {list(names)}")
+    for name in names:
+        if name not in table or not pd.api.types.is_numeric_dtype(table[name]):
+            numeric = [c for c in table if pd.api.types.is_numeric_dtype(table[c])]
+            raise ValueError(
+                f"target {name!r} is not a numeric column; there are {', '.join(numeric)}"
+            )
+        if not np.isfinite(table[name]).all():
+            row = int(np.flatnonzero(~np.isfinite(table[name]))[0])
+            raise ValueError(
+                f"target {name!r} of sample {table['id'].iloc[row]} is not a finite number"
+            )
+        if table[name].nunique() == 1:
+            value = table[name].iloc[0]
+            raise ValueError(
+                f"target {name!r} is {value} for every sample: there is nothing to regress"
+            )
+    return torch.from_numpy(table[list(names)].to_numpy(np.float64, copy=True))
+
+
+def as_list(alphas: Any) -> list[float]:
+    """Take penalties from any kind of sequence."""
+    if not hasattr(alphas, "__len__") or np.ndim(alphas) != 1:
+        raise ValueError(f"alphas must be a list of positive numbers; got {alphas!r}")
+    return [float(a) for a in alphas]
+
+
+def check_options(
+    given: Given,
+    sites: str | Sequence[str] | None,
+    alphas: Sequence[float],
+    select: str | None,
+    storage: str,
+    batch_size: int | None,
+    workers: int | None,
+) -> None:
+    """Refuse what would only fail after the forward pass."""
+    if sites is not None and not len(sites):
+        raise ValueError("sites= is empty; give names or globs, or None for every layer")
+    if (batch_size is not None and batch_size < 1) or (workers or 0) < 0:
+        msg = f"batch_size must be at least 1 and workers at least 0; got {batch_size}, {workers}"
+        raise ValueError(msg)
+    if storage not in ("auto", "rows", "gram"):
+        raise ValueError(f"storage must be auto, rows or gram; got {storage!r}")
+    if select not in (None, "loo", "gcv", "folds"):
+        raise ValueError(f"select must be loo, gcv or folds; got {select!r}")
+    if select == "loo" and storage == "gram":
+        raise ValueError("select='loo' needs rows: use storage='rows', or select='gcv' or 'folds'")
+    if not len(alphas) or not all(0 < a < float("inf") for a in alphas):
+        raise ValueError(f"alphas must be positive numbers; got {list(alphas)}")
+    for name, x in given.baselines.items():
+        if x.ndim != 2 or len(x) != len(given.samples):
+            msg = (
+                f"baseline {name!r} has shape {list(x.shape)} for {len(given.samples)} samples; "
+                "give one row for each"
+            )
+            raise ValueError(msg)
+        if not torch.isfinite(x).all():
+            raise ValueError(f"baseline {name!r} has NaN or infinite values; replace them")
+
+
+def check_pools(model: Model, pool: Pools) -> None:
+    """Refuse pools of a tower that the model does not have."""
+    towers = [t.name for t in model.towers]
+    for name in pool if isinstance(pool, Mapping) else ():
+        if name not in towers:
+            raise ValueError(f"pool= names a tower {name!r}; {model.name} has {', '.join(towers)}")
+
+
+def scored_tasks(
+    given: Given,
+    splits: Sequence[Split],
+    group: str | None,
+    targets: Sequence[str],
+    select: str | None,
+) -> tuple[list[Task], list[str]]:
+    """Return what is cross-validated, and warnings; see `plan.make_tasks`."""
+    tasks, warned = make_tasks(given.samples.table, splits, group, given.y, targets)
+    few = [t for t in tasks if t.folds < 3]
+    if select == "folds" and few:
+        msg = (
+            f"select='folds' needs at least 3 folds, and split {few[0].split!r} has "
+            f"{few[0].folds}; take more folds, or select='loo' or 'gcv'"
+        )
+        raise ValueError(msg)
+    return tasks, warned

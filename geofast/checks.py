@@ -381,7 +381,7 @@ def _texts(model: Model, tower: Tower, texts: Sequence[Any]) -> Check:
     """A text has the tokens that the tokenizer makes of it alone, and no padding has a role."""
     roles = _read(model, tower, texts)
     real = [[r for r in mine if r != "padding"] for mine in roles]
-    alone = [_count(model.prepare([text])) + len(tower.suffix) for text in texts]
+    alone = [_count(model, text) + len(tower.suffix) for text in texts]
     if [*map(len, real)] != alone:
         counts = " and ".join(", ".join(map(str, c)) for c in (alone, map(len, real)))
         return _misread(f"tokens by the tokenizer, and as geofast counts them: {counts}")
@@ -400,8 +400,13 @@ def _texts(model: Model, tower: Tower, texts: Sequence[Any]) -> Check:
     return Check("", "pass", f"{said} text tokens ({among} special ones in the first)")
 
 
-def _count(batch: Mapping[str, Any]) -> int:
-    mask = batch.get("attention_mask")
+def _count(model: Model, text: Any) -> int:
+    """Count the tokens of a text, by transformers' tokenizer or else as it is given alone."""
+    tokenizer: Any = getattr(model.collate, "tokenizer", None)
+    if hasattr(tokenizer, "added_tokens_decoder"):
+        return len(tokenizer(text)["input_ids"])
+    batch = model.prepare([text])
+    mask = batch.get("attention_mask", batch.get("real"))
     if mask is not None:
         return int(mask.sum())
     return next(v.shape[1] for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim > 1)

@@ -202,7 +202,7 @@ def metaclip2():
     import transformers as t
 
     config = t.MetaClip2Config(
-        text_config=TEXT | dict(bos_token_id=2, eos_token_id=3, pad_token_id=0),
+        text_config=TEXT | dict(bos_token_id=0, eos_token_id=2, pad_token_id=1),
         vision_config=VISION, projection_dim=16,
     )  # fmt: skip
     words = _xlm_roberta_tokenizer()
@@ -225,7 +225,9 @@ def siglip2():
     vision = {k: v for k, v in VISION.items() if k != "image_size"} | {"num_patches": 16}
     config = t.Siglip2Config(text_config=text, vision_config=vision)
     processor = t.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
-    return t.Siglip2Model(config), t.Siglip2Processor(processor, tokenizer())
+    marks = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "w", *"0123456789")
+    words = t.Siglip2Tokenizer(vocab={mark: i for i, mark in enumerate(marks)})
+    return t.Siglip2Model(config), t.Siglip2Processor(processor, words)
 
 
 # ------ images and language

@@ -183,6 +183,7 @@ def test_the_joint_embedding(load, images, family):
         ask = getattr(model.module, f"get_{kind}_features")
         with torch.inference_mode():
             torch.testing.assert_close(rows[key], ask(**batch).pooler_output)
+        assert torch.pdist(rows[key]).min() > 1e-4
     with pytest.raises(ValueError, match="takes no prompt beside an image"):
         model.asking(["w1"])
 

@@ -15,6 +15,7 @@ from torch import nn
 from .capture import capture
 from .models import Model, Stage, Tower, match_sites
 from .models.checkpoint import pinned
+from .models.inputs import Tokenize
 from .models.layout import Call, as_tokens
 from .models.model import _evaluating
 from .models.twin import random_twin
@@ -402,9 +403,8 @@ def _texts(model: Model, tower: Tower, texts: Sequence[Any]) -> Check:
 
 def _count(model: Model, text: Any) -> int:
     """Count the tokens of a text, by transformers' tokenizer or else as it is given alone."""
-    tokenizer: Any = getattr(model.collate, "tokenizer", None)
-    if hasattr(tokenizer, "added_tokens_decoder"):
-        return len(tokenizer(text)["input_ids"])
+    if isinstance(model.collate, Tokenize):
+        return len(model.collate.tokenizer(text)["input_ids"])
     batch = model.prepare([text])
     mask = batch.get("attention_mask", batch.get("real"))
     if mask is not None:

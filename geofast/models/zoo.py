@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -261,9 +261,10 @@ def _shape(model: Model, name: str) -> torch.Size:
 
     seen: list[torch.Size] = []
     sites = model.sites(name)
-    watch = sites[0].watch(lambda hidden: seen.append(hidden.shape))
-    model.until(sites).forward(model.prepare([Image.new("RGB", (224, 224))]))
-    watch.remove()
+    batch = model.prepare([Image.new("RGB", (224, 224))])
+    with ExitStack() as hooks:
+        hooks.callback(sites[0].watch(lambda hidden: seen.append(hidden.shape)).remove)
+        model.until(sites).forward(batch)
     return seen[0]
 
 

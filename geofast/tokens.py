@@ -154,7 +154,7 @@ def _places(one: _Heard, seen: _Heard | None, roles: torch.Tensor) -> torch.Tens
     if grids is None:
         return places
     if one.site.tower == "projector":
-        return projected_places(one.around, grids, roles.numel())
+        return projected_places(one.around, grids, roles.numel(), one.call)
     image = (roles >> role_bit("image") & 1).bool()
     if len(image) == len(grids):
         counts = image.sum(1).tolist()

@@ -22,7 +22,7 @@ SPECIAL = (
     "<image>", "<video>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
     "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<fake_token_around_image>",
     "<global-img>", "<end_of_utterance>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<img>", "</img>",
-    "<IMG_CONTEXT>",
+    "<IMG_CONTEXT>", "<audio>",
 )  # fmt: skip
 IDS = {word: 4 + i for i, word in enumerate(SPECIAL)}
 CHAT = (
@@ -468,6 +468,36 @@ def mistral3():
     return t.Mistral3ForConditionalGeneration(config), _pixtral_processor(2)
 
 
+def phi4_multimodal():
+    """Its processor counts 32 x 32 patches a tile, whatever its settings: here, pixels."""
+    import transformers as t
+
+    vision = VISION | dict(
+        patch_size=1, crop_size=32, num_attention_heads=1, image_token_id=IDS[IMAGE]
+    )
+    audio = dict(
+        hidden_size=32, intermediate_size=32, num_blocks=2, num_attention_heads=4,
+        ext_pw_out_channel=32, depthwise_separable_out_channel=32, nemo_conv_channels=8,
+        audio_token_id=IDS["<audio>"],
+    )  # fmt: skip
+    language = LANGUAGE | dict(max_position_embeddings=2048, pad_token_id=0, bos_token_id=2)
+    language |= dict(num_attention_heads=2, num_key_value_heads=1)
+    config = t.Phi4MultimodalConfig(
+        **language, eos_token_id=3, vision_config=vision, audio_config=audio
+    )
+    words = tokenizer(extra_special_tokens={"image_token": IMAGE, "audio_token": "<audio>"})
+    processor = t.Phi4MultimodalProcessor(
+        t.Phi4MultimodalImageProcessor(size=SIDE, patch_size=1),
+        t.Phi4MultimodalFeatureExtractor(), words, chat_template=chat(IMAGE),
+    )  # fmt: skip
+    model = t.Phi4MultimodalForCausalLM(config)
+    # Zero at the start of a training; then no test could tell them from nothing.
+    embed = model.model.embed_tokens_extend.image_embed
+    torch.nn.init.normal_(embed.sub_img_feature_extensor)
+    torch.nn.init.normal_(embed.global_img_feature_extensor)
+    return model, processor
+
+
 # ------ language
 
 
@@ -492,21 +522,6 @@ def gemma2():
 
 def mistral():
     return _language("Mistral")
-
-
-def phi4_multimodal():
-    """Its language model: it has no call for its vision tower alone."""
-    import transformers as t
-
-    vision = VISION | dict(crop_size=32, image_token_id=IDS[IMAGE])
-    audio = dict(
-        hidden_size=32, intermediate_size=32, num_blocks=2, num_attention_heads=4,
-        ext_pw_out_channel=32, depthwise_separable_out_channel=32, nemo_conv_channels=8,
-        audio_token_id=IDS["<video>"],
-    )  # fmt: skip
-    language = LANGUAGE | dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
-    config = t.Phi4MultimodalConfig(**language, vision_config=vision, audio_config=audio)
-    return t.Phi4MultimodalForCausalLM(config), tokenizer()
 
 
 def gpt_neox():
@@ -680,10 +695,10 @@ VISION_FAMILIES = (
 COMPARING_FAMILIES = (clip, metaclip2, siglip, siglip2)
 TALKING_FAMILIES = (
     llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, gemma3, paligemma,
-    paligemma2, internvl, idefics3, smolvlm, pixtral, mistral3,
+    paligemma2, internvl, idefics3, smolvlm, pixtral, mistral3, phi4_multimodal,
 )  # fmt: skip
 LANGUAGE_FAMILIES = (
-    llama, qwen3, gemma2, mistral, phi4_multimodal, gpt_neox, gpt2, bert, minilm, xlm_roberta,
+    llama, qwen3, gemma2, mistral, gpt_neox, gpt2, bert, minilm, xlm_roberta,
 )  # fmt: skip
 OPEN_CLIP_FAMILIES = (
     open_clip_clip, open_clip_custom_text, open_clip_siglip, open_clip_roberta, open_clip_coca,
@@ -697,7 +712,8 @@ ZOO_FAMILIES = (*OPEN_CLIP_FAMILIES, *TIMM_FAMILIES)
 FAMILIES = (
     *VISION_FAMILIES, *COMPARING_FAMILIES, *TALKING_FAMILIES, *LANGUAGE_FAMILIES, *ZOO_FAMILIES
 )  # fmt: skip
-NEEDS = {"smolvlm": "num2words", "pixtral": "torchvision", "mistral3": "torchvision"}
+NEEDS = {"smolvlm": "num2words"}
+NEEDS |= dict.fromkeys(("pixtral", "mistral3", "phi4_multimodal"), "torchvision")
 """What transformers' processor imports, or who wrote the checkpoint."""
 NEEDS |= {family.__name__: "open_clip" for family in OPEN_CLIP_FAMILIES}
 NEEDS |= {family.__name__: "timm" for family in TIMM_FAMILIES}

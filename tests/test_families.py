@@ -242,8 +242,60 @@ def test_a_text_is_read_alike_alone_and_padded(load, family):
     assert_close(dict(together), dict(alone))
 
 
-def test_a_vision_tower_that_cannot_be_called_is_left_out_aloud(load):
+def test_phi4_is_what_transformers_makes_of_it(load, images):
+    """Its own whole pass, which runs the tower over crops that only fill up, too."""
+    model = load(families.phi4_multimodal).asking(["w1 w2 w3"])
+    batch = model.prepare(images)
+    assert len(set(batch["image"]["tiles"].tolist())) == 3
+    given = {k: v for k, v in batch["image"].items() if k != "tiles"}
+    given["image_pixel_values"] = given.pop("pixel_values")
+    names = ["vision.layers.2", "lm.layers.0", "lm.layers.2"]
+    seen, handles = {}, []
+    for site in model.sites(names):
+        keep = partial(lambda name, hidden: seen.setdefault(name, []).append(hidden), site.name)
+        handles.append(site.watch(keep))
+    model.forward(batch)
+    with torch.inference_mode():
+        model.module(**batch["prompts"][0], **given)
+    for handle in handles:
+        handle.remove()
+    mine, whole = seen.pop("vision.layers.2")
+    tiles, most = batch["image"]["tiles"], batch["image"]["tiles"].max()
+    assert len(mine) == tiles.sum() < len(whole) == len(images) * most
+    real = (torch.arange(most) < tiles[:, None]).flatten()
+    torch.testing.assert_close(mine, whole[real], atol=1e-5, rtol=1e-5)
+    for states in seen.values():
+        torch.testing.assert_close(*states, atol=1e-5, rtol=1e-5)
+
+
+def test_phi4_sees_the_same_whatever_is_beside_it(load, images):
+    """transformers' attention is causal where nothing in the batch is masked, and only there."""
     model = load(families.phi4_multimodal)
+    assert "both ways" in model.notes[0]
+    attention = [m for m in model.towers[0].blocks[0].modules() if hasattr(m, "is_causal")]
+    alone, beside = ([images[0]], images[:1] + images[2:])
+    assert model.prepare(alone)["image"]["image_attention_mask"].all()
+    assert not model.prepare(beside)["image"]["image_attention_mask"].all()
+
+    def rows(inputs):
+        with gf.capture(model, "vision.layers.2") as one:
+            model.forward(model.prepare(inputs))
+        return {key: x[:1] for key, x in one.items()}
+
+    assert_close(rows(alone), rows(beside))
+    for module in attention:
+        module.is_causal = True
+    with pytest.raises(AssertionError, match=r"vision\.layers\.2"):
+        assert_close(rows(alone), rows(beside))
+    for module in attention:
+        module.is_causal = False
+
+
+def test_a_vision_tower_that_cannot_be_called_is_left_out_aloud():
+    """Phi-4's, in the code that comes with its checkpoint."""
+    module, _ = families.phi4_multimodal()
+    module.config.model_type = "phi4mm"
+    model = gf.load(module, processor=families.tokenizer())
     assert [tower.name for tower in model.towers] == ["lm"]
     assert model.kind == "text"
     assert "only its language model is read" in model.notes[0]

@@ -53,6 +53,8 @@ def boxes_of(model, family, size):
     processor = getattr(processor, "image_processor", processor)
     if name == "sam":
         return [(0, 0, max(size), max(size))]  # padded at the right and at the bottom
+    if name == "phi4_multimodal":
+        return [whole, *cut(size, 32)]
     if name in ("llava_next", "llava_onevision"):
         tiles = [(0, -16, 32, 32), (0, 16, 32, 32)] if size == (32, 32) else cut(size, 32)
         return [whole, *tiles]  # a small image is padded at the left and at the right
@@ -191,6 +193,8 @@ def test_places_are_where_tokens_change(load, family):
     wanted = [n for n in names if n in ("vision.embed", "projector", "lm.embed")]
     wanted += [n for n in names if n.startswith("vision.layers.") and n.count(".") == 2]
     sizes = SIZES
+    if family is families.phi4_multimodal:  # of 32 x 32 pixels, each a patch
+        sizes = ((64, 32), (32, 64))
     if family is families.dinov3_convnext:  # before its first stage every pixel is a token
         wanted, sizes = wanted[1:], [(2 * h, 2 * w) for h, w in SIZES]
     check_places(model, sizes, [boxes_of(model, family, size) for size in sizes], wanted)
@@ -304,6 +308,7 @@ PREFIXES = {
     "vit": ["cls"], "deit": ["cls", "register"], "dinov2_registers": ["cls"] + ["register"] * 4,
     "siglip2": [], "swin": [], "llava_next": ["cls"], "qwen2_5_vl": [], "gemma3": [],
     "internvl": ["cls"], "idefics3": [], "paligemma": [], "clip": ["cls"],
+    "phi4_multimodal": [],
 }  # fmt: skip
 MARKS = {
     "<|vision_start|>", "<|vision_end|>", "<start_of_image>", "<end_of_image>", "<img>", "</img>",

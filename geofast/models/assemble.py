@@ -19,6 +19,7 @@ from .inputs import (
     text_collate,
 )
 from .model import Model, Stage, headless
+from .phi4 import NOTE, Phi4, is_phi4
 from .processors import Part
 from .structure import Tower, find_towers
 
@@ -46,13 +47,15 @@ def assemble(
     """
     notes = tuple(notes)
     body: Any = headless(module)
+    if is_phi4(body):
+        body, notes = Phi4(body), (*notes, NOTE)
     towers = {t.name: t for t in find_towers(body)}
     if hasattr(body, "get_image_features") and "lm" in towers:
         return conversing(name, module, body, towers, bring("processor"), notes)
     if hasattr(body, "get_image_features") and {"vision", "text"} <= towers.keys():
         return _comparing(name, module, towers, bring("processor"), notes)
     if {"vision", "lm"} <= towers.keys():
-        # Phi-4-multimodal: its vision tower is called from within the language model's embedding.
+        # Phi-4-multimodal by the code that comes with it, and not by that of transformers.
         towers = {"lm": towers["lm"]}
         notes += ("it has no call for its vision tower alone: only its language model is read",)
     stages = (Stage(body, tuple(towers.values())),)

@@ -137,6 +137,9 @@ class Converse:
         texts = [_user_turn(self.processor, prompt) for prompt in self.prompts]
         made = [self.processor(images=[image], text=[t], return_tensors="pt") for t in texts]
         pixels = {k: torch.as_tensor(v) for k, v in made[0].items() if k not in _TEXT}
+        if "image_pixel_values" in pixels:  # what Phi-4's processor calls them
+            pixels["pixel_values"] = pixels.pop("image_pixel_values")
+            pixels["image_attention_mask"] = pixels["image_attention_mask"].bool()
         pixels["tiles"] = torch.tensor([_tiles(pixels["pixel_values"])])
         prompts = [{k: torch.as_tensor(m[k]) for k in _TEXT if k in m} for m in made]
         return {"image": pixels, "prompts": prompts}
@@ -181,7 +184,8 @@ class Conversations:
 
     def __call__(self, samples: list[dict[str, Any]]) -> Batch:
         """Merge samples: `image` of all, and for every prompt the ids of all."""
-        image = merge([s["image"] for s in samples])
+        # Phi-4 masks nothing in the crops that fill up.
+        image = merge([s["image"] for s in samples], image_attention_mask=1)
         # Qwen's positions inside the language model follow the grid of the patches.
         grid = {k: image[k] for k in ("image_grid_thw",) if k in image}
         prompts = [

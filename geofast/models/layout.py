@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..pooling import role_bit
+from .phi4 import token_places
 from .structure import Site, Tower
 
 _PACKED = ("image_grid_thw", "grid_thw", "image_sizes")
@@ -81,6 +82,8 @@ class Call:
         tiles = self.given.get("tiles")
         if isinstance(tiles, torch.Tensor) and sequences == int(tiles.sum()):
             return None if sequences == len(tiles) else tiles
+        if sequences == 1 and (places := token_places(self.given)) is not None:
+            return torch.tensor([len(tokens) for tokens in places])
         for name in _PACKED:
             sizes = self.given.get(name)
             if isinstance(sizes, torch.Tensor) and sizes.ndim == 2 and sequences == 1:
@@ -167,6 +170,8 @@ def _roles(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> torch.
     for i, role in [*enumerate(prefix), *enumerate(suffix, start=-len(suffix))]:
         bits[i] = 1 << role_bit(role) | 1
     roles = bits.to(tokens.device).repeat(sequences, 1)
+    if tower.name == "projector" and (places := token_places(call.given)) is not None:
+        roles[:, torch.cat(places)[:, 0] < 0] = 1
     ids = call.given.get("input_ids")
     if tower.image_token is not None:
         if isinstance(ids, torch.Tensor) and ids.shape == roles.shape:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..pooling import role_bit
 from .layout import Call, Layout, grids_of
+from .phi4 import token_places
 from .structure import Tower
 
 Grids = list[list[tuple[int, int]]]
@@ -91,7 +92,9 @@ def patch_places(
     return _laid_out(tiles, total, _leading(layout))
 
 
-def projected_places(around: Sequence[nn.Module], grids: Grids, total: int) -> torch.Tensor:
+def projected_places(
+    around: Sequence[nn.Module], grids: Grids, total: int, call: Call
+) -> torch.Tensor:
     """Return tile, row and column of every token that a projector returns, `total` of them.
 
     Rows and columns count in the projector's own grid, where it merges patches.
@@ -101,6 +104,8 @@ def projected_places(around: Sequence[nn.Module], grids: Grids, total: int) -> t
     torch.Tensor
         int64 [total, 3], -1 where it is not known.
     """
+    if (known := token_places(call.given)) is not None:
+        return torch.cat(known)
     window = _window(around, _known(around, "spatial_merge_size") or 1)
     tiles = []
     for sample in grids:
@@ -132,6 +137,8 @@ def image_places(
         Of each sample int64 [count, 3], -1 where it is not known and where a token stands for no
         part of the image, as the end of a line.
     """
+    if (known := token_places(call.given)) is not None:
+        return known
     packs = next((m for m in around if hasattr(m, "pack_image_features")), None)
     sizes = call.given.get("image_sizes")
     found = []

@@ -253,9 +253,10 @@ def _tower_name(root: nn.Module, path: str, blocks: nn.Module) -> str | None:
 def image_token(root: nn.Module) -> int | None:
     """Return the id that stands for an image's tokens among the text, or None."""
     config = getattr(root, "config", None)
-    for name in ("image_token_id", "image_token_index"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
+    for owner in (config, getattr(config, "vision_config", None)):
+        for name in ("image_token_id", "image_token_index"):
+            if isinstance(value := getattr(owner, name, None), int):
+                return value
     return None
 
 

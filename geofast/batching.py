@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,10 @@ class Lengths:
     """[n]: of texts, counted; of images, as long as the first."""
     per_number: float = 0.0
     """Tokens for every number of a prepared image; 0 where `expected` is what they are."""
+
+    def take(self, indices: NDArray[np.int64]) -> Lengths:
+        """Keep some samples, in the order of `indices`."""
+        return replace(self, expected=self.expected[indices])
 
     def of(self, index: NDArray[np.int64], inputs: Sequence[Any]) -> NDArray[np.int64]:
         """Return the lengths [b] of loaded samples.

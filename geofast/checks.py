@@ -59,6 +59,8 @@ class Given:
 
     examples: Sequence[Any]
     known: Known | None = None
+    sites: str | Sequence[str] | None = None
+    """Where two passes and batches are compared; None for every layer."""
 
 
 # ------ what is compared
@@ -74,14 +76,18 @@ def _exact() -> Rows:
     return Rows(dtype=torch.float64)
 
 
-def _rows(model: Model, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
-    with capture(model, pool=_pools(model), rows=_exact()) as rows:
+def _rows(
+    model: Model, inputs: Sequence[Any], sites: str | Sequence[str] | None = None
+) -> dict[str, torch.Tensor]:
+    with capture(model, sites, _pools(model), rows=_exact()) as rows:
         model.forward(model.prepare(inputs), lambda i: setattr(rows, "label", str(i)))
     return dict(rows)
 
 
-def _one_by_one(model: Model, inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
-    alone = [_rows(model, [one]) for one in inputs]
+def _one_by_one(
+    model: Model, inputs: Sequence[Any], sites: str | Sequence[str] | None = None
+) -> dict[str, torch.Tensor]:
+    alone = [_rows(model, [one], sites) for one in inputs]
     return {key: torch.cat([rows[key] for rows in alone]) for key in alone[0]}
 
 
@@ -126,14 +132,15 @@ def _r2(model: Model, known: Known) -> dict[str, tuple[float, float]]:
 
 
 def _repeats(model: Model, given: Given) -> Check:
-    where, off = _difference(_rows(model, given.examples), _rows(model, given.examples))
+    once, again = (_rows(model, given.examples, given.sites) for _ in range(2))
+    where, off = _difference(again, once)
     advice = "something in the model is random, as masking or dropout is: switch it off"
     return _judge(model, where, off, advice)
 
 
 def _batch(model: Model, given: Given) -> Check:
-    alone = _one_by_one(model, given.examples)
-    where, off = _difference(_rows(model, given.examples), alone)
+    alone = _one_by_one(model, given.examples, given.sites)
+    where, off = _difference(_rows(model, given.examples, given.sites), alone)
     advice = "padding or batching changes the result: use batch_size=1"
     return _judge(model, where, off, advice)
 

@@ -48,6 +48,18 @@ def check_controls(names: Sequence[str], kind: str, baselines: Iterable[str]) ->
             raise ValueError(f"the baseline {name!r} has a control's name; give it another")
 
 
+def check_tokens(model: Model, inputs: Mapping[str, Samples]) -> None:
+    """Refuse a bag of tokens of a model whose tokens cannot be counted.
+
+    Raises
+    ------
+    ValueError
+        When it is given no token ids.
+    """
+    samples = next(iter(inputs.values()))
+    next(_token_ids(model, samples.inputs[:1]))
+
+
 def raw_inputs(
     name: str,
     model: Model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from .batching import Lengths
 from .checks import CHECKS, Check, Given, Known
 from .data import SampleError, Samples, read
+from .data.stream import batches
 from .geo.folds import KFold
 from .models import DeviceMap, Model, load
 from .models.location import of_places
@@ -26,6 +28,7 @@ _TEXTS = (
 _PLACES = ((48.8584, 2.2945), (-34.6, -58.38), (64.15, -21.94))
 _SIZES = ((224, 224), (180, 320), (400, 240))  # height and width: square, wide, tall
 _WIDTH = 100  # of a terminal
+_FEW = 3  # samples that a probe examines
 _MOST = 200  # samples in which R2 is told
 _LEAST = 20
 
@@ -129,11 +132,78 @@ def doctor(
     return Diagnosis(loaded.name, tuple(checks))
 
 
-def quick(model: Model, prepared: Sequence[Any], *, batched: bool = True) -> list[Check]:
+def quick(
+    model: Model,
+    prepared: Sequence[Any],
+    sites: str | Sequence[str] | None = None,
+    *,
+    batched: bool = True,
+) -> list[Check]:
     """Make the checks that a probe cannot do without, on inputs that are transformed already."""
-    model = replace(model, transform=None, stop=None)
+    given = Given(prepared, sites=sites)
     names = ("repeats", "batch") if batched else ("repeats",)
-    return [replace(CHECKS[name](model, Given(prepared)), name=name) for name in names]
+    model = replace(model, transform=None)
+    return [replace(CHECKS[name](model, given), name=name) for name in names]
+
+
+def examine(
+    model: Model,
+    inputs: Mapping[str, Samples],
+    lengths: Mapping[str, Lengths],
+    sites: str | Sequence[str] | None,
+    *,
+    batched: bool,
+) -> tuple[list[Check], list[str]]:
+    """Make the quick checks on a few samples of a probe, at the sites that it will read.
+
+    Of texts these are the longest, the shortest and the first in all the prompts' words; of other
+    samples the first three that can be read.
+
+    Returns
+    -------
+    list of Check
+        All passed.
+    list of str
+        A warning where they could not be made: what is wrong with a sample, the pass itself says.
+
+    Raises
+    ------
+    ValueError
+        When the model fails one.
+    """
+    few = _texts(model, inputs, lengths) if lengths else _first(model, inputs)
+    try:
+        checks = quick(model, few, sites, batched=batched and len(few) > 1)
+    except (ValueError, RuntimeError, MemoryError, FloatingPointError) as error:
+        return [], [f"the quick checks of the model could not be made: {error}"]
+    for check in checks:
+        if check.outcome == "fail":
+            raise ValueError(
+                f"{model.name} fails the check {check.name!r}: {check.detail}; {check.advice}. "
+                "`geofast doctor` examines the whole model; check=False (--unchecked) goes on"
+            )
+    return checks, []
+
+
+def _texts(
+    model: Model, inputs: Mapping[str, Samples], lengths: Mapping[str, Lengths]
+) -> list[Any]:
+    texts = [text for samples in inputs.values() for text in samples.inputs]
+    tokens = np.concatenate([lengths[label].expected for label in inputs])
+    few = [texts[i] for i in (tokens.argmax(), tokens.argmin(), 0)]
+    return [model.transform(text) for text in few] if model.transform else few
+
+
+def _first(model: Model, inputs: Mapping[str, Samples]) -> list[Any]:
+    samples = next(iter(inputs.values()))
+    few: list[Any] = []
+    stream = batches(samples, range(len(samples)), 1, transform=model.transform)
+    for batch in stream:
+        few += batch.inputs
+        if len(few) == _FEW:
+            break
+    stream.close()
+    return few
 
 
 def example(kind: str) -> list[Any]:

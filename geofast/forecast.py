@@ -13,26 +13,18 @@ from torch import nn
 from ._folder import check_space
 from .batching import Budget, Lengths, numbers
 from .capture import Pools, pools_by_tower
-from .controls import check_controls
-from .data import Samples, read
-from .extract import Example, first, lengths_like, ready, usable, worded
+from .data import Samples
+from .extract import Example, first, lengths_like
 from .geo import Split
 from .geo.folds import KFold
 from .models import DeviceMap, Model, load
 from .models.load import default_device
 from .models.location import of_places
 from .models.skeleton import has_skeleton, skeleton, weight_bytes
+from .models.twin import ADAPTED
 from .plan import Plan, Task, make_plan, readable, with_cells
 from .pooling import Pool
-from .request import (
-    Given,
-    as_list,
-    as_splits,
-    check_options,
-    check_pools,
-    read_targets,
-    scored_tasks,
-)
+from .request import Options, Request
 from .ridge import ALPHAS, Select
 from .speed import multiply_rate, pool_seconds, solve_seconds
 from .survey import Survey, survey, token_count
@@ -184,18 +176,15 @@ def plan(
     ValueError, OSError, RuntimeError
         What `probe` would raise before its pass.
     """
-    places = of_places(model)
-    samples = data if isinstance(data, Samples) else read(data, location=places, strict=strict)
-    samples = samples.as_locations() if places else samples
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    given = Given(samples, read_targets(samples, targets), dict(baselines or {}))
-    alphas = as_list(alphas)
-    check_options(given, sites, alphas, select, storage, batch_size, workers)
-    controls = [controls] if isinstance(controls, str) else list(controls)
-    check_controls(controls, samples.kind, given.baselines)
-    inputs = worded(samples, prompts)
-    splits = as_splits(split)
-    tasks, _ = scored_tasks(given, splits, group, targets, select)
+    options: Options = {
+        "sites": sites, "pool": pool, "prompts": prompts, "split": split, "group": group,
+        "alphas": alphas, "select": select, "storage": storage, "targets": targets,
+        "baselines": baselines, "controls": controls, "batch_size": batch_size,
+        "workers": workers, "strict": strict,
+    }  # fmt: skip
+    asked = Request.of(data, options, location=of_places(model))
+    if adapter is not None and not merge and "random-weights" in asked.controls:
+        raise ValueError(f"{model} has no twin of random weights: {ADAPTED}")
     if has_skeleton(model):
         made = skeleton(
             model, device=device, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code
@@ -204,55 +193,79 @@ def plan(
     else:
         made = load(model, device=device, dtype=dtype)
         where = made.device
-    made = ready(made, samples, prompts, sites)
-    check_pools(made, pool)
-    lengths: Mapping[str, Lengths] = {}
-    if samples.kind == "text":
-        good, _, lengths = usable(made, inputs, strict)
-        given, inputs = given.take(good), {k: s.take(good) for k, s in inputs.items()}
-        tasks, _ = scored_tasks(given, splits, group, targets, select)
+    made, asked = asked.of_model(made)
+    return _forecast(made, asked, where, scratch)
 
-    seen, example, pools = _look(made, inputs, lengths, sites, pool)
-    lengths = lengths or lengths_like(example, len(samples))
-    budget = Budget.of(where, batch_size)
-    cells, _ = with_cells(tasks)
+
+def _forecast(
+    model: Model, asked: Request, where: torch.device, scratch: str | Path | None
+) -> Forecast:
+    options, samples = asked.options, asked.given.samples
+    seen, example, pools = _look(
+        model, asked.inputs, asked.lengths, options["sites"], options["pool"]
+    )
+    lengths = asked.lengths or lengths_like(example, len(samples))
+    budget = Budget.of(where, options["batch_size"])
+    cells, _ = with_cells(asked.tasks)
     kept = make_plan(
-        made, inputs, example.widths, targets=len(targets), cells=int(cells.max()) + 1,
-        storage=storage, select=select,
+        model, asked.inputs, example.widths, targets=len(asked.targets),
+        cells=int(cells.max()) + 1, storage=options["storage"], select=options["select"],
+        passes=asked.passes, gpus=[where] if where.type == "cuda" else [],
     )  # fmt: skip
     if scratch:
         check_space(Path(scratch), kept.kept)
-    passes = 1 + ("random-weights" in controls)
-    all_tokens = sum(int(one.expected.sum()) for one in lengths.values())
-    flops = passes * seen.flops / example.tokens * all_tokens
-    batch = min(budget.fit(example.tokens), len(given.samples))
-    select = select or ("loo" if kept.kind == "rows" else "gcv")
-    rate = multiply_rate(where, made.dtype, batch * example.tokens, max(example.widths))
-    count = passes * all_tokens / (batch * example.tokens)
-    seconds = {
-        "forward": flops / rate,
-        "pool": count * _pooling(seen, pools, batch, where, made.dtype),
-        "solve": passes * len(inputs) * _solving(example, tasks, len(targets), alphas, select),
-    }
+    batch = min(budget.fit(example.tokens), len(samples))
+    weights = weight_bytes(model.module).items()
     return Forecast(
-        model=made.name,
-        loaded=made.device.type != "meta",
+        model=model.name,
+        loaded=model.device.type != "meta",
         device=str(where),
-        dtype=_name(made.dtype),
+        dtype=_name(model.dtype),
         sites=dict(seen.shapes),
         pools={tower: tuple(p.name for p in parsed) for tower, parsed in pools.items()},
-        samples=len(given.samples),
-        prompts=max(len(inputs), len(made.prompts)),
+        samples=len(samples),
+        prompts=max(len(asked.inputs), len(model.prompts)),
         batch=batch,
         tokens=budget.tokens,
         batches=budget.sentence(lengths.values()),
-        weights={_name(kind): n for kind, n in weight_bytes(made.module).items()},
+        weights={_name(kind): asked.passes * n for kind, n in weights},
         activations=seen.peak * batch,
         storage=kept,
-        flops=flops,
-        seconds=seconds,
+        flops=asked.passes * _flops(seen, example, lengths),
+        seconds=_seconds(model, asked, where, batch, kept, seen, example, pools, lengths),
         how=seen.how,
     )
+
+
+def _tokens(lengths: Mapping[str, Lengths]) -> int:
+    return sum(int(one.expected.sum()) for one in lengths.values())
+
+
+def _flops(seen: Survey, example: Example, lengths: Mapping[str, Lengths]) -> float:
+    return seen.flops / example.tokens * _tokens(lengths)
+
+
+def _seconds(
+    model: Model,
+    asked: Request,
+    where: torch.device,
+    batch: int,
+    kept: Plan,
+    seen: Survey,
+    example: Example,
+    pools: Mapping[str, tuple[Pool, ...]],
+    lengths: Mapping[str, Lengths],
+) -> dict[str, float]:
+    select = asked.options["select"] or ("loo" if kept.kind == "rows" else "gcv")
+    rate = multiply_rate(where, model.dtype, batch * example.tokens, max(example.widths))
+    count = _tokens(lengths) / (batch * example.tokens)
+    one = _solving(example, asked.tasks, len(asked.targets), asked.alphas, select)
+    seconds = {
+        "forward": _flops(seen, example, lengths) / rate,
+        "pool": count * _pooling(seen, pools, batch, where, model.dtype),
+        "solve": len(asked.inputs) * one,
+    }
+    return {stage: asked.passes * each for stage, each in seconds.items()}
 
 
 def _name(dtype: torch.dtype) -> str:

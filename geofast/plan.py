@@ -148,7 +148,7 @@ class Plan:
     floats: int
     """Numbers that the rows of one prompt take."""
     size: int
-    """Bytes of the rows or statistics of all prompts."""
+    """Bytes of the rows or statistics of all prompts, and of the twin."""
     kept: int
     """Bytes of the rows or statistics that the run's folder will hold."""
     stay: bool
@@ -165,11 +165,14 @@ def make_plan(
     cells: int,
     storage: str,
     select: str | None,
+    passes: int,
+    gpus: Sequence[torch.device],
 ) -> Plan:
     """Choose where pooled rows go, from their widths at every site and pool.
 
     `auto` keeps rows while they fit the budget or are smaller than the statistics, because only
-    rows give kilometres, MAE, Spearman and leave-one-out.
+    rows give kilometres, MAE, Spearman and leave-one-out. `passes` models leave rows or statistics,
+    the one that is probed and its twin; `gpus` are those of the layers.
 
     Raises
     ------
@@ -178,8 +181,8 @@ def make_plan(
     """
     samples = next(iter(inputs.values()))
     floats = len(samples) * sum(widths)
-    as_rows = 4 * floats * len(inputs)
-    as_grams = 8 * cells * sum((w + 1 + targets) ** 2 for w in widths) * len(inputs)
+    as_rows = 4 * floats * len(inputs) * passes
+    as_grams = 8 * cells * sum((w + 1 + targets) ** 2 for w in widths) * len(inputs) * passes
     memory = _memory()
     budget = int(_MEMORY_SHARE * memory)
     if storage == "gram" and as_grams > memory:
@@ -201,25 +204,26 @@ def make_plan(
     on_disk = kind == "rows" and as_rows > budget
     if kind == "gram" and as_grams > budget:
         why += f"; warning: statistics take more than {_MEMORY_SHARE:.0%} of the machine's memory"
-    free = _free_on_gpus(model)
-    stay = kind == "gram" and 0 < as_grams <= _GPU_SHARE * free
-    if kind == "gram" and free and not stay:
+    # Layers are spread evenly over the GPUs, and the fullest of them decides.
+    free = min((torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), default=0)
+    stay = kind == "gram" and as_grams <= _GPU_SHARE * free * len(gpus)
+    if kind == "gram" and gpus and not stay:
         why += f"; on the CPU, because more than {_GPU_SHARE:.0%} of the {readable(free)} that are "
-        why += "free on the GPU"
+        why += "free on a GPU"
     what = {"gram": "statistics (Gram matrices)", "rows": "pooled rows"}[kind]
     where = " on disk" if on_disk else " on the GPU" if stay else ""
+    prompts = max(len(inputs), len(model.prompts))
     sentence = (
-        f"{model.name}: {len(widths)} site x pool, {len(samples)} samples, {len(inputs)} "
+        f"{model.name}: {len(widths)} site x pool, {len(samples)} samples, {prompts} "
         f"prompt(s); keeping {what}{where} ({why})"
     )
     size = as_grams if kind == "gram" else as_rows
-    return Plan(kind, on_disk, floats, size, 0 if on_disk else size, stay, sentence)
+    return Plan(kind, on_disk, floats, size, 0 if on_disk else size // passes, stay, sentence)
 
 
-def _free_on_gpus(model: Model) -> int:
-    """Bytes that are free on the GPUs where the model's parameters live; 0 without one."""
-    gpus = {p.device for p in model.module.parameters() if p.is_cuda}
-    return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
+def gpus_of(model: Model) -> list[torch.device]:
+    """Return the GPUs where the model's parameters live."""
+    return list({p.device for p in model.module.parameters() if p.is_cuda})
 
 
 def _memory() -> int:

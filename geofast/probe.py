@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from . import _ops
@@ -20,41 +17,22 @@ from ._folder import check_space
 from .batching import Budget, Lengths
 from .capture import Pools
 from .checks import Check
-from .controls import check_controls, raw_inputs
-from .data import Samples, read
-from .data.stream import batches
-from .doctor import quick
-from .extract import (
-    Extracted,
-    Storage,
-    add_sentence,
-    extract,
-    lengths_like,
-    ready,
-    try_one,
-    usable,
-    worded,
-)
-from .geo import Split, fold_scores, great_circle_km
+from .controls import raw_inputs
+from .data import Samples
+from .doctor import examine
+from .extract import Extracted, Storage, extract, lengths_like, try_one
+from .geo import Split
 from .geo.folds import KFold
-from .gram import Gram
 from .models import DeviceMap, Model, load
 from .models.location import of_places
 from .models.twin import random_twin
-from .plan import Task, make_plan, with_cells, without_skipped
-from .report.text import beside
-from .request import (
-    Given,
-    as_list,
-    as_splits,
-    check_options,
-    check_pools,
-    read_targets,
-    scored_tasks,
-)
-from .ridge import ALPHAS, Select, Solution, cross_validate, fit, fold_errors, solve
+from .plan import Plan, Task, gpus_of, make_plan, with_cells, without_skipped
+from .request import Given, Options, Request
+from .ridge import ALPHAS, Select
 from .rows import on_disk
-from .run import Probe, Run, key
+from .run import Run
+from .solving import FINAL_ALPHA, Solved, at_the_edge, fit_probes, solve_all
+from .tables import honest_best, layers_table, predictions_table, samples_table
 
 
 def probe(
@@ -156,105 +134,42 @@ def probe(
         When `scratch` has no room for the run or for rows that must go to disk.
     """
     clock = _Clock()
-    places = of_places(model)
-    samples = data if isinstance(data, Samples) else read(data, location=places, strict=strict)
-    samples = samples.as_locations() if places else samples
-    splits = as_splits(split)
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    given = Given(samples, read_targets(samples, targets), dict(baselines or {}))
-    alphas = as_list(alphas)
-    check_options(given, sites, alphas, select, storage, batch_size, workers)
-    controls = [controls] if isinstance(controls, str) else list(dict.fromkeys(controls))
-    check_controls(controls, samples.kind, given.baselines)
-    inputs = worded(samples, prompts)
-    tasks, warned = scored_tasks(
-        given, splits, group, targets, select
-    )  # before the model is loaded
+    options: Options = {
+        "sites": sites, "pool": pool, "prompts": prompts, "split": split, "group": group,
+        "alphas": alphas, "select": select, "storage": storage, "targets": targets,
+        "baselines": baselines, "controls": controls, "batch_size": batch_size,
+        "workers": workers, "strict": strict,
+    }  # fmt: skip
+    asked = Request.of(data, options, location=of_places(model))  # before the model is loaded
     loaded = load(
         model, device=device, dtype=dtype, device_map=device_map, adapter=adapter, merge=merge,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    model = ready(loaded, samples, prompts, sites)
-    check_pools(model, pool)
-    lengths: Mapping[str, Lengths] = {}
-    if samples.kind == "text":
-        good, unfit, lengths = usable(model, inputs, strict)
-        if unfit:
-            given, inputs = given.take(good), {k: s.take(good) for k, s in inputs.items()}
-            given = replace(given, samples=given.samples.skipping(unfit))
-            tasks, warned = scored_tasks(given, splits, group, targets, select)
+    model, asked = asked.of_model(loaded)
     clock.lap("load")
-    checks = _examine(model, inputs, batch_size) if check else []
+    checks: list[Check] = []
+    unchecked: list[str] = []
+    if check:
+        checks, unchecked = examine(
+            model, asked.inputs, asked.lengths, sites, batched=batch_size != 1
+        )
     clock.lap("check")
 
-    cells, tasks = with_cells(tasks)
-    example = try_one(model, inputs, lengths, sites, pool)
-    lengths = lengths or lengths_like(example, len(samples))
-    budget = Budget.of(model.device, batch_size)
-    plan = make_plan(
-        model, inputs, example.widths, targets=len(targets), cells=int(cells.max()) + 1,
-        storage=storage, select=select,
-    )  # fmt: skip
-    if progress:
-        print(f"{plan.sentence}; {budget.sentence(lengths.values())}", flush=True)
-    if scratch:
-        check_space(Path(scratch), plan.kept)
-
-    def one_pass(model: Model) -> Extracted:
-        room = None
-        if plan.on_disk:
-            folder = Path(scratch or tempfile.gettempdir())
-            room = on_disk(folder, plan.floats * len(inputs)).view(len(inputs), plan.floats)
-        place = Storage(plan.kind, given.y, cells, room, plan.stay)
-        return extract(
-            model, inputs, place, sites=sites, pool=pool,
-            lengths=lengths, budget=budget, workers=_workers(samples, workers), strict=strict,
-            progress=progress,
-        )  # fmt: skip
-
-    def control(name: str, kept: NDArray[np.int64]) -> Extracted:
-        if name == "random-weights":
-            return one_pass(replace(random_twin(model), name=f"{model.name}, random weights"))
-        room = Storage(plan.kind, given.y, cells)
-        return raw_inputs(name, model, inputs, room, kept, _workers(samples, workers))
-
-    found = one_pass(model)
-    others = {name: control(name, found.kept) for name in controls}
+    passes = _Passes.of(model, asked, scratch, progress=progress)
+    found = passes.read(model)
+    others, missing = passes.read_controls(model, found)
     clock.lap("forward")
-    if len(found.kept) < len(given.samples):
-        kept = given.take(found.kept)
-        if found.rows is not None:
-            tasks, warned = scored_tasks(kept, splits, group, targets, select)
-        else:
-            tasks, more = without_skipped(tasks, found.kept, given.y, targets)
-            warned = warned + more
-        given = replace(kept, samples=kept.samples.skipping(found.skipped))
-    select = select or ("loo" if found.rows is not None else "gcv")
-    solved = _solve_all({"": found, **others}, given, tasks, targets, alphas, select)
-    probes = _probes(found, given.y, tasks[0], targets, alphas, select)
+    given, tasks, warned = _left(asked, passes.tasks, found)
+    way: Select = select or ("loo" if found.rows is not None else "gcv")
+    solved = solve_all({"": found, **others}, given, tasks, asked.targets, asked.alphas, way)
+    probes = fit_probes(found, given.y, tasks[0], asked.targets, asked.alphas, way)
     clock.lap("solve")
 
-    layers = _table(solved, tasks, given.y, targets)
+    layers = layers_table(solved, tasks, given.y, asked.targets)
     info = {
-        "model": model.name,
-        "data": samples.source,
-        "arguments": {
-            "sites": sites, "pool": pool, "group": group,
-            "prompts": [prompts] if isinstance(prompts, str) else prompts,
-            "split": {s.name: repr(s) for s in splits},
-            "alphas": alphas, "select": select, "storage": plan.kind,
-            "targets": targets, "baselines": [*given.baselines], "controls": controls,
-            "batch_size": batch_size,
-            "workers": _workers(samples, workers),
-        },
-        "seeds": {s.name: s.seed for s in splits if hasattr(s, "seed")},
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "backend": _ops.describe(model.device),
-        "methods": sorted({s.solution.method for s in solved}),
-        "final_alpha": _FINAL_ALPHA[select].format(split=tasks[0].split),
-        "storage": plan.sentence,
-        "batch": {"samples": budget.largest, "tokens": budget.tokens},
+        **_asked_for(asked, passes, way, data=given.samples.source),
+        **_ran(model, passes, solved),
+        "final_alpha": FINAL_ALPHA[way].format(split=tasks[0].split),
         "counts": {
             "read": len(given.samples),
             "skipped": len(given.samples.skipped),
@@ -262,328 +177,166 @@ def probe(
         },
         "seconds": clock.seconds,
         "versions": _versions(),
-        "honest": _honest(solved, layers),
+        "honest": honest_best(solved, layers),
         "checks": [asdict(c) for c in checks],
-        "warnings": [*model.notes, *budget.warnings, *warned, *_at_the_edge(solved, alphas)],
+        "warnings": [
+            *model.notes, *unchecked, *missing, *passes.budget.warnings, *warned,
+            *at_the_edge(solved, asked.alphas),
+        ],
     }  # fmt: skip
     return Run(
         info=info,
         layers=layers,
-        samples=_samples_table(given.samples, tasks),
+        samples=samples_table(given.samples, tasks),
         probes=probes,
-        predictions=_predictions(solved, tasks, given, targets),
-        rows=found.rows if not plan.on_disk else None,
+        predictions=predictions_table(solved, tasks, given, asked.targets),
+        rows=found.rows if not passes.plan.on_disk else None,
         grams=found.grams,
     )
 
 
-# ------ before the pass
-
-
-def _examine(model: Model, inputs: Mapping[str, Samples], batch_size: int | None) -> list[Check]:
-    """Make the quick checks on the first samples; refuse a model that fails one."""
-    samples = next(iter(inputs.values()))
-    stream = batches(samples, range(min(3, len(samples))), 3, transform=model.transform)
-    try:
-        few = [x for batch in stream for x in batch.inputs]
-        checks = quick(model, few, batched=batch_size != 1)
-    except (ValueError, RuntimeError, FloatingPointError):
-        return []  # what is wrong with a sample, the pass itself says, and of which
-    for check in checks:
-        if check.outcome == "fail":
-            raise ValueError(
-                f"{model.name} fails the check {check.name!r}: {check.detail}; {check.advice}. "
-                "`geofast doctor` examines the whole model; check=False (--unchecked) goes on"
-            )
-    return checks
-
-
-def _workers(samples: Samples, workers: int | None) -> int:
-    return workers if workers is not None else int(samples.kind == "image")
-
-
-# ------ solving
+# ------ passes
 
 
 @dataclass(frozen=True)
-class _Solved:
-    site: str
-    pool: str
-    prompt: str
-    control: str
-    task: int
-    d: int
-    solution: Solution
-    member: torch.Tensor | None
-    """int64: the samples of the group; None for all."""
+class _Passes:
+    """How the samples are read, by the model and by what it is probed beside."""
 
-    @property
-    def r2(self) -> torch.Tensor:
-        """[F]: held-out R2, mean over targets."""
-        assert self.solution.r2 is not None
-        return self.solution.r2.mean(1)
+    asked: Request
+    lengths: Mapping[str, Lengths]
+    budget: Budget
+    plan: Plan
+    cells: torch.Tensor
+    tasks: list[Task]
+    scratch: str | Path | None
+    progress: bool
 
-    @property
-    def inner_r2(self) -> torch.Tensor:
-        """[F]: R2 on the inner folds, mean over targets."""
-        assert self.solution.inner_r2 is not None
-        return self.solution.inner_r2.mean(1)
-
-
-def _solve_all(
-    found: Mapping[str, Extracted],
-    given: Given,
-    tasks: Sequence[Task],
-    targets: Sequence[str],
-    alphas: Sequence[float],
-    select: Select,
-) -> list[_Solved]:
-    solved = []
-    for t, task in enumerate(tasks):
-        inner = task.folds >= 3
-        sources = [("input", name, "", name, x) for name, x in given.baselines.items()]
-        for control, one in found.items():
-            sources += [(*_parts(name), control, x) for name, x in (one.rows or {}).items()]
-            for name, gram in (one.grams or {}).items():
-                solution = solve(
-                    gram, alphas, folds=task.fold_of_cell, select=_of_grams(select), inner=inner
-                )
-                solved.append(_Solved(*_parts(name), control, t, gram.dim, solution, None))
-        for site, pool, prompt, control, x in sources:
-            try:
-                solution, member = _solve_rows(x, given.y, task.fold, alphas, select, inner)
-            except ValueError as error:
-                who = f", group {task.group!r}" if task.group else ""
-                where = f"{key(site, pool, prompt)}, split {task.split!r}{who}"
-                add_sentence(error, f"While solving {where}, targets {', '.join(targets)}.")
-                raise
-            solved.append(_Solved(site, pool, prompt, control, t, x.shape[1], solution, member))
-    return solved
-
-
-def _solve_rows(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    fold: torch.Tensor,
-    alphas: Sequence[float],
-    select: Select,
-    inner: bool,
-) -> tuple[Solution, torch.Tensor | None]:
-    member = None
-    if bool((fold < 0).any()):
-        member = (fold >= 0).nonzero()[:, 0]
-        x, y, fold = x[member], y[member], fold[member]
-    return cross_validate(x, y, fold, alphas, select=select, inner=inner), member
-
-
-def _of_grams(select: Select) -> Literal["gcv", "folds"]:
-    assert select != "loo"  # refused before the model was loaded
-    return select
-
-
-def _parts(name: str) -> tuple[str, str, str]:
-    site, pool, *prompt = name.split("/", 2)
-    return site, pool, prompt[0] if prompt else ""
-
-
-def _probes(
-    found: Extracted,
-    y: torch.Tensor,
-    task: Task,
-    targets: Sequence[str],
-    alphas: Sequence[float],
-    select: Select,
-) -> dict[str, Probe]:
-    """Fit every site to all samples: the probes that are saved.
-
-    With all samples in one training part, `loo` and `gcv` choose alpha as they did in the folds.
-    `folds` takes the alpha of least error over the folds of `task`, the first split.
-    """
-    grid, by_folds, solutions = sorted(alphas), select == "folds", {}
-    way: Any = "gcv" if by_folds else select  # of a single alpha there is nothing to choose
-    for name, x in (found.rows or {}).items():
-        errors = fold_errors(x, y, task.fold, grid).mean(0) if by_folds else None
-        solutions[name] = fit(x, y, _least(grid, errors), select=way)
-    for name, gram in (found.grams or {}).items():
-        errors = _errors(gram, task, grid) if by_folds else None
-        everyone = torch.zeros(gram.cells, dtype=torch.int64)
-        solutions[name] = solve(gram, _least(grid, errors), folds=everyone)
-    return {
-        name: Probe(*_parts(name), tuple(targets), float(s.alpha[0]), s.coef[0], s.intercept[0])
-        for name, s in solutions.items()
-    }
-
-
-def _errors(gram: Gram, task: Task, alphas: Sequence[float]) -> torch.Tensor:
-    """Held-out squared error of every alpha, over folds and targets: [A]."""
-    solved = [solve(gram, [a], folds=task.fold_of_cell) for a in alphas]
-    return torch.stack([s.mse.mean() for s in solved if s.mse is not None])
-
-
-def _least(alphas: Sequence[float], errors: torch.Tensor | None) -> Sequence[float]:
-    return alphas if errors is None else [alphas[int(errors.argmin())]]
-
-
-_FINAL_ALPHA = {
-    "loo": "by exact leave-one-out over all samples",
-    "gcv": "by generalised cross-validation over all samples",
-    "folds": "by the least held-out squared error over the folds of split {split}",
-}
-
-
-def _at_the_edge(solved: Sequence[_Solved], alphas: Sequence[float]) -> list[str]:
-    """Warn where the best penalty may lie beyond those that were tried."""
-    real = [s.solution.alpha for s in solved if not s.control]
-    edges = {"smallest": min(alphas), "largest": max(alphas)}
-    many = {which: sum(bool((a == edge).all()) for a in real) for which, edge in edges.items()}
-    return [
-        f"alpha is the {which} that was tried, {edges[which]:g}, for {n} of {len(real)} probes: "
-        "with others in alphas= (--alphas) their R2 may be higher"
-        for which, n in many.items()
-        if 10 * n >= len(real) and len(alphas) > 1
-    ]
-
-
-# ------ tables
-
-
-def _table(
-    solved: Sequence[_Solved], tasks: Sequence[Task], y: torch.Tensor, targets: Sequence[str]
-) -> pd.DataFrame:
-    rows = []
-    for s in solved:
-        task, r2 = tasks[s.task], s.solution.r2
-        assert r2 is not None
-        assert s.solution.mse is not None
-        per_fold = r2.mean(1)
-        row: dict[str, Any] = {
-            "site": s.site,
-            "tower": "" if s.site == "input" else s.site.partition(".")[0],
-            "layer": _layer(s.site),
-            "pool": s.pool,
-            "prompt": s.prompt,
-            "group": task.group,
-            "split": task.split,
-            "control": s.control,
-            "n": int((task.fold >= 0).sum()),
-            "d": s.d,
-            "alpha": _common_alpha(s.solution.alpha),
-            "r2": float(per_fold.mean()),
-            "r2_se": _standard_error(per_fold),
-        }
-        for i, name in enumerate(targets):
-            row[f"r2_{name}"] = float(r2[:, i].mean())
-            row[f"rmse_{name}"] = float(s.solution.mse[:, i].sqrt().mean())
-        rows.append(row | _row_scores(s, task, y, targets))
-    table = pd.DataFrame(rows)
-    return table.join(beside(table).add_prefix("r2:"))
-
-
-def _row_scores(
-    s: _Solved, task: Task, y: torch.Tensor, targets: Sequence[str]
-) -> dict[str, float]:
-    """Scores that need predictions; none without."""
-    if s.solution.predictions is None:
-        return {}
-    fold = task.fold
-    if s.member is not None:
-        y, fold = y[s.member], fold[s.member]
-    place = {name: targets.index(name) for name in ("latitude", "longitude") if name in targets}
-    scores = fold_scores(s.solution.predictions[None].numpy(), y.numpy(), fold.numpy(), **place)
-    out = {}
-    for i, name in enumerate(targets):
-        out[f"mae_{name}"] = float(scores.mae[0, :, i].mean())
-        out[f"spearman_{name}"] = float(scores.spearman[0, :, i].mean())
-    if scores.mean_km is not None and scores.median_km is not None:
-        out["mean_km"] = float(scores.mean_km.mean())
-        out["median_km"] = float(scores.median_km.mean())
-    return out
-
-
-def _layer(site: str) -> int | None:
-    parts = site.split(".")
-    return int(parts[2]) if len(parts) > 2 and parts[1] == "layers" else None
-
-
-def _common_alpha(alpha: torch.Tensor) -> float:
-    """Return the alpha of all folds, exactly; where they differ, their geometric mean."""
-    first = float(alpha[0])
-    return first if bool((alpha == first).all()) else float(alpha.log().mean().exp())
-
-
-def _standard_error(per_fold: torch.Tensor) -> float:
-    return float(per_fold.std() / len(per_fold) ** 0.5)
-
-
-def _honest(solved: Sequence[_Solved], layers: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Choose the probe on inner folds, score it on outer ones; by split, for everybody."""
-    honest = {}
-    for split in dict.fromkeys(layers["split"]):
-        named = (layers["split"] == split) & (layers["group"] == "") & (layers["control"] == "")
-        candidates = [solved[i] for i in np.flatnonzero(named).tolist()]
-        if not candidates or candidates[0].solution.inner_r2 is None:
-            continue
-        inner = torch.stack([c.inner_r2 for c in candidates])
-        outer = torch.stack([c.r2 for c in candidates])
-        chosen = inner.nan_to_num(-torch.inf).argmax(0)
-        r2 = outer[chosen, torch.arange(len(chosen))]
-        names = [key(c.site, c.pool, c.prompt) for c in (candidates[int(i)] for i in chosen)]
-        most = candidates[int(chosen.mode().values)]
-        honest[split] = {
-            "site": most.site,
-            "pool": most.pool,
-            "prompt": most.prompt,
-            "r2": float(r2.mean()),
-            "r2_se": _standard_error(r2),
-            "chosen": names,
-        }
-    return honest
-
-
-def _predictions(
-    solved: Sequence[_Solved],
-    tasks: Sequence[Task],
-    given: Given,
-    targets: Sequence[str],
-) -> pd.DataFrame:
-    """Held-out predictions of the best probe of every split."""
-    tables = [_best_predictions(s, tasks[s.task], given, targets) for s in _bests(solved, tasks)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def _bests(solved: Sequence[_Solved], tasks: Sequence[Task]) -> Iterator[_Solved]:
-    for t, task in enumerate(tasks):
-        real = [
-            s
-            for s in solved
-            if s.task == t and not s.control and s.solution.predictions is not None
-        ]
-        if real and not task.group:
-            yield max(real, key=lambda s: float(s.r2.mean()))
-
-
-def _best_predictions(s: _Solved, task: Task, given: Given, targets: Sequence[str]) -> pd.DataFrame:
-    assert s.solution.predictions is not None
-    guess = s.solution.predictions.numpy()
-    table = pd.DataFrame({"split": task.split, "id": given.samples.table["id"].to_numpy()})
-    table["site"], table["pool"], table["prompt"] = s.site, s.pool, s.prompt
-    table["fold"] = task.fold.numpy()
-    for i, name in enumerate(targets):
-        table[name], table[f"{name}_predicted"] = given.y[:, i].numpy(), guess[:, i]
-    if {"latitude", "longitude"} <= set(targets):
-        table["error_km"] = great_circle_km(
-            table["latitude"], table["longitude"],
-            table["latitude_predicted"].clip(-90, 90), table["longitude_predicted"],
+    @classmethod
+    def of(
+        cls, model: Model, asked: Request, scratch: str | Path | None, *, progress: bool
+    ) -> _Passes:
+        """Try one sample, and settle what comes of it; says so with `progress`."""
+        options = asked.options
+        cells, tasks = with_cells(asked.tasks)
+        example = try_one(model, asked.inputs, asked.lengths, options["sites"], options["pool"])
+        lengths = asked.lengths or lengths_like(example, len(asked.given.samples))
+        budget = Budget.of(model.device, options["batch_size"])
+        plan = make_plan(
+            model, asked.inputs, example.widths, targets=len(asked.targets),
+            cells=int(cells.max()) + 1, storage=options["storage"], select=options["select"],
+            passes=asked.passes, gpus=gpus_of(model),
         )  # fmt: skip
-    return table
+        if progress:
+            print(f"{plan.sentence}; {budget.sentence(lengths.values())}", flush=True)
+        if scratch:
+            check_space(Path(scratch), plan.kept)
+        return cls(asked, lengths, budget, plan, cells, tasks, scratch, progress)
+
+    @property
+    def workers(self) -> int:
+        """Processes that decode ahead of the model."""
+        asked, kind = self.asked.options["workers"], self.asked.given.samples.kind
+        return asked if asked is not None else int(kind == "image")
+
+    def read(self, model: Model) -> Extracted:
+        """Run a model over all samples, and skip those that cannot be used."""
+        asked, options, room = self.asked, self.asked.options, None
+        if self.plan.on_disk:
+            folder, floats = Path(self.scratch or tempfile.gettempdir()), self.plan.floats
+            room = on_disk(folder, floats * len(asked.inputs)).view(len(asked.inputs), floats)
+        place = Storage(self.plan.kind, asked.given.y, self.cells, room, self.plan.stay)
+        return extract(
+            model, asked.inputs, place, sites=options["sites"], pool=options["pool"],
+            lengths=self.lengths, budget=self.budget, workers=self.workers,
+            strict=options["strict"], progress=self.progress,
+        )  # fmt: skip
+
+    def read_controls(
+        self, model: Model, found: Extracted
+    ) -> tuple[dict[str, Extracted], list[str]]:
+        """Read what the model is probed beside, of the very samples that went through it.
+
+        Also a warning for every control that could not be read: the model's own pass is over by
+        then, and is not thrown away.
+        """
+        others, missing = {}, []
+        for name in self.asked.controls:
+            try:
+                others[name] = self._control(name, model, found)
+            except (ValueError, RuntimeError, MemoryError, OSError, FloatingPointError) as error:
+                missing.append(f"the control {name!r} is not in this run: {error}")
+        return others, missing
+
+    def _control(self, name: str, model: Model, found: Extracted) -> Extracted:
+        if name == "random-weights":
+            twin = replace(random_twin(model), name=f"{model.name}, random weights")
+            return self._of(found).read(twin)
+        storage = Storage(self.plan.kind, self.asked.given.y, self.cells)
+        return raw_inputs(name, model, self.asked.inputs, storage, found.kept, self.workers)
+
+    def _of(self, found: Extracted) -> _Passes:
+        """Return the same for the samples that were found good; all of them have to be again."""
+        asked, kept = self.asked, found.kept
+        inputs = {label: samples.take(kept) for label, samples in asked.inputs.items()}
+        options: Options = {**asked.options, "strict": True}
+        given = asked.given.take(kept)
+        return replace(
+            self,
+            asked=replace(asked, given=given, inputs=inputs, options=options),
+            lengths={label: one.take(kept) for label, one in self.lengths.items()},
+            cells=self.cells[torch.from_numpy(kept)],
+        )
 
 
-def _samples_table(samples: Samples, tasks: Sequence[Task]) -> pd.DataFrame:
-    table = samples.table.copy()
-    for task in tasks:
-        if not task.group:
-            table[f"fold_{task.split}"] = task.fold.numpy()
-    return table
+def _left(
+    asked: Request, tasks: list[Task], found: Extracted
+) -> tuple[Given, list[Task], list[str]]:
+    """Return the samples that went through, what is cross-validated of them, and warnings.
+
+    From rows, new folds are dealt; statistics were gathered in the folds that there were.
+    """
+    if len(found.kept) == len(asked.given.samples):
+        return asked.given, tasks, asked.warned
+    given = asked.given.take(found.kept)
+    given = replace(given, samples=given.samples.skipping(found.skipped))
+    if found.rows is not None:
+        again = asked.with_samples(given)
+        return given, again.tasks, again.warned
+    tasks, more = without_skipped(tasks, found.kept, asked.given.y, asked.targets)
+    return given, tasks, asked.warned + more
+
+
+# ------ what the run says of itself
+
+
+def _asked_for(asked: Request, passes: _Passes, select: Select, data: str) -> dict[str, Any]:
+    options = asked.options
+    prompts = options["prompts"]
+    return {
+        "data": data,
+        "arguments": {
+            "sites": options["sites"], "pool": options["pool"], "group": options["group"],
+            "prompts": [prompts] if isinstance(prompts, str) else prompts,
+            "split": {s.name: repr(s) for s in asked.splits},
+            "alphas": asked.alphas, "select": select, "storage": passes.plan.kind,
+            "targets": asked.targets, "baselines": [*asked.given.baselines],
+            "controls": asked.controls, "batch_size": options["batch_size"],
+            "workers": passes.workers,
+        },
+        "seeds": {s.name: s.seed for s in asked.splits if hasattr(s, "seed")},
+    }  # fmt: skip
+
+
+def _ran(model: Model, passes: _Passes, solved: Sequence[Solved]) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "backend": _ops.describe(model.device),
+        "methods": sorted({s.solution.method for s in solved}),
+        "storage": passes.plan.sentence,
+        "batch": {"samples": passes.budget.largest, "tokens": passes.budget.tokens},
+    }
 
 
 class _Clock:

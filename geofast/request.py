@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from .batching import Lengths
 from .capture import Pools
-from .data import Samples
+from .controls import check_controls, check_tokens
+from .data import Samples, read
+from .extract import ready, usable, worded
 from .geo import Split
 from .geo.folds import as_split
 from .models import Model
+from .models.twin import require_twin
 from .plan import Task, make_tasks
+from .ridge import Select
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,115 @@ class Given:
         """Keep some samples, in the order of `indices`."""
         baselines = {name: x[torch.from_numpy(indices)] for name, x in self.baselines.items()}
         return Given(self.samples.take(indices), self.y[torch.from_numpy(indices)], baselines)
+
+
+class Options(TypedDict):
+    """What `probe` and `plan` are asked beside the model, the data and how to load the model."""
+
+    sites: str | Sequence[str] | None
+    pool: Pools
+    prompts: str | Sequence[str] | None
+    split: Split | Any | Sequence[Split | Any]
+    group: str | None
+    alphas: Sequence[float]
+    select: Select | None
+    storage: Literal["auto", "rows", "gram"]
+    targets: str | Sequence[str]
+    baselines: Mapping[str, torch.Tensor] | None
+    controls: str | Sequence[str]
+    batch_size: int | None
+    workers: int | None
+    strict: bool
+
+
+@dataclass(frozen=True)
+class Request:
+    """A probe as it was asked for, read and checked."""
+
+    options: Options
+    given: Given
+    inputs: Mapping[str, Samples]
+    """The samples in the words of every prompt, as `extract.worded` returns them."""
+    splits: list[Split]
+    targets: list[str]
+    alphas: list[float]
+    controls: list[str]
+    tasks: list[Task]
+    warned: list[str]
+    """Of groups that are left out."""
+    lengths: Mapping[str, Lengths]
+    """Of texts, by prompt, once a model has counted their tokens."""
+
+    @classmethod
+    def of(cls, data: str | Path | Samples, options: Options, *, location: bool) -> Request:
+        """Read the samples and check what is asked; `location` samples are places.
+
+        Raises
+        ------
+        ValueError, OSError
+            See `probe`.
+        """
+        strict = options["strict"]
+        if not isinstance(data, Samples):
+            data = read(data, location=location, strict=strict)
+        samples = data.as_locations() if location else data
+        splits = as_splits(options["split"])
+        targets = _several(options["targets"])
+        baselines = dict(options["baselines"] or {})
+        given = Given(samples, read_targets(samples, targets), baselines)
+        alphas = as_list(options["alphas"])
+        _check(options, given, alphas)
+        controls = _several(options["controls"])
+        check_controls(controls, samples.kind, given.baselines)
+        inputs = worded(samples, options["prompts"])
+        tasks, warned = scored_tasks(given, splits, options["group"], targets, options["select"])
+        return cls(
+            options, given, inputs, splits, targets, alphas, controls, tasks, warned, lengths={}
+        )
+
+    def of_model(self, model: Model) -> tuple[Model, Request]:
+        """Return the model as it reads the samples, and the request without texts it cannot take.
+
+        Raises
+        ------
+        ValueError
+            When it reads others, or has no such site, tower or control.
+        """
+        options, samples = self.options, self.given.samples
+        model = ready(model, samples, options["prompts"], options["sites"])
+        check_pools(model, options["pool"])
+        weighs = model.device.type != "meta"  # what is planned before that has nothing to copy
+        if "random-weights" in self.controls and weighs:
+            require_twin(model)
+        asked = self._readable_by(model) if samples.kind == "text" else self
+        if "tokens" in self.controls:
+            check_tokens(model, asked.inputs)
+        return model, asked
+
+    def _readable_by(self, model: Model) -> Request:
+        good, unfit, lengths = usable(model, self.inputs, self.options["strict"])
+        asked = replace(self, lengths=lengths)
+        if not unfit:
+            return asked
+        given = self.given.take(good)
+        asked = asked.with_samples(replace(given, samples=given.samples.skipping(unfit)))
+        return replace(asked, inputs={k: s.take(good) for k, s in self.inputs.items()})
+
+    def with_samples(self, given: Given) -> Request:
+        """Return the request for some of the samples, with folds of their own."""
+        tasks, warned = scored_tasks(
+            given, self.splits, self.options["group"], self.targets, self.options["select"]
+        )
+        return replace(self, given=given, tasks=tasks, warned=warned)
+
+    @property
+    def passes(self) -> int:
+        """How often a model reads the samples: it itself, and its twin."""
+        return 1 + ("random-weights" in self.controls)
+
+
+def _several(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
 
 def as_splits(split: Any) -> list[Split]:
@@ -77,16 +192,10 @@ def as_list(alphas: Any) -> list[float]:
     return [float(a) for a in alphas]
 
 
-def check_options(
-    given: Given,
-    sites: str | Sequence[str] | None,
-    alphas: Sequence[float],
-    select: str | None,
-    storage: str,
-    batch_size: int | None,
-    workers: int | None,
-) -> None:
+def _check(options: Options, given: Given, alphas: Sequence[float]) -> None:
     """Refuse what would only fail after the forward pass."""
+    sites, select, storage = options["sites"], options["select"], options["storage"]
+    batch_size, workers = options["batch_size"], options["workers"]
     if sites is not None and not len(sites):
         raise ValueError("sites= is empty; give names or globs, or None for every layer")
     if (batch_size is not None and batch_size < 1) or (workers or 0) < 0:

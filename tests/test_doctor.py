@@ -460,7 +460,7 @@ def test_the_twin_is_drawn_as_the_class_draws():
             self.weight = nn.Parameter(torch.zeros(3))
 
     blocks = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), Own()) for _ in range(2)])
-    with pytest.raises(ValueError, match=r"0.1.weight of Sequential does not say how it is drawn"):
+    with pytest.raises(ValueError, match=r"0.1.weight does not say how it is drawn"):
         random_twin(gf.load(blocks, prepare=torch.stack))
 
 

@@ -16,13 +16,14 @@ TARGETS = ("latitude", "longitude")
 KFOLD = gf.KFold()
 
 
-def plan_of(storage, memory, monkeypatch, n=2, cells=5):
+def plan_of(storage, memory, monkeypatch, n=2, cells=5, passes=1, gpus=0):
     monkeypatch.setattr(sys.modules["geofast.plan"], "_memory", lambda: memory)
     model = gf.load(tiny.dinov2(), prepare=lambda _: {})
     samples = from_arrays([np.zeros((28, 28, 3), np.uint8)] * n, np.zeros(n), np.zeros(n))
     return make_plan(
-        model, {"": samples}, [32] * 3, targets=2, cells=cells, storage=storage, select=None
-    )
+        model, {"": samples}, [32] * 3, targets=2, cells=cells, storage=storage, select=None,
+        passes=passes, gpus=["cuda:0", "cuda:1"][:gpus],
+    )  # fmt: skip
 
 
 ROWS, GRAMS = 4 * 3 * 2 * 32, 8 * 5 * 3 * 35**2  # bytes of three sites; the Grams are larger
@@ -39,17 +40,28 @@ def test_statistics_are_held_against_the_memory(monkeypatch):
         plan_of("gram", GRAMS - 1, monkeypatch)
 
 
-def test_statistics_lie_on_a_gpu_that_has_room(monkeypatch):
-    free = sys.modules["geofast.plan"]
-    monkeypatch.setattr(free, "_free_on_gpus", lambda model: 2 * GRAMS)
-    plan = plan_of("gram", 4 * GRAMS, monkeypatch)
+def test_statistics_lie_on_gpus_that_have_room(monkeypatch):
+    """Half of what is free on every one of them; layers are spread evenly."""
+    free = {"cuda:0": 2 * GRAMS, "cuda:1": GRAMS}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu], 0))
+    plan = plan_of("gram", 4 * GRAMS, monkeypatch, gpus=1)
     assert plan.stay
     assert "statistics (Gram matrices) on the GPU" in plan.sentence
-    assert not plan_of("rows", 4 * GRAMS, monkeypatch).stay
-    monkeypatch.setattr(free, "_free_on_gpus", lambda model: 2 * GRAMS - 2)
-    plan = plan_of("gram", 4 * GRAMS, monkeypatch)
+    assert not plan_of("rows", 4 * GRAMS, monkeypatch, gpus=1).stay
+    assert plan_of("gram", 4 * GRAMS, monkeypatch, gpus=2).stay
+    free["cuda:1"] -= 2
+    assert not plan_of("gram", 4 * GRAMS, monkeypatch, gpus=2).stay
+    free["cuda:0"] -= 2
+    plan = plan_of("gram", 4 * GRAMS, monkeypatch, gpus=1)
     assert not plan.stay
     assert "on the CPU, because more than 50% of the 0 MB that are free on" in plan.sentence
+
+
+def test_a_twin_leaves_as_many_rows_again(monkeypatch):
+    one = plan_of("auto", 16 * ROWS, monkeypatch)
+    both = plan_of("auto", 16 * ROWS, monkeypatch, passes=2)
+    assert (both.size, both.kept, both.floats) == (2 * one.size, one.kept, one.floats)
+    assert plan_of("auto", 8 * ROWS - 4, monkeypatch, passes=2).on_disk
 
 
 def test_auto_keeps_rows_that_fit_or_are_smaller_or_must_be(monkeypatch):

@@ -12,6 +12,9 @@ from .adapters import wears_one
 from .checkpoint import pinned
 from .model import Model
 
+ADAPTED = "an adapter is on; merge it (merge=True, --merge-adapter) or leave it out"
+"""Why a model that wears an adapter has no twin."""
+
 
 def random_twin(model: Model, seed: int = 0) -> Model:
     """Return a copy of `model` with random weights, as its class draws them before training.
@@ -30,36 +33,55 @@ def random_twin(model: Model, seed: int = 0) -> Model:
         When parts of the model do not say how they are drawn; when it is quantised, offloaded or
         has an adapter on.
     """
-    if why := _no_twin(model.module):
-        raise ValueError(f"{model.name} has no twin of random weights: {why}")
+    require_twin(model)
     twin = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        config: Any = getattr(model.module, "config", None)
+    gpus = sorted({p.device.index for p in model.module.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=gpus), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(seed)
         if model.untrained is not None:
             twin.module.load_state_dict(model.untrained().state_dict())
-        elif hasattr(model.module, "base_model_prefix") and config is not None:
-            fresh = type(model.module)(copy.deepcopy(config))
+        elif _of_transformers(model.module):
+            kind: Any = type(model.module)
+            fresh = kind(copy.deepcopy(model.module.config))
             twin.module.load_state_dict(fresh.state_dict())
         else:
-            _draw(model.name, twin.module)
+            for part in twin.module.modules():
+                if callable(reset := getattr(part, "reset_parameters", None)):
+                    reset()
     return twin
 
 
-def _no_twin(module: nn.Module) -> str | None:
-    if wears_one(module):
-        return "an adapter is on; merge it (merge=True, --merge-adapter) or leave it out"
-    return pinned(module)
+def require_twin(model: Model) -> None:
+    """Refuse a model that `random_twin` cannot copy.
+
+    Raises
+    ------
+    ValueError
+        See `random_twin`.
+    """
+    if why := _no_twin(model):
+        raise ValueError(f"{model.name} has no twin of random weights: {why}")
 
 
-def _draw(name: str, module: nn.Module) -> None:
-    for path, part in module.named_modules():
-        reset: Any = getattr(part, "reset_parameters", None)
-        if callable(reset):
-            reset()
-        elif mine := [n for n, _ in part.named_parameters(recurse=False)]:
-            msg = (
-                f"{path or name}.{mine[0]} of {name} does not say how it is drawn: give "
-                f"{type(part).__name__} a reset_parameters method to have a twin of random weights"
+def _no_twin(model: Model) -> str | None:
+    if wears_one(model.module):
+        return ADAPTED
+    drawn = model.untrained is not None or _of_transformers(model.module)
+    return pinned(model.module) or (None if drawn else _undrawn(model))
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    return hasattr(module, "base_model_prefix") and getattr(module, "config", None) is not None
+
+
+def _undrawn(model: Model) -> str | None:
+    for path, part in model.module.named_modules():
+        mine = [name for name, _ in part.named_parameters(recurse=False)]
+        if mine and not callable(getattr(part, "reset_parameters", None)):
+            return (
+                f"{path or model.name}.{mine[0]} does not say how it is drawn: give "
+                f"{type(part).__name__} a reset_parameters method"
             )
-            raise ValueError(msg)
+    return None

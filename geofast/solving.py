@@ -1,0 +1,165 @@
+"""Every site, pool, control and cross-validation of a probe, solved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .extract import Extracted, add_sentence
+from .gram import Gram
+from .plan import Task
+from .request import Given
+from .ridge import Select, Solution, cross_validate, fit, fold_errors, solve
+from .run import Probe, key
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One site, pool, prompt and control in one cross-validation."""
+
+    site: str
+    pool: str
+    prompt: str
+    control: str
+    task: int
+    d: int
+    solution: Solution
+    member: torch.Tensor | None
+    """int64: the samples of the group; None for all."""
+
+    @property
+    def r2(self) -> torch.Tensor:
+        """[F]: held-out R2, mean over targets."""
+        assert self.solution.r2 is not None
+        return self.solution.r2.mean(1)
+
+    @property
+    def inner_r2(self) -> torch.Tensor:
+        """[F]: R2 on the inner folds, mean over targets."""
+        assert self.solution.inner_r2 is not None
+        return self.solution.inner_r2.mean(1)
+
+
+def solve_all(
+    found: Mapping[str, Extracted],
+    given: Given,
+    tasks: Sequence[Task],
+    targets: Sequence[str],
+    alphas: Sequence[float],
+    select: Select,
+) -> list[Solved]:
+    """Solve what was `found`, by the name of the control, and the baselines, in every task.
+
+    Raises
+    ------
+    ValueError
+        When something cannot be solved; says which site, split and group.
+    """
+    solved = []
+    for t, task in enumerate(tasks):
+        inner = task.folds >= 3
+        sources = [("input", name, "", name, x) for name, x in given.baselines.items()]
+        for control, one in found.items():
+            sources += [(*_parts(name), control, x) for name, x in (one.rows or {}).items()]
+            for name, gram in (one.grams or {}).items():
+                solution = solve(
+                    gram, alphas, folds=task.fold_of_cell, select=_of_grams(select), inner=inner
+                )
+                solved.append(Solved(*_parts(name), control, t, gram.dim, solution, None))
+        for site, pool, prompt, control, x in sources:
+            try:
+                solution, member = _solve_rows(x, given.y, task.fold, alphas, select, inner)
+            except ValueError as error:
+                who = f", group {task.group!r}" if task.group else ""
+                where = f"{key(site, pool, prompt)}, split {task.split!r}{who}"
+                add_sentence(error, f"While solving {where}, targets {', '.join(targets)}.")
+                raise
+            solved.append(Solved(site, pool, prompt, control, t, x.shape[1], solution, member))
+    return solved
+
+
+def _solve_rows(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    fold: torch.Tensor,
+    alphas: Sequence[float],
+    select: Select,
+    inner: bool,
+) -> tuple[Solution, torch.Tensor | None]:
+    member = None
+    if bool((fold < 0).any()):
+        member = (fold >= 0).nonzero()[:, 0]
+        x, y, fold = x[member], y[member], fold[member]
+    return cross_validate(x, y, fold, alphas, select=select, inner=inner), member
+
+
+def _of_grams(select: Select) -> Literal["gcv", "folds"]:
+    assert select != "loo"  # refused before the model was loaded
+    return select
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    site, pool, *prompt = name.split("/", 2)
+    return site, pool, prompt[0] if prompt else ""
+
+
+def fit_probes(
+    found: Extracted,
+    y: torch.Tensor,
+    task: Task,
+    targets: Sequence[str],
+    alphas: Sequence[float],
+    select: Select,
+) -> dict[str, Probe]:
+    """Fit every site to all samples: the probes that are saved.
+
+    With all samples in one training part, `loo` and `gcv` choose alpha as they did in the folds.
+    `folds` takes the alpha of least error over the folds of `task`, the first split.
+    """
+    grid, by_folds, solutions = sorted(alphas), select == "folds", {}
+    way: Any = "gcv" if by_folds else select  # of a single alpha there is nothing to choose
+    for name, x in (found.rows or {}).items():
+        errors = fold_errors(x, y, task.fold, grid).mean(0) if by_folds else None
+        solutions[name] = fit(x, y, _least(grid, errors), select=way)
+    for name, gram in (found.grams or {}).items():
+        errors = _errors(gram, task, grid) if by_folds else None
+        everyone = torch.zeros(gram.cells, dtype=torch.int64)
+        solutions[name] = solve(gram, _least(grid, errors), folds=everyone)
+    return {
+        name: Probe(*_parts(name), tuple(targets), float(s.alpha[0]), s.coef[0], s.intercept[0])
+        for name, s in solutions.items()
+    }
+
+
+def _errors(gram: Gram, task: Task, alphas: Sequence[float]) -> torch.Tensor:
+    """Held-out squared error of every alpha, over folds and targets: [A]."""
+    solved = [solve(gram, [a], folds=task.fold_of_cell) for a in alphas]
+    return torch.stack([s.mse.mean() for s in solved if s.mse is not None])
+
+
+def _least(alphas: Sequence[float], errors: torch.Tensor | None) -> Sequence[float]:
+    return alphas if errors is None else [alphas[int(errors.argmin())]]
+
+
+FINAL_ALPHA = {
+    "loo": "by exact leave-one-out over all samples",
+    "gcv": "by generalised cross-validation over all samples",
+    "folds": "by the least held-out squared error over the folds of split {split}",
+}
+"""How the penalty of the probes that are saved was chosen, by `select`."""
+
+
+def at_the_edge(solved: Sequence[Solved], alphas: Sequence[float]) -> list[str]:
+    """Warn where the best penalty may lie beyond those that were tried."""
+    real = [s.solution.alpha for s in solved if not s.control]
+    edges = {"smallest": min(alphas), "largest": max(alphas)}
+    many = {which: sum(bool((a == edge).all()) for a in real) for which, edge in edges.items()}
+    return [
+        f"alpha is the {which} that was tried, {edges[which]:g}, for {n} of {len(real)} probes: "
+        "with others in alphas= (--alphas) their R2 may be higher"
+        for which, n in many.items()
+        if 10 * n >= len(real) and len(alphas) > 1
+    ]

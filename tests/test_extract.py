@@ -1,5 +1,6 @@
 """What is said of a bad prompt, a bad text and a bad batch."""
 
+import families
 import numpy as np
 import pytest
 import tiny
@@ -84,6 +85,68 @@ def test_texts_that_the_model_cannot_take_are_found(language):
         usable(language, inputs, True)
     with pytest.raises(ValueError, match="none of the 2 samples could be used; arrays, id 0: "):
         usable(language, worded(texts(" ", ""), None), False)
+
+
+def test_positions_that_begin_after_the_paddings(tmp_path):
+    """XLM-R has 66 of them, for 64 tokens; two of these stand around a text."""
+    model = gf.load(families.save(families.xlm_roberta, tmp_path))
+    inputs = worded(texts(*("w1 " * n for n in (62, 63, 65, 3))), None)
+    good, skipped, lengths = usable(model, inputs, False)
+    assert good.tolist() == [0, 3]
+    assert lengths[""].expected.tolist() == [64, 5]
+    for one, tokens in zip(skipped, (65, 67), strict=True):
+        assert f"has {tokens} tokens; the model takes 64" in one.reason
+    with gf.capture(model) as rows:
+        model.forward(model.prepare([inputs[""].inputs[0]]))
+    assert rows.n == 1
+
+
+def test_a_limit_that_the_tokenizer_states():
+    module, tokenizer = tiny.llama().base_model, tiny.tokenizer()
+    assert text_collate(tokenizer, module).context == 64
+    tokenizer.model_max_length = 10
+    with pytest.raises(ValueError, match="has 11 tokens; the model takes 10"):
+        text_collate(tokenizer, module)(["w1 " * 11])
+    tokenizer.model_max_length = 128
+    assert text_collate(tokenizer, module).context == 64
+
+
+def photos(*sides, seed=0):
+    r = np.random.default_rng(seed)
+    n = len(sides)
+    pixels = [r.integers(0, 255, (side, side, 3), dtype=np.uint8) for side in sides]
+    return from_arrays(pixels, r.uniform(-60, 60, n), r.uniform(-60, 60, n))
+
+
+@pytest.mark.parametrize(
+    ("family", "words", "most"),
+    # A square of 32 pixels is 36 and 18 tokens, one of 64 pixels 88 and 66, and the turn's end one.
+    [(families.llava_next, 475, 564), (families.qwen2_5_vl, 493, 560)],
+    ids=["llava_next", "qwen2_5_vl"],
+)
+def test_an_image_whose_tiles_are_too_many_beside_a_prompt(tmp_path, family, words, most):
+    model = gf.load(families.save(family, tmp_path))
+    samples = photos(*[32] * 12, 64)
+    asked = {"prompts": "w1 " * words, "sites": "lm.layers.0", "split": gf.KFold(3)}
+    run = gf.probe(model, samples, **asked)
+    assert run.info["counts"]["skipped"] == 1
+    assert len(run.samples) == 12
+    said = rf"this image and the prompt 'w1 w1 .*'... have {most} tokens; the model takes 512"
+    with pytest.raises(SampleError, match=rf"arrays, id 12: .*{said}"):
+        gf.probe(model, samples, strict=True, **asked)
+    more = asked | {"prompts": "w1 " * (words + 1)}
+    with pytest.raises(ValueError, match=r"not one of the samples .* have 513 tokens; the model"):
+        gf.probe(model, samples.take(range(12)), **more)
+
+
+@pytest.mark.parametrize("family", [families.llava, families.qwen2_5_vl])
+def test_a_prompt_that_is_too_long_for_every_image(tmp_path, family):
+    model = gf.load(families.save(family, tmp_path))
+    samples = from_arrays([b"never read"], [0], [0])
+    said = "the prompt 'w1 w1 .*'... has 513 tokens; the model takes 512"
+    with pytest.raises(ValueError, match=said):
+        ready(model, samples, ["w2", "w1 " * 512], None)
+    assert ready(model, samples, "w1 " * 511, None).prompts == ("w1 " * 511,)
 
 
 def to_tensor(image):

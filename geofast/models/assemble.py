@@ -140,4 +140,5 @@ def conversing(
     text = Model(name, module, (talk,), "text", None, collate, notes=notes)
     stages = (Stage(_Method(body, "get_image_features"), look), talk)
     together = Conversations(processor.tokenizer.pad_token_id)
-    return Model(name, module, stages, "image", Converse(processor), together, text, notes)
+    converse = Converse(processor, collate.context)
+    return Model(name, module, stages, "image", converse, together, text, notes)

@@ -111,31 +111,66 @@ def text_collate(tokenizer: Any, body: nn.Module, *, fixed: bool = False) -> Tok
     if tokenizer.pad_token is None:
         # Masked, so any id will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    talks = hasattr(getattr(body, "config", None), "text_config")
+    segments = talks and "token_type_ids" in inspect.signature(body.forward).parameters
+    return Tokenize(tokenizer, context_of(tokenizer, body), fixed, segments)
+
+
+def context_of(tokenizer: Any, body: nn.Module) -> float:
+    """Return how many tokens `body` takes at most; infinity, or nearly, where nothing says."""
     whole: Any = getattr(body, "config", None)
     config = getattr(whole, "text_config", whole)
-    context = getattr(config, "max_position_embeddings", None) or -1
-    room = context if context > 0 else inf  # XLNet has none, says -1
-    talks = config is not whole
-    segments = talks and "token_type_ids" in inspect.signature(body.forward).parameters
-    return Tokenize(tokenizer, room, fixed, segments)
+    positions = getattr(config, "max_position_embeddings", None) or -1
+    limits = [positions if positions > 0 else inf]  # XLNet has none, says -1
+    limits.append(tokenizer.model_max_length)  # 1e30 where nobody set it
+    for path, table in body.named_modules():
+        # RoBERTa's positions begin after the one that is the padding's.
+        if isinstance(table, nn.Embedding) and "position" in path and table.padding_idx is not None:
+            limits.append(table.num_embeddings - table.padding_idx - 1)
+    return min(limits)
 
 
 @dataclass(frozen=True)
 class Converse:
-    """One PIL image and every prompt about it, by a Hugging Face processor; picklable."""
+    """One PIL image and every prompt about it, by a Hugging Face processor; picklable.
+
+    Raises
+    ------
+    ValueError
+        When a prompt is longer than the context, whatever the image.
+    """
 
     processor: Any
+    context: float
+    """The longest prompt that the model takes, in tokens, those of the image included."""
     prompts: tuple[str, ...] = ("",)
+
+    def __post_init__(self) -> None:
+        for prompt in filter(None, self.prompts):
+            alone = self.processor.tokenizer(_user_turn(self.processor, prompt, image=False))
+            self._require_room(f"the prompt {prompt[:40]!r}... has", len(alone["input_ids"]))
+
+    def _require_room(self, what: str, tokens: int) -> None:
+        if tokens > self.context:
+            raise ValueError(f"{what} {tokens} tokens; the model takes {self.context}")
 
     def __call__(self, image: Any) -> dict[str, Any]:
         """Return `image`, what the vision tower takes, and `prompts`, what the LM takes for each.
 
         Tensors are as the processor makes them for one image; `tiles` [1] says in how many parts
         the image was cut.
+
+        Raises
+        ------
+        ValueError
+            When the image and a prompt are longer than the context.
         """
         image = image.convert("RGB")
         texts = [_user_turn(self.processor, prompt) for prompt in self.prompts]
         made = [self.processor(images=[image], text=[t], return_tensors="pt") for t in texts]
+        for prompt, one in zip(self.prompts, made, strict=True):
+            both = f"this image and the prompt {prompt[:40]!r}{'...' * (len(prompt) > 40)} have"
+            self._require_room(both, len(one["input_ids"][0]))
         pixels = {k: torch.as_tensor(v) for k, v in made[0].items() if k not in _TEXT}
         if "image_pixel_values" in pixels:  # what Phi-4's processor calls them
             pixels["pixel_values"] = pixels.pop("image_pixel_values")

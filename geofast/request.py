@@ -96,7 +96,7 @@ class Request:
         given = Given(samples, read_targets(samples, targets), baselines)
         alphas = as_list(options["alphas"])
         _check(options, given, alphas)
-        controls = _several(options["controls"])
+        controls = list(dict.fromkeys(_several(options["controls"])))
         check_controls(controls, samples.kind, given.baselines)
         inputs = worded(samples, options["prompts"])
         tasks, warned = scored_tasks(given, splits, options["group"], targets, options["select"])

@@ -1,5 +1,7 @@
 """Controls: a raw image and a bag of tokens, as they are and in a probe."""
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from geofast.controls import VOCABULARY, raw_inputs, thumbnail
 from geofast.data import from_arrays
 from geofast.extract import Storage, worded
 from geofast.models.inputs import text_collate
+from geofast.models.twin import random_twin
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +175,67 @@ def test_controls_that_cannot_be(vision, language):
         ValueError, match=r"counts input_ids, and prepare= of Llama.* makes inputs_emb"
     ):
         gf.probe(embedded, named(), controls="tokens")
+
+
+def test_what_cannot_be_is_told_before_the_pass():
+    """Though the model has to be there to know."""
+    module = tiny.llama()
+    collate = text_collate(tiny.tokenizer(), module.base_model)
+    model = gf.load(module, prepare=lambda texts: {"inputs_embeds": collate(texts)})
+    ran = []
+    module.base_model.register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(ValueError, match="counts input_ids"):
+        gf.probe(model, named(), controls="tokens")
+    module.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match="no twin of random weights: its weights are quantised"):
+        gf.probe(gf.load(module, prepare=collate), named(), controls="random-weights")
+    assert not ran
+
+
+@pytest.mark.parametrize("storage", ["rows", "gram"])
+def test_a_control_that_fails_after_the_pass_costs_nothing_else(
+    tmp_path, vision, storage, monkeypatch
+):
+    """An image that is gone when the twin looks for it: R2 of other samples is no control."""
+    whole = painted()
+    for i in range(60):
+        Image.fromarray(whole.inputs[i]).save(tmp_path / f"{i}.png")
+    table = whole.table[["latitude", "longitude"]].assign(image=[f"{i}.png" for i in range(60)])
+    table.to_csv(tmp_path / "t.csv")
+    alone = gf.probe(vision, tmp_path / "t.csv", storage=storage, workers=0)
+    probing = sys.modules["geofast.probe"]
+
+    def gone(model):
+        (tmp_path / "20.png").unlink()
+        return random_twin(model)
+
+    monkeypatch.setattr(probing, "random_twin", gone)
+    run = gf.probe(
+        vision, tmp_path / "t.csv", controls="random-weights", storage=storage, workers=0
+    )
+    pd.testing.assert_frame_equal(run.layers, alone.layers)
+    (told,) = [w for w in run.info["warnings"] if "control" in w]
+    assert "the control 'random-weights' is not in this run" in told
+    assert "20.png" in told
+
+
+def test_a_twin_sees_the_samples_that_went_through(vision):
+    """Not one that the model skipped, in the folds that were dealt."""
+    whole = painted()
+    images = [b"no image" if i in (3, 17) else whole.load(i) for i in range(60)]
+    samples = from_arrays(images, whole.table["latitude"], whole.table["longitude"])
+    good = np.array([i for i in range(60) if i not in (3, 17)])
+    options = dict(controls="random-weights", sites="vision.layers.1", workers=0)
+    found = gf.probe(vision, samples, **options).layers
+    expected = gf.probe(vision, whole.take(good), **options).layers
+    np.testing.assert_allclose(found["r2"], expected["r2"], rtol=1e-9)
+    grams = gf.probe(vision, samples, storage="gram", **options).layers
+    assert grams["n"].tolist() == [58, 58]
+    fold = torch.from_numpy(gf.KFold().assign(whole.table)[good])
+    twin = random_twin(vision)
+    with gf.capture(twin, "vision.layers.1") as rows:
+        twin.forward(twin.prepare([images[i] for i in good]))
+    y = torch.tensor(whole.table[["latitude", "longitude"]].to_numpy()[good])
+    (x,) = rows.values()
+    expected = gf.cross_validate(x, y, fold, select="gcv").r2.mean().item()
+    assert grams["r2"].iloc[1] == pytest.approx(expected, abs=1e-5)

@@ -11,7 +11,7 @@ from test_probe import named, painted, pixels
 from torch import nn
 
 import geofast as gf
-from geofast.checks import Check
+from geofast.checks import CHECKS, Check
 from geofast.doctor import Diagnosis, example, quick
 from geofast.models.inputs import text_collate
 from geofast.models.twin import random_twin
@@ -72,6 +72,63 @@ def test_a_model_that_mixes_its_samples():
         gf.probe(model, samples, split=gf.KFold(3))
     for told in ({"check": False}, {"batch_size": 1}):
         assert len(gf.probe(model, samples, split=gf.KFold(3), **told).layers)
+
+
+def test_a_probe_examines_the_texts_that_differ_most():
+    """Texts of one length have no padding that a model could read."""
+    module = tiny.bert()
+    model = gf.load(module, prepare=text_collate(tiny.tokenizer(), module))
+    true = module.forward
+    module.forward = lambda input_ids, attention_mask=None, **more: true(input_ids, **more)
+    texts = [f"w{i} w{i + 1}" for i in range(11)] + ["w1 w2 w3 w4 w5"]
+    samples = gf.data.from_arrays(texts, np.arange(12), np.arange(12))
+    with pytest.raises(ValueError, match="fails the check 'batch'"):
+        gf.probe(model, samples, split=gf.KFold(3))
+    run = gf.probe(model, samples.take(np.arange(11)), split=gf.KFold(3))
+    assert [c["outcome"] for c in run.info["checks"]] == ["pass", "pass"]
+    prompts = ["{text}", "{text} w3 w4 w5"]
+    with pytest.raises(ValueError, match="fails the check 'batch'"):
+        gf.probe(model, samples.take(np.arange(11)), split=gf.KFold(3), prompts=prompts)
+
+
+def test_a_probe_examines_the_sites_that_it_reads():
+    model = language()
+    layer = model.module.model.layers[2].mlp
+    ran = []
+    layer.register_forward_hook(lambda _m, _a, out: ran.append(1) or torch.rand_like(out))
+    samples = gf.data.from_arrays(WORDS * 4, np.arange(12), np.arange(12))
+    run = gf.probe(model, samples, split=gf.KFold(3), sites="lm.layers.0")
+    assert [c["outcome"] for c in run.info["checks"]] == ["pass", "pass"]
+    assert not ran
+    with pytest.raises(ValueError, match=r"fails the check 'repeats'.* at lm.layers.2"):
+        gf.probe(model, samples, split=gf.KFold(3), sites="lm.layers.2")
+
+
+def test_a_probe_examines_samples_that_can_be_read():
+    """Three images that cannot be opened come first."""
+    whole = painted(30)
+    images = [b"no image" if i < 3 else whole.load(i) for i in range(30)]
+    samples = gf.data.from_arrays(images, whole.table["latitude"], whole.table["longitude"])
+    model = gf.load(tiny.dinov2(), prepare=pixels)
+    layer = model.module.encoder.layer[1]
+    handle = layer.register_forward_hook(lambda _m, _a, out: out + torch.rand_like(out))
+    with pytest.raises(ValueError, match="fails the check 'repeats'"):
+        gf.probe(model, samples, workers=0)
+    handle.remove()
+    assert len(gf.probe(model, samples, workers=0).info["checks"]) == 2
+
+
+def test_quick_checks_that_cannot_be_made_are_told(monkeypatch):
+    model = language()
+    samples = gf.data.from_arrays(WORDS * 4, np.arange(12), np.arange(12))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(CHECKS, "batch", full)
+    run = gf.probe(model, samples, split=gf.KFold(3))
+    assert run.info["checks"] == []
+    assert "the quick checks of the model could not be made: no room" in run.info["warnings"]
 
 
 def test_positions_that_padding_moves():

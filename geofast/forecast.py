@@ -51,6 +51,8 @@ class Forecast:
     """The budget of tokens that forms batches."""
     batches: str
     """A sentence about the batches."""
+    twin: bool
+    """Whether a twin with random weights is probed too: all that follows counts both."""
     weights: dict[str, int]
     """Bytes of parameters and buffers, by dtype."""
     activations: int
@@ -76,6 +78,7 @@ class Forecast:
         where = "on disk" if self.storage.on_disk else "in memory"
         per = self.flops / self.samples
         loaded = "; planned from the loaded model"
+        twin = ", half of it the twin's" if self.twin else ""
         return "\n".join(
             [
                 f"{self.model} on {self.device} in {self.dtype}{loaded if self.loaded else ''}",
@@ -84,9 +87,9 @@ class Forecast:
                 f"{'site':44}{'tokens x width':>18}   pool",
                 *self._site_lines(),
                 "",
-                f"memory   weights      {weights}",
+                f"memory   weights      {weights}{twin}",
                 f"         activations  {readable(self.activations)}, most at once in a batch",
-                f"         {kept:12} {readable(self.storage.size)} {where}",
+                f"         {kept:12} {readable(self.storage.size)} {where}{twin}",
                 f"time     forward      about {_time(self.seconds['forward'])} "
                 f"({per / 1e9:,.2f} GFLOP a sample)",
                 f"         probing      about {_time(self.seconds['pool'])} of pooling and "
@@ -228,6 +231,7 @@ def _forecast(
         batch=batch,
         tokens=budget.tokens,
         batches=budget.sentence(lengths.values()),
+        twin=asked.passes > 1,
         weights={_name(kind): asked.passes * n for kind, n in weights},
         activations=seen.peak * batch,
         storage=kept,

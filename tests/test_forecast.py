@@ -216,8 +216,19 @@ def test_a_budget_and_a_cap_are_told(tmp_path):
     folder = save(families.vit, tmp_path)
     assert gf.plan(folder, photos(), batch_size=4).batch == 4
     assert gf.plan(folder, photos()).batch == 30
-    more = gf.plan(folder, photos(), controls="random-weights")
-    assert more.flops == 2 * gf.plan(folder, photos()).flops
+
+
+def test_a_twin_is_counted(tmp_path):
+    folder = save(families.vit, tmp_path)
+    alone = gf.plan(folder, photos())
+    both = gf.plan(folder, photos(), controls="random-weights")
+    assert both.flops == 2 * alone.flops
+    assert both.weights == {"float32": 2 * alone.weights["float32"]}
+    assert both.storage.size == 2 * alone.storage.size
+    assert str(both).count("half of it the twin's") == 2
+    assert "twin" not in str(alone)
+    with pytest.raises(ValueError, match="no twin of random weights: an adapter is on"):
+        gf.plan(folder, photos(), controls="random-weights", adapter=folder)
 
 
 def test_the_prediction_is_near_a_run(tmp_path):

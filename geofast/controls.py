@@ -164,10 +164,11 @@ def _token_ids(model: Model, texts: Sequence[Any]) -> Iterator[list[torch.Tensor
     for start in range(0, len(texts), _BLOCK):
         part = list(texts[start : start + _BLOCK])
         batch = model.collate([model.transform(t) for t in part] if model.transform else part)
-        ids = batch.get("input_ids")
-        if ids is None:
+        ids = batch.get("input_ids", batch.get("inputs"))  # the latter is open_clip's
+        if ids is None or ids.is_floating_point():
             got = ", ".join(batch)
             msg = f"the control 'tokens' counts input_ids, and prepare= of {model.name} makes {got}"
             raise ValueError(msg)
-        mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
-        yield [one[real] for one, real in zip(ids, mask, strict=True)]
+        mask = batch.get("attention_mask", batch.get("real"))  # the latter is SigLIP's
+        mask = torch.ones_like(ids) if mask is None else mask
+        yield [one[real] for one, real in zip(ids, mask.bool(), strict=True)]

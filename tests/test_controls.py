@@ -2,6 +2,7 @@
 
 import sys
 
+import families
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from test_probe import named, painted, pixels
 
 import geofast as gf
-from geofast.controls import VOCABULARY, raw_inputs, thumbnail
+from geofast.controls import VOCABULARY, _token_ids, raw_inputs, thumbnail
 from geofast.data import from_arrays
 from geofast.extract import Storage, worded
 from geofast.models.inputs import text_collate
@@ -122,6 +123,30 @@ def test_bags_by_hand(language):
     direct = gf.Gram(3, 1, 2).update(x, grams.targets[[0, 2]], grams.cell[[0, 2]])
     # Two cells, though the sample of the second was left out.
     torch.testing.assert_close(found["input/tokens"].matrix, direct.matrix)
+
+
+WORDS = [32, 33], [34]  # w9, w10 and w11 in the tokenizer of families
+KINDS = {
+    families.clip: WORDS,
+    families.siglip: WORDS,  # whose padding the model reads
+    families.metaclip2: ([0, 14, 15, 2], [0, 16, 2]),  # its padding is 1
+    families.minilm: ([2, 14, 15, 3], [2, 16, 3]),
+    families.llama: WORDS,
+    families.open_clip_clip: (
+        [49406, 342, 280, 342, 272, 271, 49407],
+        [49406, 342, 272, 272, 49407],
+    ),
+    families.open_clip_siglip: WORDS,
+}
+
+
+@pytest.mark.parametrize("family", KINDS, ids=lambda family: family.__name__)
+def test_a_bag_holds_no_padding(tmp_path, family):
+    if needed := families.NEEDS.get(family.__name__):
+        pytest.importorskip(needed, reason=f"the checkpoint needs {needed}")
+    model = gf.load(families.save(family, tmp_path)).reading("text")
+    (ids,) = _token_ids(model, ["w9 w10", "w11"])
+    assert [one.tolist() for one in ids] == list(KINDS[family])
 
 
 def test_a_bag_keeps_the_most_frequent(language, monkeypatch):

@@ -487,7 +487,7 @@ def phi4_multimodal():
     )
     words = tokenizer(extra_special_tokens={"image_token": IMAGE, "audio_token": "<audio>"})
     processor = t.Phi4MultimodalProcessor(
-        t.Phi4MultimodalImageProcessor(size=SIDE, patch_size=1),
+        t.Phi4MultimodalImageProcessor(size=SIDE, patch_size=1, dynamic_hd=6),
         t.Phi4MultimodalFeatureExtractor(), words, chat_template=chat(IMAGE),
     )  # fmt: skip
     model = t.Phi4MultimodalForCausalLM(config)

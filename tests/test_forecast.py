@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 # Those whose images are cut into tiles lay out new lines of tokens that the estimate leaves out.
 ESTIMATED = {
     "siglip2", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3",
-    "smolvlm", "pixtral", "mistral3",
+    "smolvlm", "pixtral", "mistral3", "phi4_multimodal",
 }  # fmt: skip
 ALL = (
     *families.VISION_FAMILIES, *families.COMPARING_FAMILIES, *families.TALKING_FAMILIES,
@@ -61,18 +61,19 @@ def batch_of(model):
     return model.collate([model.transform(sample) if model.transform else sample])
 
 
+def surveyed(model):
+    model = model.asking(["w1 w2", "w3"]) if model.prompts else model
+    wanted = model.sites()
+    return survey(model.until(wanted), wanted, batch_of(model))
+
+
 @pytest.mark.parametrize("family", ALL, ids=name_of)
 def test_a_model_without_weights_shows_what_the_model_does(tmp_path, family):
     real = gf.load(save(family, tmp_path))
     bare = skeleton(without_weights(tmp_path))
     assert all(p.is_meta for p in bare.module.parameters())
     assert weight_bytes(bare.module) == weight_bytes(real.module)
-    seen = []
-    for model in (real, bare):
-        model = model.asking(["w1 w2", "w3"]) if model.prompts else model
-        wanted = model.sites()
-        seen.append(survey(model.until(wanted), wanted, batch_of(model)))
-    mine, theirs = seen[1], seen[0]
+    mine, theirs = surveyed(bare), surveyed(real)
     assert ("estimated" in mine.how) == (family.__name__ in ESTIMATED)
     assert mine.shapes.keys() == theirs.shapes.keys()
     for site, shape in theirs.shapes.items():
@@ -80,7 +81,11 @@ def test_a_model_without_weights_shows_what_the_model_does(tmp_path, family):
             assert mine.shapes[site] == shape, site
     assert token_count(mine.shapes) == token_count(theirs.shapes)
     # The fused attention of the CPU is not counted, that without numbers is.
-    assert 0.8 < mine.flops / theirs.flops < 1.7
+    flops = theirs.flops
+    if family is families.phi4_multimodal:  # of so many patches, attention is most of the work
+        real.module.set_attn_implementation("eager")
+        flops = surveyed(real).flops
+    assert 0.8 < mine.flops / flops < 1.7
     assert 0.3 < mine.peak / theirs.peak < 1.5
 
 

@@ -40,9 +40,11 @@ where a model takes both.
 |---|---|---|---|---|---|---|---|---|---|
 """
 KNOWN_HEAD = """
-Phi-4-multimodal is read as a language model alone: transformers has no call for its vision tower,
-which runs inside the language model's embedding, and its checkpoint on the Hub is for code of its
-own, with an adapter that has to be put on where there are images.
+Phi-4-multimodal's checkpoint on the Hub is for code of its own, by which only its language model is
+read. Converted for transformers it is read whole but for its audio tower; what it learned about
+images is in an adapter beside its weights, to be put on (`--adapter`) where there are images.
+transformers has its vision tower attend to what comes before alone, in a batch in which nothing is
+masked; geofast has it attend both ways always, as the checkpoint's own code does.
 
 A family that is not here works too when its blocks can be found by structure; `geofast doctor
 MODEL` says whether it is read rightly.

@@ -170,6 +170,68 @@ def test_a_pass_over_two_devices_lays_out_each(monkeypatch):
     assert seen == [(d, d, {d}) for d in ("cpu", "cpu", "meta", "meta")]
 
 
+# ------ weights that a checkpoint lacks
+
+
+def without(family, folder, part):
+    """A checkpoint from which the parameters are gone whose name has `part` in it."""
+    from safetensors.torch import load_file, save_file
+
+    path = families.save(family, folder) / "model.safetensors"
+    weights = load_file(path)
+    rest = {key: value for key, value in weights.items() if part not in key}
+    assert len(rest) < len(weights)
+    save_file(rest, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "said"),
+    [
+        (families.vit, "patch_embeddings", "embeddings.patch_embeddings.projection.bias and 1"),
+        (families.vit, "cls_token", "embeddings.cls_token"),
+        (families.llava, "multi_modal_projector", "model.multi_modal_projector.linear_1.bias"),
+        (families.llava, "language_model.model.embed", "model.language_model.embed_tokens.weight"),
+        (families.llama, "embed_tokens", "model.embed_tokens.weight"),
+        (families.llama, "model.norm", "model.norm.weight"),
+        (families.bert, "embeddings.", "embeddings.LayerNorm.bias and 4 more"),
+        (families.clip, "visual_projection", "visual_projection.weight"),
+        (families.clip, "text_model.embeddings", "text_model.embeddings.position_embedding.weight"),
+        (families.siglip, "vision_model.head.probe", "vision_model.head.probe"),
+    ],
+)
+def test_what_the_sites_depend_on_must_be_in_the_checkpoint(family, part, said, tmp_path):
+    folder = without(family, tmp_path, part)
+    with pytest.raises(RuntimeError, match=f"sites depend on are absent: {said}") as caught:
+        gf.load(folder)
+    assert "Is the checkpoint whole? Fetch or save it again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        (families.vit, "pooler"),
+        (families.bert, "pooler"),
+        (families.beit, "pooler"),
+        (families.clip, "logit_scale"),
+        (families.llama, "lm_head"),
+        (families.llava, "lm_head"),
+        (families.siglip_vision, "head."),
+    ],
+)
+def test_what_no_site_depends_on_may_be_absent(family, part, tmp_path):
+    whole = gf.load(families.save(family, tmp_path))
+    model = gf.load(without(family, tmp_path, part))
+    assert all(bool(p.isfinite().all()) for p in model.module.parameters())
+    inputs = WORDS if model.kind == "text" else [Image.new("RGB", (40, 40), "red")]
+    assert_same(rows_of(model, inputs), rows_of(whole, inputs))
+
+
+def test_a_whole_checkpoint_is_loaded_without_a_pass(lm, monkeypatch):
+    monkeypatch.setattr(gf.Model, "forward", lambda *_: pytest.fail("a forward pass"))
+    gf.load(lm)
+
+
 # ------ quantised checkpoints
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from .hub import Source, reading, said, untrusted
+from .model import Model
+from .reach import reaching
 from .structure import block_lists
 
 DeviceMap = str | Mapping[str, int | str | torch.device]
@@ -65,8 +67,16 @@ def read_module(
     device: torch.device,
     dtype: torch.dtype | str | None,
     device_map: DeviceMap | None,
-) -> nn.Module:
+) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """Load the weights, in eval mode, where they shall run.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model.
+    dict
+        Of its parameters, those outside its blocks that the checkpoint lacks, by name: they are
+        random. `refuse_random` tells whether that matters.
 
     Raises
     ------
@@ -90,8 +100,10 @@ def read_module(
         options |= _dequantised()
     dtype = dtype or ("auto" if quantised else default_dtype(device))
     with reading("weights", source):
-        module = _weights(auto_class(config), source.path, config, dtype, options)
-    return module.eval() if "device_map" in options else module.eval().to(device)
+        module, absent = _weights(auto_class(config), source.path, config, dtype, options)
+    module = module.eval() if "device_map" in options else module.eval().to(device)
+    state = module.state_dict(keep_vars=True)
+    return module, {key: state[key] for key in absent if key in state}
 
 
 def _checked(device_map: DeviceMap) -> Any:
@@ -215,8 +227,8 @@ def default_dtype(device: torch.device) -> torch.dtype | str:
 
 def _weights(
     loader: Any, path: str, config: Any, dtype: Any, options: Mapping[str, Any]
-) -> nn.Module:
-    """Load the module, and see that its blocks have come out of the checkpoint.
+) -> tuple[nn.Module, list[str]]:
+    """Load the module, see that its blocks have come out of the checkpoint, and say what has not.
 
     transformers fills what a checkpoint lacks with random numbers, and only logs it.
     """
@@ -229,9 +241,37 @@ def _weights(
         msg = f"{key} is {list(found)} in the file and {list(expected)} by config.json"
         raise ValueError(msg)
     inside = tuple(f".{path}." for path, _ in block_lists(module))
-    absent = sorted(key for key in info["missing_keys"] if f".{key}".startswith(inside))
-    if absent:
+    absent = sorted(info["missing_keys"])
+    if of_blocks := [key for key in absent if f".{key}".startswith(inside)]:
         raise ValueError(
-            f"{len(absent)} parameters of its blocks are absent, the first {absent[0]}"
+            f"{len(of_blocks)} parameters of its blocks are absent, the first {of_blocks[0]}"
         )
-    return module
+    return module, absent
+
+
+def refuse_random(source: Source, model: Model, absent: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a model of which parameters that a forward pass reads are random.
+
+    Where something is absent, and only there, it takes a pass over an example to tell.
+
+    Raises
+    ------
+    RuntimeError
+        When there are any of `absent`, which `read_module` returned.
+    """
+    from ..doctor import example
+
+    # A buffer of integers is no weight: the class has computed it from the configuration.
+    random = {
+        key: t for key, t in absent.items() if t.is_floating_point() or isinstance(t, nn.Parameter)
+    }
+    read = {
+        key
+        for view in (model, model.other)
+        if view is not None and random
+        for key in reaching(view, example(view.kind)[1:2], random)
+    }
+    with reading("weights", source):
+        if read:
+            more = f" and {len(read) - 1} more" if len(read) > 1 else ""
+            raise ValueError(f"parameters that its sites depend on are absent: {min(read)}{more}")

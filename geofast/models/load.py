@@ -13,7 +13,7 @@ from torch import nn
 from . import zoo
 from .adapters import Adapter, base_of, find_adapter, put_on, refuse_one_inside, wears_one
 from .assemble import assemble
-from .checkpoint import DeviceMap, notes, read_config, read_module
+from .checkpoint import DeviceMap, notes, read_config, read_module, refuse_random
 from .hub import Source, find
 from .location import load_location
 from .model import Batch, Model, wrap
@@ -179,9 +179,11 @@ def _from_checkpoint(
     config = read_config(source)
     if not source.gguf:
         refuse_one_inside(source)
-    module = read_module(source, config, device, dtype, device_map)
+    module, absent = read_module(source, config, device, dtype, device_map)
     name, remarks = source.name, notes(source, module)
     if adapter is not None:
         remarks += put_on(module, name, adapter, merge=merge)
         name += f" + {adapter.name}" + (" (merged)" if merge else "")
-    return assemble(name, module, OfCheckpoint(source), remarks)
+    model = assemble(name, module, OfCheckpoint(source), remarks)
+    refuse_random(source, model, absent)
+    return model

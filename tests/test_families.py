@@ -271,7 +271,7 @@ def test_phi4_is_what_transformers_makes_of_it(load, images):
 def test_phi4_sees_the_same_whatever_is_beside_it(load, images):
     """transformers' attention is causal where nothing in the batch is masked, and only there."""
     model = load(families.phi4_multimodal)
-    assert "both ways" in model.notes[0]
+    assert "causal attention in its vision tower is off" in model.notes[0]
     attention = [m for m in model.towers[0].blocks[0].modules() if hasattr(m, "is_causal")]
     alone, beside = ([images[0]], images[:1] + images[2:])
     assert model.prepare(alone)["image"]["image_attention_mask"].all()
@@ -289,6 +289,13 @@ def test_phi4_sees_the_same_whatever_is_beside_it(load, images):
         assert_close(rows(alone), rows(beside))
     for module in attention:
         module.is_causal = False
+
+
+def test_phi4_is_read_off_the_disk(load, images, tmp_path):
+    """Its parameters that end lines are those of a module that is not itself called."""
+    expected = read(load(families.phi4_multimodal), images[:1], [""])
+    away = gf.load(families.save(families.phi4_multimodal, tmp_path), device_map={"": "disk"})
+    assert_close(read(away, images[:1], [""]), expected)
 
 
 def test_a_vision_tower_that_cannot_be_called_is_left_out_aloud():

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import gelu
 
-NOTE = "its patches see each other both ways, as they did in its training"
+NOTE = "causal attention in its vision tower is off: transformers has it by mistake"
 
 
 def is_phi4(body: nn.Module) -> bool:
@@ -129,16 +129,26 @@ def _look(tower: Any, layer: int, pixels: torch.Tensor, mask: torch.Tensor) -> t
     """Run the vision tower, and return the hidden states that the projector takes.
 
     Not by `output_hidden_states`: transformers counts every block twice after the tower and the
-    whole model have both been asked for them, in this order.
+    whole model have both been asked for them, in this order. The head that follows serves nobody,
+    and fails where accelerate keeps its weights elsewhere: the pass stops before it.
     """
     kept: list[torch.Tensor] = []
     module = [tower.embeddings, *tower.encoder.layers][layer]
-    handle = module.register_forward_hook(lambda _module, _args, output: kept.append(output))
-    try:
+    with ExitStack() as hooks:
+        keep = module.register_forward_hook(lambda _module, _args, output: kept.append(output))
+        hooks.callback(keep.remove)
+        hooks.callback(tower.head.register_forward_pre_hook(_before_the_head).remove)
+        hooks.enter_context(suppress(_LookedError))
         tower(pixels, patch_attention_mask=mask)
-    finally:
-        handle.remove()
     return kept[0]
+
+
+class _LookedError(Exception):
+    """The vision tower has run, but for its head."""
+
+
+def _before_the_head(_module: nn.Module, _args: Any) -> None:
+    raise _LookedError
 
 
 @contextmanager

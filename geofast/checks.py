@@ -15,6 +15,7 @@ from torch import nn
 from .capture import capture
 from .models import Model, Stage, Tower, match_sites
 from .models.checkpoint import pinned
+from .models.hub import said
 from .models.inputs import Tokenize
 from .models.layout import Call, as_tokens
 from .models.model import _evaluating
@@ -26,6 +27,8 @@ from .tokens import tokens
 Outcome = Literal["pass", "note", "fail", "skip"]
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_SAME = _TOLERANCE[torch.float32]
+_NOISY = 2.0  # times the noise of a coarser dtype: two passes that should agree may be so far apart
 _NOISE = 0.01  # of R2: what a coarser dtype may move it by
 _TRAINED = 0.2  # of a tower's matrices, unlike those that nobody trained
 _BATCH = 8
@@ -54,6 +57,18 @@ class Known:
 
 
 @dataclass(frozen=True)
+class Float32:
+    """What a copy of the model in float32 tells of a coarser dtype. Differences are by key."""
+
+    noise: dict[str, float]
+    """How far single inputs are from it, in the model's own dtype."""
+    batch: dict[str, float]
+    """How far a batch is from single inputs, in float32."""
+    r2: dict[str, tuple[float, float]] | None
+    """As `_r2`; None without data."""
+
+
+@dataclass(frozen=True)
 class Given:
     """What a model is examined with."""
 
@@ -61,6 +76,13 @@ class Given:
     known: Known | None = None
     sites: str | Sequence[str] | None = None
     """Where two passes and batches are compared; None for every layer."""
+    float32: Float32 | str = "nothing was computed in float32"
+    """Or why there is none."""
+
+    @property
+    def noise(self) -> dict[str, float] | None:
+        """What the dtype alone does, by key; None where nobody has measured it."""
+        return None if isinstance(self.float32, str) else self.float32.noise
 
 
 # ------ what is compared
@@ -91,26 +113,54 @@ def _one_by_one(
     return {key: torch.cat([rows[key] for rows in alone]) for key in alone[0]}
 
 
-def _difference(
+def _differences(
     rows: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
-) -> tuple[str, float]:
-    """Return the key of the largest difference, relative to the spread of the inputs, and that."""
-    worst, where = 0.0, next(iter(expected))
+) -> dict[str, float]:
+    """Return the largest difference at every key, relative to the spread of the inputs."""
+    found = {}
     for key, x in expected.items():
         spread = (x - x.mean(0)).norm(dim=1).mean()
         least = 0.1 * x.norm(dim=1).mean()  # inputs may be much the same
-        off = float((rows[key] - x).norm(dim=1).max() / torch.maximum(spread, least))
-        if not off <= worst:  # NaN too
-            worst, where = off, key
-    return where, worst
+        off = (rows[key] - x).norm(dim=1).max()
+        found[key] = float(off / torch.maximum(spread, least)) if off else 0.0
+    return found
 
 
-def _judge(model: Model, where: str, off: float, advice: str) -> Check:
-    fine = off <= _TOLERANCE.get(model.dtype, 1e-4)
-    detail = (
-        f"off by {off:.1e} of the inputs' spread at most, at {where}" if off else "no difference"
-    )
+def _judge(
+    model: Model, off: Mapping[str, float], advice: str, noise: Mapping[str, float] | None = None
+) -> Check:
+    """Judge differences, by the noise of the model's dtype where that is known."""
+    limit = dict.fromkeys(off, _TOLERANCE.get(model.dtype, _SAME))
+    if noise is not None:
+        limit = {key: max(_SAME, _NOISY * noise[key]) for key in off}
+    where = max(off, key=lambda key: off[key] / limit[key])
+    detail = "no difference"
+    if any(off.values()):
+        detail = f"off by {off[where]:.1e} of the inputs' spread at most, at {where}"
+        if noise is not None:
+            narrow = str(model.dtype).removeprefix("torch.")
+            detail += f", where {narrow} alone makes {noise[where]:.1e}"
+    fine = off[where] <= limit[where]
     return Check("", "pass" if fine else "fail", detail, "" if fine else advice)
+
+
+def in_float32(model: Model, given: Given) -> Float32 | str:
+    """Return what a copy of `model` in float32 tells of its dtype, or why there is none."""
+    if model.dtype == torch.float32:
+        return "float32 is what it runs in"
+    if why := pinned(model.module):
+        return why
+    try:
+        exact = copy.deepcopy(model)
+        exact.module.float()
+        alone = _one_by_one(exact, given.examples)
+        return Float32(
+            _differences(_one_by_one(model, given.examples), alone),
+            _differences(_rows(exact, given.examples), alone),
+            None if given.known is None else _r2(exact, given.known),
+        )
+    except RuntimeError as error:  # no memory for it, or no kernel
+        return f"a copy in float32 cannot be run: {said(error)}"
 
 
 def _r2(model: Model, known: Known) -> dict[str, tuple[float, float]]:
@@ -133,16 +183,23 @@ def _r2(model: Model, known: Known) -> dict[str, tuple[float, float]]:
 
 def _repeats(model: Model, given: Given) -> Check:
     once, again = (_rows(model, given.examples, given.sites) for _ in range(2))
-    where, off = _difference(again, once)
     advice = "something in the model is random, as masking or dropout is: switch it off"
-    return _judge(model, where, off, advice)
+    return _judge(model, _differences(again, once), advice, given.noise)
 
 
 def _batch(model: Model, given: Given) -> Check:
     alone = _one_by_one(model, given.examples, given.sites)
-    where, off = _difference(_rows(model, given.examples, given.sites), alone)
+    off = _differences(_rows(model, given.examples, given.sites), alone)
     advice = "padding or batching changes the result: use batch_size=1"
-    return _judge(model, where, off, advice)
+    check = _judge(model, off, advice, given.noise)
+    if check.outcome == "fail" or isinstance(given.float32, str):
+        return check
+    # What samples do to each other may be less than the noise.
+    where, most = max(given.float32.batch.items(), key=lambda item: item[1])
+    if most <= _SAME:
+        return check
+    detail = f"in float32 off by {most:.1e} of the inputs' spread at most, at {where}"
+    return Check("", "fail", detail, advice)
 
 
 def _padding(model: Model, given: Given) -> Check:
@@ -162,12 +219,13 @@ def _padding(model: Model, given: Given) -> Check:
         with capture(model, pool=_pools(model), rows=_exact()) as one:
             model.forward(padded)
         rows.append(dict(one))
-    on_the_right, on_the_left = (_difference(found, alone) for found in rows)
+    on_the_right, on_the_left = (_differences(found, alone) for found in rows)
+    noise = given.noise and {key.removesuffix("/0"): x for key, x in given.noise.items()}
     advice = "the model reads its padding: use batch_size=1"
-    check = _judge(model, *on_the_right, advice)
+    check = _judge(model, on_the_right, advice, noise)
     if check.outcome == "fail":
         return check
-    check = _judge(model, *on_the_left, "")
+    check = _judge(model, on_the_left, "", noise)
     if check.outcome == "pass":
         return check
     detail = f"{check.detail}, padded on the left; geofast pads on the right, where texts are right"
@@ -439,25 +497,21 @@ def _pooled_otherwise(
 
 
 def _dtype(model: Model, given: Given) -> Check:
-    if model.dtype == torch.float32:
-        return Check("", "skip", "float32 is what it runs in")
-    if why := pinned(model.module):
-        return Check("", "skip", why)
-    exact = copy.deepcopy(model)
-    exact.module.float()
-    where, off = _difference(_rows(model, given.examples), _rows(exact, given.examples))
-    advice = "too coarse: load the model with dtype=torch.float32"
-    if given.known is None:
+    if isinstance(given.float32, str):
+        return Check("", "skip", given.float32)
+    fine, advice = given.float32.r2, "too coarse: load the model with dtype=torch.float32"
+    if given.known is None or fine is None:
         advice += ", or give data (--data) to see what that does to R²"
-        return _judge(model, where, off, advice)
-    coarse, fine = _r2(model, given.known), _r2(exact, given.known)
+        return _judge(model, given.float32.noise, advice)
+    coarse = _r2(model, given.known)
     moved = {key: abs(coarse[key][0] - fine[key][0]) for key in fine}
     # What is less than the folds differ by is nothing that a probe would tell.
     matters = any(moved[key] > max(_NOISE, se) for key, (_, se) in fine.items())
     most = max(moved, key=lambda key: moved[key])
     detail = (
-        f"{_judge(model, where, off, '').detail}; R² of {len(given.known.inputs)} samples moves by "
-        f"at most {moved[most]:.4f}, at {most}, where its standard error is {fine[most][1]:.4f}"
+        f"{_judge(model, given.float32.noise, '').detail}; R² of {len(given.known.inputs)} samples "
+        f"moves by at most {moved[most]:.4f}, at {most}, where its standard error is "
+        f"{fine[most][1]:.4f}"
     )
     return Check("", "fail" if matters else "pass", detail, advice if matters else "")
 
@@ -520,3 +574,5 @@ CHECKS: dict[str, Callable[[Model, Given], Check]] = {
     "dtype": _dtype,
     "weights": _weights,
 }
+OF_DTYPE = {"repeats", "batch", "padding", "dtype"}
+"""The checks that ask what a coarser dtype does."""

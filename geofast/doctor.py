@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .batching import Lengths
-from .checks import CHECKS, Check, Given, Known
+from .checks import CHECKS, OF_DTYPE, Check, Given, Known, in_float32
 from .data import SampleError, Samples, read
 from .data.stream import batches
 from .geo.folds import KFold
@@ -123,6 +123,8 @@ def doctor(
         if view is not None:
             view = view.asking(view.prompts[:1]) if view.prompts else view
             given = _given(view, examples if view.kind == loaded.kind else None, samples)
+            if only is None or {*only} & OF_DTYPE:
+                given = replace(given, float32=in_float32(view, given))
             prefix = f"{view.kind}: " if loaded.other else ""
             checks += [
                 replace(check(view, given), name=prefix + name)

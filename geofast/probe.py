@@ -31,7 +31,7 @@ from .request import Given, Options, Request
 from .ridge import ALPHAS, Select
 from .rows import on_disk
 from .run import Run
-from .solving import FINAL_ALPHA, Solved, at_the_edge, fit_probes, solve_all
+from .solving import FINAL_ALPHA, Solved, at_the_edge, far_out, fit_probes, solve_all
 from .tables import honest_best, layers_table, predictions_table, samples_table
 
 
@@ -181,7 +181,7 @@ def probe(
         "checks": [asdict(c) for c in checks],
         "warnings": [
             *model.notes, *unchecked, *missing, *passes.budget.warnings, *warned,
-            *at_the_edge(solved, asked.alphas),
+            *far_out(found, given.samples), *at_the_edge(solved, asked.alphas),
         ],
     }  # fmt: skip
     return Run(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from .data import Samples
 from .extract import Extracted, add_sentence
 from .gram import Gram
 from .plan import Task
@@ -144,6 +145,9 @@ def _least(alphas: Sequence[float], errors: torch.Tensor | None) -> Sequence[flo
     return alphas if errors is None else [alphas[int(errors.argmin())]]
 
 
+_FAR = 20
+"""How many times as long as the median row a row is that is warned of: in sound runs 4 at most."""
+
 FINAL_ALPHA = {
     "loo": "by exact leave-one-out over all samples",
     "gcv": "by generalised cross-validation over all samples",
@@ -159,7 +163,45 @@ def at_the_edge(solved: Sequence[Solved], alphas: Sequence[float]) -> list[str]:
     many = {which: sum(bool((a == edge).all()) for a in real) for which, edge in edges.items()}
     return [
         f"alpha is the {which} that was tried, {edges[which]:g}, for {n} of {len(real)} probes: "
-        "with others in alphas= (--alphas) their R2 may be higher"
+        "with others in alphas= (--alphas) their R² may be higher"
         for which, n in many.items()
         if 10 * n >= len(real) and len(alphas) > 1
     ]
+
+
+def far_out(found: Extracted, samples: Samples) -> list[str]:
+    """Warn of rows much longer than the others of their site: one can decide every R² there.
+
+    A language model's first token often has such a row, and in a text of one token it is the last
+    one too. Statistics have no rows to look at.
+    """
+    if not found.rows:
+        return []
+    lengths = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in found.rows.values()])
+    times = (lengths / lengths.median(1, keepdim=True).values).nan_to_num(0, 0)  # of zeros, none
+    far = times > _FAR
+    if not far.any():
+        return []
+    who = [_named(samples, i) for i in far.any(0).nonzero()[:, 0].tolist()]
+    more = f" and {len(who) - 3} more" if len(who) > 3 else ""
+    where = [_parts(name) for name, one in zip(found.rows, far.any(1).tolist(), strict=True) if one]
+    sites, pools, prompts = (list(dict.fromkeys(part)) for part in zip(*where, strict=True))
+    words = f", {_several('prompt', prompts)} {', '.join(map(repr, prompts))}" if prompts[0] else ""
+    leave = f"leave the {_several('sample', who)} out"
+    in_words = "put words before the text in the prompt, or " if samples.kind == "text" else ""
+    return [
+        f"{len(who)} of {len(samples)} samples {'has' if len(who) == 1 else 'have'} a row more "
+        f"than {_FAR} times as long as the median row, up to {float(times.max()):.0f} times, at "
+        f"{len(sites)} {_several('site', sites)} ({_several('pool', pools)} {', '.join(pools)}"
+        f"{words}): {', '.join(who[:3])}{more}. One such row can decide an R²: {in_words}{leave}"
+    ]
+
+
+def _several(word: str, of: Sequence[str]) -> str:
+    return word if len(of) == 1 else f"{word}s"
+
+
+def _named(samples: Samples, index: int) -> str:
+    """Name a sample, a text by its beginning too."""
+    where = samples.where(index)
+    return f"{where} ({samples.inputs[index][:40]!r})" if samples.kind == "text" else where

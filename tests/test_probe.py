@@ -553,7 +553,7 @@ def test_penalties_at_the_edge_of_those_tried_are_warned_of(vision):
     few = gf.probe(vision, painted(), alphas=[1e5, 1e6]).info["warnings"]
     assert few == [
         "alpha is the smallest that was tried, 100000, for 4 of 4 probes: with others in alphas= "
-        "(--alphas) their R2 may be higher"
+        "(--alphas) their R² may be higher"
     ]
     assert not gf.probe(
         vision, painted(), pool="mean:patch", alphas=[1e-12, 1e-3, 0.1, 10, 1e6]

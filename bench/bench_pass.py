@@ -1,18 +1,10 @@
 """The whole pass: what probing every site adds to the bare forward of the same model.
 
-Forwards are timed in pairs, bare and probed in turn, because the machine's clock drifts by more
-than the difference; the note gives the median of the paired ratios, and the share of the forward
-that was spent inside the hooks, which is the steadier figure. Beside them two other ways to the
-same rows: hidden states that the model returns, pooled and stacked afterwards, and the study's, one
-sample at a time with every token of every layer copied.
+Beside it two other ways to the same rows: hidden states that the model returns, pooled and stacked
+afterwards, and the study's, one sample at a time with every token of every layer copied.
 """
 
-import os
-import statistics
-import subprocess
-import sys
-import time
-
+import overhead
 import pytest
 import torch
 
@@ -20,7 +12,7 @@ import geofast as gf
 from geofast.models import find_towers
 from geofast.rows import Rows
 
-PAIRS = 5
+BATCH, PAIRS = 16, 5
 
 
 def dinov2_small():
@@ -45,12 +37,12 @@ def smollm2():
     return LlamaModel(config).eval()
 
 
-def images(batch):
-    return {"pixel_values": torch.randn(batch, 3, 224, 224)}
+def images(batch, side=224):
+    return {"pixel_values": torch.randn(batch, 3, side, side)}
 
 
-def texts(batch):
-    ids = torch.randint(2, 49000, (batch, 32))
+def texts(batch, words=49000):
+    ids = torch.randint(2, words, (batch, 32))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
 
@@ -61,77 +53,54 @@ JOBS = {
 }
 
 
-def group_of(name):
-    return f"whole pass: {name}, batch 16"
-
-
-@pytest.mark.parametrize("name", JOBS)
-def test_probed_forward(benchmark, monkeypatch, name):
+def job_of(name):
     torch.manual_seed(0)
     make, inputs, pools = JOBS[name]
-    module, batch = make(), inputs(16)
-    recorder = sys.modules["geofast.capture"]._Recorder  # gf.capture is the function
-    hooks = _Stopwatch(monkeypatch, recorder, "_read")
-    ratios, bare = [], []
-    with torch.inference_mode():
-        states = module(**batch, output_hidden_states=True).hidden_states
+    return make(), inputs(BATCH), pools
 
-        rows = Rows(16 * (2 * PAIRS + 2))  # room for all, as a probe of so many samples has
 
-        def probed():
-            with gf.capture(module, pool=pools, rows=rows):
-                module(**batch)
+def forwards(module, batch, pools, times):
+    """The bare forward and the probed one; there is room for the rows of so many batches."""
+    rows = Rows(times * BATCH)
 
-        probed()
-        key = next(k for k in rows if k.endswith(f"embed/{pools[0]}"))
-        torch.testing.assert_close(rows[key][:16], states[0][:, 0 if pools[0] == "cls" else -1])
-        hooks.seconds = 0.0
-        for _ in range(PAIRS):
-            start = time.perf_counter()
+    @torch.inference_mode()
+    def bare():
+        module(**batch)
+
+    @torch.inference_mode()
+    def probed():
+        with gf.capture(module, pool=pools, rows=rows):
             module(**batch)
-            middle = time.perf_counter()
-            probed()
-            end = time.perf_counter()
-            bare.append(middle - start)
-            ratios.append((end - middle) / (middle - start))
-        share = hooks.seconds / PAIRS / statistics.median(bare)
-        benchmark.group = group_of(name)
-        benchmark.extra_info["paired ratio"] = f"{statistics.median(ratios):.4f}"
-        benchmark.extra_info["in hooks"] = f"{100 * share:.2f} %"
-        benchmark.pedantic(probed, rounds=PAIRS)
-    assert share < 0.01
+
+    return bare, probed
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_bare_forward(benchmark, name):
-    torch.manual_seed(0)
-    make, inputs, _ = JOBS[name]
-    module, batch = make(), inputs(16)
-    benchmark.group = group_of(name)
-    with torch.inference_mode():
-        benchmark.pedantic(lambda: module(**batch), rounds=PAIRS, warmup_rounds=1)
+def forwards_of(name):
+    return forwards(*job_of(name), times=2)
 
 
 def pooled(hidden, pools):
-    """Rows [batch, d] of the pools of JOBS, in plain torch."""
+    """Rows [pools, batch, d] in plain torch."""
     ways = {
         "cls": lambda: hidden[:, 0],
         "last": lambda: hidden[:, -1],
         "mean:patch": lambda: hidden[:, 1:].mean(1),
     }
-    return [ways[pool]() for pool in pools]
+    return torch.stack([ways[pool]() for pool in pools])
 
 
+@torch.inference_mode()
 def stacked(module, batch, pools):
     """Rows [sites, pools, batch, d] of the hidden states that the model returns."""
     states = module(**batch, output_hidden_states=True).hidden_states
-    return torch.stack([torch.stack(pooled(h, pools)) for h in states])
+    return torch.stack([pooled(h, pools) for h in states])
 
 
+@torch.inference_mode()
 def study(module, batch, pools):
     """Rows [layers, pools, batch, d], one sample at a time; each layer copied whole."""
     rows = []
-    for i in range(16):
+    for i in range(len(next(iter(batch.values())))):
         states = []
         hooks = [
             block.register_forward_hook(lambda _m, _a, out, keep=states: keep.append(out.clone()))
@@ -141,81 +110,55 @@ def study(module, batch, pools):
         module(**one)
         for hook in hooks:
             hook.remove()
-        rows.append(torch.stack([torch.stack(pooled(h, pools)) for h in states]))
+        rows.append(torch.stack([pooled(h, pools) for h in states]))
     return torch.cat(rows, 2)
 
 
-def timed(benchmark, name, way, third):
-    """Time another way to the rows; its layer `third` must be ours."""
-    torch.manual_seed(0)
-    make, inputs, pools = JOBS[name]
-    module, batch = make(), inputs(16)
-    benchmark.group = group_of(name)
-    with torch.inference_mode():
-        with gf.capture(module, pool=pools) as rows:
-            module(**batch)
-        tower = find_towers(module)[0].name
-        for pool, expected in zip(pools, way(module, batch, pools)[third], strict=True):
-            mine = rows[f"{tower}.layers.2/{pool}"]
-            torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
-        benchmark.pedantic(way, (module, batch, pools), rounds=3)
+def check(module, batch, pools):
+    """Hold the rows of every site to those of the other two ways."""
+    with torch.inference_mode(), gf.capture(module, pool=pools) as rows:
+        module(**batch)
+    (tower,) = find_towers(module)
+    sites = ["embed", *(f"layers.{i}" for i in range(len(tower.blocks)))]
+    mine = torch.stack(
+        [torch.stack([rows[f"{tower.name}.{site}/{pool}"] for pool in pools]) for site in sites]
+    )
+    # A language model returns its last hidden state after the final norm.
+    theirs = stacked(module, batch, pools)[:-1]
+    torch.testing.assert_close(mine[:-1], theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mine[1:], study(module, batch, pools), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_output_hidden_states_stacked(benchmark, name):
-    timed(benchmark, name, stacked, third=3)
+@pytest.fixture(scope="module", params=JOBS)
+def job(request):
+    job = job_of(request.param)
+    check(*job)
+    return f"whole pass: {request.param}, batch {BATCH}", job
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_study(benchmark, name):
-    timed(benchmark, name, study, third=2)
+def test_probed_forward(benchmark, job):
+    benchmark.group, (module, batch, pools) = job
+    bare, probed = forwards(module, batch, pools, times=PAIRS + 4)
+    overhead.measure(benchmark, bare, probed, PAIRS)
 
 
-class _Stopwatch:
-    """Adds up the seconds that one method takes."""
-
-    def __init__(self, monkeypatch, owner, name):
-        self.seconds = 0.0
-        plain = getattr(owner, name)
-
-        def timed(*args):
-            start = time.perf_counter()
-            plain(*args)
-            self.seconds += time.perf_counter() - start
-
-        monkeypatch.setattr(owner, name, timed)
+def test_bare_forward(benchmark, job):
+    benchmark.group, (module, batch, pools) = job
+    bare, _ = forwards(module, batch, pools, times=1)
+    benchmark.pedantic(bare, rounds=3, warmup_rounds=1)
 
 
-MEMORY = """
-import sys, torch
-import bench_pass
-import geofast as gf
-make, inputs, pools = bench_pass.JOBS[sys.argv[1]]
-module, batch = make(), inputs(16)
-with torch.inference_mode():
-    if sys.argv[2] == "bare":
-        for _ in range(3): module(**batch)
-    else:
-        with gf.capture(module, pool=pools) as rows:
-            for _ in range(3): module(**batch)
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-"""
+def test_output_hidden_states_stacked(benchmark, job):
+    benchmark.group, given = job
+    benchmark.pedantic(stacked, given, rounds=3)
+
+
+def test_study(benchmark, job):
+    benchmark.group, given = job
+    benchmark.pedantic(study, given, rounds=2)
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_peak_memory(benchmark, name):
-    """Peak memory above the bare forward, in a process of its own each."""
-
-    def peak(way):
-        command = [sys.executable, "-c", MEMORY, name, way]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0],
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed is given back
-        )  # fmt: skip
-        return int(done.stdout) / 1024
-
-    benchmark.group = f"peak memory: {name}, batch 16"
-    bare = min(peak("bare") for _ in range(2))
-    above = benchmark.pedantic(lambda: min(peak("probed") for _ in range(2)) - bare, rounds=1)
-    benchmark.extra_info["MB above bare"] = f"{above:.1f} of {bare:.0f}"
-    assert above < 32
+    benchmark.group = f"peak memory: {name}, batch {BATCH}"
+    overhead.measure_memory(benchmark, __file__, name)

@@ -1,33 +1,39 @@
 """A model that talks about images: one pass for tower, projector and language model.
 
-A random LLaVA of small real shapes: a CLIP tower of DINOv2-S's size, 196 patches an image, and a
-language model of SmolLM2's width with 12 layers. Batch 8, two poolings in the tower, the last token
-in the language model.
+A random LLaVA of small real shapes, loaded and fed as `gf.load` does it: a CLIP tower of DINOv2-S's
+size, 196 patches an image, and a language model of SmolLM2's width with 12 layers. Two poolings in
+the tower, the last token in the language model. The processor is a real one, its tokenizer one of
+the tests', which knows few words.
 """
 
-import statistics
-import time
+import sys
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
 
+import numpy as np
+import overhead
 import pytest
 import torch
+from PIL import Image
 
 import geofast as gf
-from geofast.models import find_towers
-from geofast.models.assemble import conversing
+from geofast.rows import Rows
 
-BATCH, PATCHES, IMAGE_TOKEN = 8, 196, 7
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import conftest  # noqa: F401 - makes torchvision importable
+import families
+
+BATCH, PAIRS = 8, 5
 POOLS = {"vision": ["cls", "mean:patch"], "projector": "mean:patch", "lm": "last"}
-PROMPTS = 3
-PAIRS = 7
+PROMPTS = [" ".join(f"w{i}" for i in range(words)) for words in (12, 16, 20)]
+NAME = "LLaVA (tower 384 x 12, language model 576 x 12)"
 
 
-@pytest.fixture(scope="module")
 def llava():
+    """The model and its processor."""
     import transformers as t
 
-    torch.manual_seed(0)
     vision = t.CLIPVisionConfig(
         hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_hidden_layers=12,
         image_size=224, patch_size=16,
@@ -36,55 +42,69 @@ def llava():
         hidden_size=576, num_hidden_layers=12, num_attention_heads=9, num_key_value_heads=3,
         intermediate_size=1536, vocab_size=49152,
     )  # fmt: skip
-    config = t.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN)
-    return t.LlavaForConditionalGeneration(config).eval()
+    token = families.IDS[families.IMAGE]
+    config = t.LlavaConfig(vision_config=vision, text_config=text, image_token_index=token)
+    processor = t.LlavaProcessor(
+        t.CLIPImageProcessorPil(), families.tokenizer(), patch_size=16,
+        chat_template=families.chat(families.IMAGE), vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    return t.LlavaForConditionalGeneration(config), processor
 
 
-@pytest.fixture(scope="module")
-def batch():
-    torch.manual_seed(1)
-    prompts = []
-    for i in range(PROMPTS):
-        words = torch.randint(10, 49000, (BATCH, 12 + 4 * i))
-        ids = torch.cat([torch.full((BATCH, PATCHES), IMAGE_TOKEN), words], 1)
-        prompts.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    return {"image": {"pixel_values": torch.randn(BATCH, 3, 224, 224)}, "prompts": prompts}
+def job_of(make, size):
+    """The model as `gf.load` gives it, and a batch of images with every prompt."""
+    torch.manual_seed(0)
+    module, processor = make()
+    model = gf.load(module.eval(), processor=processor).asking(PROMPTS)
+    noise = np.random.default_rng(0).integers(0, 256, (size, 8, 8, 3), dtype=np.uint8)
+    return model, model.prepare([Image.fromarray(n).resize((224, 224)) for n in noise])
 
 
-def loaded(llava):
-    """The model as `gf.load` has it; its batches are made here."""
-    towers = {t.name: t for t in find_towers(llava.model)}
-    words = SimpleNamespace(pad_token="<pad>", pad_token_id=0)
-    return conversing("LLaVA", llava, llava.model, towers, SimpleNamespace(tokenizer=words))
+def alone(batch, i=0):
+    """The batch with one of its prompts."""
+    return batch | {"prompts": batch["prompts"][i : i + 1]}
 
 
-def probed(model, batch):
-    with gf.capture(model, pool=POOLS) as rows:
+def probed(model, batch, rows=None):
+    with gf.capture(model, pool=POOLS, rows=rows) as rows:
+        rows.label = ""
         model.forward(batch, lambda i: setattr(rows, "label", f"prompt {i}"))
     return rows
 
 
-def one_prompt(batch):
-    return {"image": batch["image"], "prompts": batch["prompts"][:1]}
+@torch.inference_mode()
+def bare(model, batch):
+    model.body(pixel_values=batch["image"]["pixel_values"], **batch["prompts"][0], use_cache=False)
+
+
+def forwards(model, batch, times):
+    """The bare forward and the probed one; there is room for the rows of so many batches."""
+    rows = Rows(times * BATCH)
+    return partial(bare, model, batch), partial(probed, model, alone(batch), rows)
+
+
+def forwards_of(name):
+    assert name == NAME
+    return forwards(*job_of(llava, BATCH), times=2)
+
+
+# ------ other ways to the same rows
 
 
 @torch.inference_mode()
-def bare(llava, batch):
-    llava.model(**batch["image"], **batch["prompts"][0], use_cache=False)
-
-
-@torch.inference_mode()
-def stacked(llava, batch):
+def stacked(model, batch):
     """All hidden states, returned by the model and pooled and stacked afterwards."""
-    seen = llava.model.get_image_features(
+    seen = model.body.get_image_features(
         batch["image"]["pixel_values"], output_hidden_states=True, return_dict=True
     )
-    vision = [torch.cat([h[:, 0], h[:, 1:].mean(1)], 1) for h in seen.hidden_states]
-    text = llava.model(
+    vision = [torch.stack([h[:, 0], h[:, 1:].mean(1)]) for h in seen.hidden_states]
+    text = model.body(
         **batch["prompts"][0], mm_encoder_outputs={"image": seen}, use_cache=False,
         output_hidden_states=True,
     )  # fmt: skip
-    return torch.stack(vision), torch.stack([h[:, -1] for h in text.hidden_states])
+    between = torch.stack([features.mean(0) for features in seen.pooler_output])
+    return torch.stack(vision), between, torch.stack([h[:, -1] for h in text.hidden_states])
 
 
 def copy_all(states, _module, _args, out):
@@ -92,20 +112,20 @@ def copy_all(states, _module, _args, out):
 
 
 @torch.inference_mode()
-def study(llava, batch):
+def study(model, batch):
     """One image at a time, in two passes; every token of every layer is copied, one is kept."""
-    tower, language = llava.model.vision_tower, llava.model.language_model
-    rows = []
-    for i in range(BATCH):
+    tower, language = model.body.vision_tower, model.body.language_model
+    pixels, rows = batch["image"]["pixel_values"], []
+    for i in range(len(pixels)):
         states = []
         keep = partial(copy_all, states)
         blocks = [*tower.encoder.layers, *language.layers]
         handles = [block.register_forward_hook(keep) for block in blocks]
-        tower(batch["image"]["pixel_values"][i : i + 1])
+        tower(pixels[i : i + 1])
         vision = [h[0, 0] for h in states]
         states.clear()
-        llava.generate(
-            **{k: v[i : i + 1] for k, v in batch["image"].items()},
+        model.module.generate(
+            pixel_values=pixels[i : i + 1],
             **{k: v[i : i + 1] for k, v in batch["prompts"][0].items()},
             max_new_tokens=1, do_sample=False, pad_token_id=0,
         )  # fmt: skip
@@ -116,66 +136,77 @@ def study(llava, batch):
     return [torch.stack(part, 1) for part in zip(*rows, strict=True)]
 
 
-GROUP = f"whole pass: LLaVA (tower 384 x 12, language model 576 x 12), batch {BATCH}"
+def a_run_for_each(model, batch):
+    return [probed(model, alone(batch, i)) for i in range(len(PROMPTS))]
 
 
-def test_one_prompt(benchmark, llava, batch):
-    model, given = loaded(llava), one_prompt(batch)
-    rows = probed(model, given)
-    vision, text = stacked(llava, given)
-    torch.testing.assert_close(rows["lm.layers.5/last/prompt 0"], text[6], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(
-        rows["vision.layers.5/cls"], vision[6][:, :384], atol=1e-5, rtol=1e-4
-    )
-    ratios = []
-    for _ in range(PAIRS):
-        start = time.perf_counter()
-        bare(llava, given)
-        middle = time.perf_counter()
-        probed(model, given)
-        ratios.append((time.perf_counter() - middle) / (middle - start))
+def layers(rows, model, number, ending):
+    """Rows [layers + 1, batch, d] of one of the model's towers, from `embed` on."""
+    tower = model.towers[number]
+    names = ["embed", *(f"layers.{i}" for i in range(len(tower.blocks)))]
+    return torch.stack([rows[f"{tower.name}.{name}/{ending}"] for name in names])
+
+
+def check(model, batch):
+    """Hold the rows of every site to those of the other ways, and of a run for each prompt."""
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
+    rows = probed(model, alone(batch))
+    cls, mean = (layers(rows, model, 0, pool) for pool in POOLS["vision"])
+    last = layers(rows, model, 2, "last/prompt 0")
+    vision, between, text = stacked(model, batch)
+    close(rows["projector/mean:patch"], between)
+    close(torch.stack([cls, mean], 1), vision)
+    close(last[:-1], text[:-1])  # the last hidden state is given after the final norm
+    vision, text = study(model, batch)
+    close(cls[1:], vision)
+    close(last[1:], text)
+    together = probed(model, batch)
+    for i, rows in enumerate(a_run_for_each(model, batch)):
+        for key in rows:
+            mine = together[key.replace("prompt 0", f"prompt {i}")]
+            torch.testing.assert_close(mine, rows[key], atol=0, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def job():
+    job = job_of(llava, BATCH)
+    check(*job)
+    return job
+
+
+GROUP = f"whole pass: {NAME}, batch {BATCH}"
+
+
+def test_one_prompt(benchmark, job):
     benchmark.group = GROUP
-    benchmark.extra_info["paired ratio to the bare forward"] = f"{statistics.median(ratios):.3f}"
-    benchmark.pedantic(probed, (model, given), rounds=3)
+    overhead.measure(benchmark, *forwards(*job, times=PAIRS + 4), PAIRS)
 
 
-def test_bare_forward(benchmark, llava, batch):
+def test_bare_forward(benchmark, job):
     benchmark.group = GROUP
-    benchmark.pedantic(bare, (llava, one_prompt(batch)), rounds=3)
+    benchmark.pedantic(bare, job, rounds=3)
 
 
-def test_output_hidden_states_stacked(benchmark, llava, batch):
+def test_output_hidden_states_stacked(benchmark, job):
     benchmark.group = GROUP
-    benchmark.pedantic(stacked, (llava, one_prompt(batch)), rounds=3)
+    benchmark.pedantic(stacked, job, rounds=3)
 
 
-def test_study(benchmark, llava, batch):
-    given = one_prompt(batch)
-    vision, text = study(llava, given)
-    rows = probed(loaded(llava), given)
-    torch.testing.assert_close(vision[5], rows["vision.layers.5/cls"], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(text[5], rows["lm.layers.5/last/prompt 0"], atol=1e-5, rtol=1e-4)
+def test_study(benchmark, job):
     benchmark.group = GROUP
-    benchmark.pedantic(study, (llava, given), rounds=2)
+    benchmark.pedantic(study, job, rounds=2)
 
 
-def three_runs(model, batch):
-    return [
-        probed(model, {"image": batch["image"], "prompts": [prompt]}) for prompt in batch["prompts"]
-    ]
-
-
-def test_three_prompts(benchmark, llava, batch):
-    model = loaded(llava)
-    rows = probed(model, batch)
-    for i, alone in enumerate(three_runs(model, batch)):
-        torch.testing.assert_close(
-            rows[f"lm.layers.11/last/prompt {i}"], alone["lm.layers.11/last/prompt 0"]
-        )
+def test_three_prompts(benchmark, job):
     benchmark.group = f"{GROUP}, three prompts"
-    benchmark.pedantic(probed, (model, batch), rounds=3)
+    benchmark.pedantic(probed, job, rounds=3)
 
 
-def test_a_run_for_each_prompt(benchmark, llava, batch):
+def test_a_run_for_each_prompt(benchmark, job):
     benchmark.group = f"{GROUP}, three prompts"
-    benchmark.pedantic(three_runs, (loaded(llava), batch), rounds=3)
+    benchmark.pedantic(a_run_for_each, job, rounds=3)
+
+
+def test_peak_memory(benchmark):
+    benchmark.group = f"peak memory: {NAME}, batch {BATCH}"
+    overhead.measure_memory(benchmark, __file__, NAME)

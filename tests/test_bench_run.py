@@ -1,16 +1,21 @@
-"""What bench/run.py makes of the benchmarks' reports."""
+"""What bench/run.py makes of the benchmarks' reports, and that no benchmark is dead."""
 
 import importlib.util
 import json
 from pathlib import Path
 
+import families
 import pytest
+import tiny
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+COLLECT = ("--collect-only", "-qq", "-p", "no:cacheprovider")
 
 
 @pytest.fixture(scope="module")
 def run():
-    path = Path(__file__).parents[1] / "bench" / "run.py"
-    spec = importlib.util.spec_from_file_location("bench_run", path)
+    spec = importlib.util.spec_from_file_location("bench_run", BENCH / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -86,3 +91,70 @@ def test_no_table_where_nothing_was_run(run, monkeypatch, tmp_path, capsys):
     assert run.main(["-k", "nothing"]) == 5
     assert "no benchmark was run" in capsys.readouterr().err
     assert not [*tmp_path.rglob("*")]
+
+
+# ------ the benchmarks themselves
+
+
+class Collected:
+    """A plugin of pytest that notes what was collected."""
+
+    def pytest_collection_finish(self, session):
+        self.files = {item.path.name for item in session.items}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module
+
+
+@pytest.mark.usefixtures("bench")
+def test_every_file_has_benchmarks():
+    found = Collected()
+    assert pytest.main([*COLLECT, str(BENCH)], plugins=[found]) == 0
+    assert found.files == {path.name for path in BENCH.glob("bench_*.py")}
+    assert "bench_talking.py" in found.files
+
+
+def small(bench, kind):
+    """A benchmark's module, and the smallest job for it."""
+    if kind == "talking":
+        module = bench("bench_talking")
+        return module, module.job_of(families.llava, 2)
+    module = bench("bench_pass")
+    torch.manual_seed(0)
+    if kind == "vision":
+        return module, (tiny.vit(), module.images(2, 32), ["cls", "mean:patch"])
+    return module, (tiny.llama().model, module.texts(2, 90), ["last"])
+
+
+def off(rows):
+    return rows + 1e-2 if isinstance(rows, torch.Tensor) else [part + 1e-2 for part in rows]
+
+
+@pytest.mark.parametrize("kind", ["vision", "language", "talking"])
+def test_every_way_of_the_pass_gives_the_same_rows(bench, monkeypatch, kind):
+    module, job = small(bench, kind)
+    module.check(*job)
+    for way in ("stacked", "study"):
+        with monkeypatch.context() as changed:
+            found = getattr(module, way)(*job)
+            changed.setattr(module, way, lambda *_, found=found: off(found))
+            with pytest.raises(AssertionError, match="not close"):
+                module.check(*job)
+
+
+@pytest.mark.parametrize("kind", ["vision", "language", "talking"])
+def test_what_capture_adds_is_measured(bench, kind):
+    overhead, (module, job) = bench("overhead"), small(bench, kind)
+    bare, probed = module.forwards(*job, times=7)
+    with overhead.stopwatch() as inside:
+        probed()
+        before = len(inside)
+        bare()
+    assert len(inside) == before > 0
+    assert min(overhead.in_pairs(bare, probed, 1)) > 0
+    alone, together = overhead.peaks(bare, probed)
+    assert alone > 0
+    assert together - alone < overhead.MEGABYTES

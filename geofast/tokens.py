@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from os.path import isfile
 from typing import Any
 
 import pandas as pd
@@ -205,7 +205,7 @@ def _examples(model: Model, given: str | None) -> list[tuple[Model, Any, str]]:
 
     from .doctor import example
 
-    if given is not None and Path(given).is_file():
+    if given is not None and isfile(given):  # Path.is_file raises for a text too long for a name
         with Image.open(given) as opened:
             image = opened.convert("RGB")
         return [(model.reading("image"), image, f"{given}, {image.width} x {image.height} pixels")]

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -590,6 +591,52 @@ def test_adapters_that_do_not_go_on(lm, adapter, tmp_path):
         FileNotFoundError, match=r"there is no folder .*gone. The adapter .*nobodys"
     ):
         gf.load(tmp_path / "nobodys")
+
+
+def rewrite(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SPOILED = {
+    "not JSON": lambda f: (f / CONFIG).write_text("{not json"),
+    "a list": lambda f: (f / CONFIG).write_text("[]"),
+    "of an unknown type": lambda f: rewrite(f, peft_type="NOPE"),
+    "of an unknown task": lambda f: rewrite(f, task_type="NOPE"),
+    "of odd targets": lambda f: rewrite(f, target_modules=3),
+    "weights cut off": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:99]),
+    "no weights": lambda f: (f / WEIGHTS).unlink(),
+    "pickled": lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
+}
+SAID = {
+    "not JSON": rf"tuned/{CONFIG} cannot be read \(Expecting .*\): fetch or save the adapter again",
+    "a list": rf"tuned/{CONFIG} cannot be read \(it holds a list, not an object\): fetch or save",
+    "of an unknown type": rf"{CONFIG} cannot be used by peft .* no peft_type 'NOPE': upgrade peft",
+    "of an unknown task": rf"{CONFIG} cannot be used by peft .*Invalid task type: 'NOPE'",
+    "of odd targets": "does not fit lm: 'int' object is not .*; put it on the model that it was",
+    "weights cut off": rf"tuned/{WEIGHTS} cannot be loaded: .*\(SafetensorError\); fetch or save",
+    "no weights": rf"tuned has {CONFIG}, but no {WEIGHTS} or adapter_model.bin: fetch or save",
+    "pickled": r"tuned/adapter_model.bin cannot be loaded: .*\(UnpicklingError\); fetch or save",
+}
+
+
+@old
+@pytest.mark.parametrize("how", SPOILED)
+def test_a_broken_adapter_is_one_sentence(lm, adapter, tmp_path, how):
+    shutil.copytree(adapter, tmp_path / "tuned")
+    SPOILED[how](tmp_path / "tuned")
+    with pytest.raises((ValueError, RuntimeError), match=SAID[how]) as caught:
+        gf.load(lm, adapter=tmp_path / "tuned")
+    assert "\n" not in str(caught.value)
+
+
+@old
+def test_an_adapter_of_another_kind_of_model(adapter, tmp_path):
+    folder = families.save(families.vit, tmp_path / "vit")
+    said = "the adapter tuned, made for .*, does not fit vit: .*; put it on the model that it was"
+    with pytest.raises(ValueError, match=said):
+        gf.load(folder, adapter=adapter)
 
 
 @old

@@ -362,6 +362,41 @@ def test_masked_autoencoders_see_the_whole_image(tmp_path):
         torch.testing.assert_close(rows[key][:2], rows[key][2:])
 
 
+def hiera(**changes):
+    from transformers import HieraConfig
+
+    small = dict(embed_dim=8, image_size=[32, 32], depths=[1] * 4, num_heads=[1] * 4)
+    return HieraConfig(**small | changes)
+
+
+def test_hiera_masks_in_one_of_its_forms_only(tmp_path):
+    from transformers import HieraModel, ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    HieraModel(hiera()).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    plain = gf.load(tmp_path)
+    assert plain.notes == ()
+    masking = HieraModel(hiera(), is_mae=True)
+    with pytest.raises(ValueError, match=r"hides random patches: set its config.mask_ratio to 0"):
+        gf.load(masking, processor=processor)
+    seeing = HieraModel(hiera(mask_ratio=0.0), is_mae=True).eval()
+    seeing.load_state_dict(plain.module.state_dict())
+    seeing = gf.load(seeing, processor=processor)
+    assert "masking is off" in seeing.notes[0]
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    rows = []
+    for model in (plain, plain, seeing):
+        with gf.capture(model, pool=["mean:patch", "last"]) as one:
+            model.forward(batch)
+        rows.append(dict(one))
+    assert "vision.layers.3/mean:patch" in rows[0]
+    for other in rows[1:]:
+        for key, expected in rows[0].items():
+            torch.testing.assert_close(other[key], expected)
+
+
 def break_weights(folder):
     path = folder / "model.safetensors"
     return path, path.read_bytes()

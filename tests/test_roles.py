@@ -569,6 +569,7 @@ def test_a_listing(load, tmp_path):
     assert "vision.embed: 1 cls, 16 patch" in said
     assert "text.embed: 5 text" in said
     assert "lm.embed: 2 text" in explain(load(families.llama), "w1 w2")
+    assert "lm.embed: 300 text" in explain(load(families.llama), "w1 " * 300)  # no name of a file
     with pytest.raises(ValueError, match=r"there is no file absent.jpg, and vit.* reads no text"):
         explain(load(families.vit), "absent.jpg")
 

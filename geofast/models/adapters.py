@@ -15,6 +15,7 @@ from .hub import Source, find, said
 from .model import headless
 
 _CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def find_adapter(text: str) -> Adapter | None:
     FileNotFoundError, PermissionError, ConnectionError
         As `hub.find`.
     ValueError
-        When it does not say what it was trained on.
+        When its configuration is broken, or does not say what it was trained on.
     """
     source = find(text, file=_CONFIG)
     if not source.complete:
@@ -45,10 +46,20 @@ def find_adapter(text: str) -> Adapter | None:
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(text, allow_patterns=["adapter_*"]))
-    said = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    if not (base := said.get("base_model_name_or_path")):
+    if not (base := _read(folder / _CONFIG).get("base_model_name_or_path")):
         raise ValueError(f"{_CONFIG} of {text} does not say what base_model_name_or_path is")
     return Adapter(source.name, folder, base)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}, not an object")
+    except ValueError as error:
+        msg = f"{path} cannot be read ({said(error)}): fetch or save the adapter again"
+        raise ValueError(msg) from error
+    return config
 
 
 def refuse_one_inside(source: Source) -> None:
@@ -90,11 +101,11 @@ def put_on(module: nn.Module, base: str, adapter: Adapter, *, merge: bool) -> li
     ImportError
         When peft is missing.
     ValueError
-        When it was made for another model, or is not of the weights.
+        When it was made for another model, is not of the weights, or peft does not know it.
+    RuntimeError
+        When its weights are missing or broken.
     """
-    peft = _peft(adapter)
-    config = peft.PeftConfig.from_pretrained(str(adapter.folder))
-    config.base_model_name_or_path = None  # which peft would compare, and warn of
+    config = _config(adapter)
     if config.is_prompt_learning:
         msg = f"the adapter {adapter.name} adds tokens of its own to every text: geofast takes "
         raise ValueError(msg + "adapters of the weights, such as LoRA")
@@ -103,17 +114,7 @@ def put_on(module: nn.Module, base: str, adapter: Adapter, *, merge: bool) -> li
         raise ValueError(msg + "merge it on a larger machine and save the result")
     # One for embeddings was trained on the model without its head.
     adapted: Any = headless(module) if config.task_type == "FEATURE_EXTRACTION" else module
-    try:
-        worn = peft.get_peft_model(adapted, config, autocast_adapter_dtype=False)
-        found = worn.load_adapter(
-            str(adapter.folder), "default", torch_device="cpu", autocast_adapter_dtype=False
-        )
-    except (ValueError, RuntimeError) as error:
-        why = str(error).strip().splitlines()[:2][-1]  # torch says in the first that there is more
-        raise ValueError(_misfit(base, adapter, said(why))) from error
-    if odd := sorted([*found.missing_keys, *found.unexpected_keys]):
-        why = f"{len(odd)} tensors are in one and not in the other, the first {odd[0]}"
-        raise ValueError(_misfit(base, adapter, why))
+    worn = _worn(adapted, config, base, adapter)
     if merge:
         worn.merge_and_unload()
     module.eval()
@@ -133,8 +134,53 @@ def _peft(adapter: Adapter) -> Any:
     return peft
 
 
+def _config(adapter: Adapter) -> Any:
+    peft = _peft(adapter)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(adapter.folder))
+    except Exception as error:  # an older or newer peft wrote it, or another tool
+        why = f"it knows no peft_type {error}" if isinstance(error, KeyError) else said(error)
+        msg = f"{adapter.folder / _CONFIG} cannot be used by peft {peft.__version__}, {why}: "
+        raise ValueError(f"{msg}upgrade peft, or save the adapter again") from error
+    config.base_model_name_or_path = None  # which peft would compare, and warn of
+    return config
+
+
+def _worn(module: Any, config: Any, base: str, adapter: Adapter) -> Any:
+    """Return what peft makes of `module` with the adapter on it."""
+    peft = _peft(adapter)
+    try:
+        worn = peft.get_peft_model(module, config, autocast_adapter_dtype=False)
+        found = worn.load_adapter(
+            str(adapter.folder), "default", torch_device="cpu", autocast_adapter_dtype=False
+        )
+    except Exception as error:  # peft asks the module for whatever such models have
+        _require_weights(adapter)
+        why = str(error).strip().splitlines()[:2][-1]  # torch says in the first that there is more
+        raise ValueError(_misfit(base, adapter, said(why))) from error
+    if odd := sorted([*found.missing_keys, *found.unexpected_keys]):
+        why = f"{len(odd)} tensors are in one and not in the other, the first {odd[0]}"
+        raise ValueError(_misfit(base, adapter, why))
+    return worn
+
+
+def _require_weights(adapter: Adapter) -> None:
+    """See that the weights are there and whole."""
+    path = next((p for n in _WEIGHTS if (p := adapter.folder / n).is_file()), None)
+    again = "fetch or save the adapter again"
+    if path is None:
+        msg = f"{adapter.folder} has {_CONFIG}, but no {' or '.join(_WEIGHTS)}: {again}"
+        raise RuntimeError(msg)
+    try:
+        _peft(adapter).load_peft_weights(str(adapter.folder), device="cpu")
+    except Exception as error:  # of safetensors, pickle or torch
+        msg = f"{path} cannot be loaded: {said(error)} ({type(error).__name__}); {again}"
+        raise RuntimeError(msg) from error
+
+
 def _misfit(base: str, adapter: Adapter, why: str) -> str:
-    return f"the adapter {adapter.name}, made for {adapter.base}, does not fit {base}: {why}"
+    fits = f"the adapter {adapter.name}, made for {adapter.base}, does not fit {base}: {why}"
+    return f"{fits}; put it on the model that it was made for"
 
 
 def wears_one(module: nn.Module) -> bool:

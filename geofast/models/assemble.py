@@ -70,7 +70,9 @@ def assemble(
         )
         raise ValueError(msg)
     transform = ImageTransform(bring("image processor"))
-    if hasattr(body.config, "mask_ratio"):
+    # Hiera's configuration has a ratio in any case; it masks where it `is_mae`.
+    masks = all(getattr(m, "is_mae", True) for m in body.modules())
+    if masks and hasattr(body.config, "mask_ratio"):
         return _unmasked(name, module, stages, transform, notes)
     return Model(name, module, stages, "image", transform, stack_images, notes=notes)
 
@@ -87,9 +89,11 @@ def _unmasked(
     if config.mask_ratio:
         msg = f"{name} hides random patches: set its config.mask_ratio to 0.0 before it is loaded"
         raise ValueError(msg)
-    patches = (config.image_size // config.patch_size) ** 2
     notes = (*notes, "masking is off: the model sees every patch, in order")
-    return Model(name, module, stages, "image", transform, InOrder(patches), notes=notes)
+    model = Model(name, module, stages, "image", transform, stack_images, notes=notes)
+    if not isinstance(config.image_size, int):  # Hiera does not shuffle what it does not mask
+        return model
+    return replace(model, collate=InOrder((config.image_size // config.patch_size) ** 2))
 
 
 class _Method(nn.Module):

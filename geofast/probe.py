@@ -25,6 +25,7 @@ from .geo import Split
 from .geo.folds import KFold
 from .models import DeviceMap, Model, load
 from .models.location import of_places
+from .models.skeleton import NumbersNeededError, has_skeleton, skeleton
 from .models.twin import random_twin
 from .plan import Plan, Task, gpus_of, make_plan, with_cells, without_skipped
 from .request import Given, Options, Request
@@ -141,6 +142,7 @@ def probe(
         "workers": workers, "strict": strict,
     }  # fmt: skip
     asked = Request.of(data, options, location=of_places(model))  # before the model is loaded
+    _sketch(asked, model, adapter, trust_remote_code)
     loaded = load(
         model, device=device, dtype=dtype, device_map=device_map, adapter=adapter, merge=merge,
         trust_remote_code=trust_remote_code,
@@ -193,6 +195,26 @@ def probe(
         rows=found.rows if not passes.plan.on_disk else None,
         grams=found.grams,
     )
+
+
+def _sketch(
+    asked: Request,
+    model: str | Path | nn.Module | Model,
+    adapter: str | Path | None,
+    trust_remote_code: bool,
+) -> None:
+    """Refuse what the model cannot do before its weights are loaded, which may take minutes.
+
+    Without them a checkpoint is there in less than a second, 0.04 s of DINOv2-S; of GGUF files,
+    whose tokenizer takes eight, and of other libraries' models, it is told once they are loaded.
+    """
+    if not has_skeleton(model) or str(model).endswith(".gguf"):
+        return
+    try:
+        bare = skeleton(model, adapter=adapter, trust_remote_code=trust_remote_code)
+    except NumbersNeededError:
+        return
+    asked.read_by(bare)
 
 
 # ------ passes

@@ -13,15 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 from .batching import Lengths
-from .capture import Pools
+from .capture import Pools, pools_by_tower
 from .controls import check_controls, check_tokens
 from .data import Samples, read
 from .extract import ready, usable, worded
 from .geo import Split
 from .geo.folds import as_split
-from .models import Model
+from .models import Model, Site, Tower
 from .models.twin import require_twin
 from .plan import Task, make_tasks
+from .pooling import parse_pools
 from .ridge import Select
 
 
@@ -110,11 +111,9 @@ class Request:
         Raises
         ------
         ValueError
-            When it reads others, or has no such site, tower or control.
+            As `read_by`, and when it has no such control.
         """
-        options, samples = self.options, self.given.samples
-        model = ready(model, samples, options["prompts"], options["sites"])
-        check_pools(model, options["pool"])
+        samples, model = self.given.samples, self.read_by(model)
         weighs = model.device.type != "meta"  # what is planned before that has nothing to copy
         if "random-weights" in self.controls and weighs:
             require_twin(model)
@@ -122,6 +121,19 @@ class Request:
         if "tokens" in self.controls:
             check_tokens(model, asked.inputs)
         return model, asked
+
+    def read_by(self, model: Model) -> Model:
+        """Return the model as it reads the samples; one without weights tells as well.
+
+        Raises
+        ------
+        ValueError
+            When it reads others, takes no prompt beside them, or has no such site, tower or token.
+        """
+        options = self.options
+        ready_ = ready(model, self.given.samples, options["prompts"], options["sites"])
+        check_pools(ready_, options["sites"], options["pool"])
+        return ready_
 
     def _readable_by(self, model: Model) -> Request:
         good, unfit, lengths = usable(model, self.inputs, self.options["strict"])
@@ -196,6 +208,10 @@ def _check(options: Options, given: Given, alphas: Sequence[float]) -> None:
     """Refuse what would only fail after the forward pass."""
     sites, select, storage = options["sites"], options["select"], options["storage"]
     batch_size, workers = options["batch_size"], options["workers"]
+    pool = options["pool"]
+    for some in pool.values() if isinstance(pool, Mapping) else (pool,):
+        if some is not None:
+            parse_pools(some)
     if sites is not None and not len(sites):
         raise ValueError("sites= is empty; give names or globs, or None for every layer")
     if (batch_size is not None and batch_size < 1) or (workers or 0) < 0:
@@ -220,12 +236,46 @@ def _check(options: Options, given: Given, alphas: Sequence[float]) -> None:
             raise ValueError(f"baseline {name!r} has NaN or infinite values; replace them")
 
 
-def check_pools(model: Model, pool: Pools) -> None:
-    """Refuse pools of a tower that the model does not have."""
-    towers = [t.name for t in model.towers]
+def check_pools(model: Model, sites: str | Sequence[str] | None, pool: Pools) -> None:
+    """Refuse pools of a tower that the model does not have, or of tokens that a tower has not."""
+    towers = {t.name: t for t in model.towers}
     for name in pool if isinstance(pool, Mapping) else ():
         if name not in towers:
             raise ValueError(f"pool= names a tower {name!r}; {model.name} has {', '.join(towers)}")
+    # DINOv3's ConvNeXt puts the mean of all patches, a cls, before them in its norm alone.
+    wanted = [
+        site
+        for site in model.sites(sites)
+        if not site.is_vector
+        and not (towers[site.tower].channels_first and site.name.endswith(".norm"))
+    ]
+    for name, pools in pools_by_tower(model.towers, wanted, pool).items():
+        tower, roles = towers[name], _roles(model, towers[name])
+        # What stands before the patches, a model without numbers does not show.
+        open_ = ("cls", "register") if name == "vision" and model.device.type == "meta" else ()
+        for one in pools:
+            lacking = [role for _, role in one.parts if role not in ("all", *roles, *open_)]
+            if lacking:
+                has = " and ".join(roles) or "a single vector"
+                raise ValueError(
+                    f"pool {one.name!r}: {name} has no {lacking[0]} token, but {has}; use "
+                    f"{tower.default_pool} or mean{_apart(model, wanted)}"
+                )
+
+
+def _roles(model: Model, tower: Tower) -> tuple[str, ...]:
+    """Return what the tokens of a tower may be; `all` they are in any case."""
+    image = ("image",) if model.kind == "image" and tower.image_token is not None else ()
+    roles = (*tower.prefix, *image, tower.tokens, *tower.suffix)
+    return tuple(role for role in dict.fromkeys(roles) if role != "all")
+
+
+def _apart(model: Model, wanted: Sequence[Site]) -> str:
+    """Say how a model of several towers is asked for one."""
+    names = dict.fromkeys(site.tower for site in wanted)
+    if len(names) < 2:
+        return ""
+    return f", or choose the sites of one tower: sites= (--sites) '{next(iter(names))}.layers.*'"
 
 
 def scored_tasks(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import families
 import numpy as np
 import pandas as pd
 import pytest
@@ -91,6 +92,41 @@ def test_an_error_is_one_line_and_leaves_nothing(job, tmp_path, capsys, change, 
     assert said.startswith("geofast: ")
     assert message in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--pool", "median"], "unknown pool 'median': write cls, last, mean, max or min"),
+        (["--sites", "embed"], "no site matches 'embed'; this model has vision.embed"),
+        (["--prompt", "Where?"], "takes no prompt beside an image"),
+        (["--text", "image"], "reads image, not text"),
+        (["--pool", "mean:text"], "pool 'mean:text': vision has no text token, but cls and patch"),
+    ],
+)
+def test_what_a_model_cannot_do_is_told_before_its_weights_are_loaded(
+    job, tmp_path, capsys, monkeypatch, change, message
+):
+    monkeypatch.setattr(sys.modules["geofast.probe"], "load", stop)
+    out = tmp_path / "run"
+    arguments = ["probe", str(job / "model"), str(job / "photos.csv"), "--out", str(out)]
+    assert main([*arguments, *change]) == 1
+    assert message in capsys.readouterr().err
+    assert main(arguments) == 1
+    assert "the pass began" in capsys.readouterr().err
+
+
+def test_a_pool_that_a_language_model_has_no_token_for(tmp_path, capsys):
+    folder = families.save(families.llava, tmp_path / "model")
+    table = tmp_path / "texts.csv"
+    rows = [f"w{i},{5 * i},{i}" for i in range(12)]
+    table.write_text("\n".join(["text,latitude,longitude", *rows]))
+    arguments = ["probe", str(folder), str(table), "--out", str(tmp_path / "run"), "--pool"]
+    assert main([*arguments, "mean", "cls"]) == 1
+    said = "geofast: pool 'cls': lm has no cls token, but text; use last or mean\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert main([*arguments, "mean:image"]) == 1
+    assert "lm has no image token, but text; use last or mean\n" in capsys.readouterr().err
 
 
 def test_a_missing_model_and_a_missing_table(job, tmp_path, capsys):

@@ -22,6 +22,10 @@ from .structure import block_lists
 _OF_LIBRARIES = ("open_clip", "timm", "location")
 
 
+class NumbersNeededError(RuntimeError):
+    """A model's class cannot be built without its weights."""
+
+
 def has_skeleton(model: str | Path | nn.Module | Model) -> TypeGuard[str | Path]:
     """Whether `skeleton` takes what `load` takes: a checkpoint of transformers that is named."""
     return isinstance(model, str | Path) and str(model).partition(":")[0] not in _OF_LIBRARIES
@@ -44,7 +48,7 @@ def skeleton(
     FileNotFoundError, PermissionError, ConnectionError, ValueError
         As `load`.
     RuntimeError
-        As `load`, and when the model's class does not work without numbers.
+        As `load`; NumbersNeededError when the model's class does not work without numbers.
     """
     text = str(model).removeprefix("hf:")
     found = find(text, trust_remote_code=trust_remote_code)
@@ -63,7 +67,7 @@ def skeleton(
             f"{source.name} cannot be built without its weights ({said(error)}): load it, and give "
             "gf.plan the loaded model"
         )
-        raise RuntimeError(msg) from error
+        raise NumbersNeededError(msg) from error
     name = source.name if worn is None else f"{source.name} + {worn.name}"
     return assemble(name, module.eval(), OfCheckpoint(source))
 

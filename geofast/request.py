@@ -19,7 +19,7 @@ from .data import Samples, read
 from .extract import ready, usable, worded
 from .geo import Split
 from .geo.folds import as_split
-from .models import Model, Site, Tower
+from .models import Model, Tower
 from .models.twin import require_twin
 from .plan import Task, make_tasks
 from .pooling import parse_pools
@@ -249,7 +249,9 @@ def check_pools(model: Model, sites: str | Sequence[str] | None, pool: Pools) ->
         if not site.is_vector
         and not (towers[site.tower].channels_first and site.name.endswith(".norm"))
     ]
-    for name, pools in pools_by_tower(model.towers, wanted, pool).items():
+    by_tower = pools_by_tower(model.towers, wanted, pool)
+    apart = ", or name the sites of one tower (sites=, --sites)" if len(by_tower) > 1 else ""
+    for name, pools in by_tower.items():
         tower, roles = towers[name], _roles(model, towers[name])
         # What stands before the patches, a model without numbers does not show.
         open_ = ("cls", "register") if name == "vision" and model.device.type == "meta" else ()
@@ -259,7 +261,7 @@ def check_pools(model: Model, sites: str | Sequence[str] | None, pool: Pools) ->
                 has = " and ".join(roles) or "a single vector"
                 raise ValueError(
                     f"pool {one.name!r}: {name} has no {lacking[0]} token, but {has}; use "
-                    f"{tower.default_pool} or mean{_apart(model, wanted)}"
+                    f"{tower.default_pool} or mean{apart}"
                 )
 
 
@@ -268,14 +270,6 @@ def _roles(model: Model, tower: Tower) -> tuple[str, ...]:
     image = ("image",) if model.kind == "image" and tower.image_token is not None else ()
     roles = (*tower.prefix, *image, tower.tokens, *tower.suffix)
     return tuple(role for role in dict.fromkeys(roles) if role != "all")
-
-
-def _apart(model: Model, wanted: Sequence[Site]) -> str:
-    """Say how a model of several towers is asked for one."""
-    names = dict.fromkeys(site.tower for site in wanted)
-    if len(names) < 2:
-        return ""
-    return f", or choose the sites of one tower: sites= (--sites) '{next(iter(names))}.layers.*'"
 
 
 def scored_tasks(

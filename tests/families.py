@@ -468,8 +468,8 @@ def mistral3():
     return t.Mistral3ForConditionalGeneration(config), _pixtral_processor(2)
 
 
-def phi4_multimodal():
-    """Its processor counts 32 x 32 patches a tile, whatever its settings: here, pixels."""
+def phi4_model():
+    """Without its processor, which takes torchvision."""
     import transformers as t
 
     vision = VISION | dict(
@@ -485,17 +485,24 @@ def phi4_multimodal():
     config = t.Phi4MultimodalConfig(
         **language, eos_token_id=3, vision_config=vision, audio_config=audio
     )
-    words = tokenizer(extra_special_tokens={"image_token": IMAGE, "audio_token": "<audio>"})
-    processor = t.Phi4MultimodalProcessor(
-        t.Phi4MultimodalImageProcessor(size=SIDE, patch_size=1, dynamic_hd=6),
-        t.Phi4MultimodalFeatureExtractor(), words, chat_template=chat(IMAGE),
-    )  # fmt: skip
     model = t.Phi4MultimodalForCausalLM(config)
     # Zero at the start of a training; then no test could tell them from nothing.
     embed = model.model.embed_tokens_extend.image_embed
     torch.nn.init.normal_(embed.sub_img_feature_extensor)
     torch.nn.init.normal_(embed.global_img_feature_extensor)
-    return model, processor
+    return model
+
+
+def phi4_multimodal():
+    """Its processor counts 32 x 32 patches a tile, whatever its settings: here, pixels."""
+    import transformers as t
+
+    words = tokenizer(extra_special_tokens={"image_token": IMAGE, "audio_token": "<audio>"})
+    processor = t.Phi4MultimodalProcessor(
+        t.Phi4MultimodalImageProcessor(size=SIDE, patch_size=1, dynamic_hd=6),
+        t.Phi4MultimodalFeatureExtractor(), words, chat_template=chat(IMAGE),
+    )  # fmt: skip
+    return phi4_model(), processor
 
 
 # ------ language

@@ -1,6 +1,8 @@
 """Every model family under one vocabulary, from tiny random checkpoints and real processors."""
 
+import json
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import families
@@ -298,9 +300,20 @@ def test_phi4_is_read_off_the_disk(load, images, tmp_path):
     assert_close(read(away, images[:1], [""]), expected)
 
 
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is here")
+def test_what_phi4s_processor_needs_is_named(tmp_path):
+    families.phi4_model().save_pretrained(tmp_path)
+    families.tokenizer().save_pretrained(tmp_path)
+    kinds = {"processor_class": "Phi4MultimodalProcessor"}
+    kinds["image_processor_type"] = "Phi4MultimodalImageProcessor"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(kinds))
+    with pytest.raises(ImportError, match=r"processor of .* cannot be read without torchvision$"):
+        gf.load(tmp_path)
+
+
 def test_a_vision_tower_that_cannot_be_called_is_left_out_aloud():
     """Phi-4's, in the code that comes with its checkpoint."""
-    module, _ = families.phi4_multimodal()
+    module = families.phi4_model()
     module.config.model_type = "phi4mm"
     model = gf.load(module, processor=families.tokenizer())
     assert [tower.name for tower in model.towers] == ["lm"]

@@ -193,6 +193,8 @@ def _in_a_sentence(what: str, source: Source, error: Exception) -> Exception:
         return ValueError(f"device_map= does not fit {source.place}: {why}")
     if isinstance(error, ImportError):
         return ImportError(f"the {what} of {source.place} cannot be read: {said(error)}")
+    if absent := re.search(r"Missing optional dependencies: ([^.]+)", str(error)):
+        return ImportError(f"the {what} of {source.place} cannot be read without {absent[1]}")
     return RuntimeError(
         f"the {what} of {source.place} cannot be loaded: {said(error) or repr(error)} "
         f"({type(error).__name__}). Is the checkpoint whole? Fetch or save it again"

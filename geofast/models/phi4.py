@@ -1,10 +1,10 @@
 """Phi-4-multimodal, which looks at images from within the embedding of its language model.
 
 The other families of transformers have a `get_image_features`, and take what it returns back as
-`mm_encoder_outputs`. `Phi4` gives both to this one. It reads an image in parts: the
-whole, made small, and crops of it. Every two by two patches become one token; the crops are joined,
-every line of tokens ends with a token of its own, and so does every line of the whole image, which
-comes last, after one more token that stands for no part of the image.
+`mm_encoder_outputs`. `Phi4` gives both to this one. It reads an image in parts: the whole, made
+small, and crops of it. Every two by two patches become one token; the crops are joined, every line
+of tokens ends with a token of its own, and so does every line of the whole image, which comes last,
+after one more token that stands for no part of the image.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def is_phi4(body: nn.Module) -> bool:
 class Phi4(nn.Module):
     """The model with the calls of the other families.
 
-    transformers (5.23) has its vision tower attend like a language model, to what
-    comes before alone, in every batch in which nothing is masked. The code that comes with the
-    checkpoint on the Hub never does (vision_siglip_navit.py), nor does this: it changes `model`.
+    transformers (5.23) has its vision tower attend as a language model does, to what comes before
+    alone, in every batch in which nothing is masked. The code that comes with the checkpoint on the
+    Hub never does (vision_siglip_navit.py), nor does this: it changes `model`.
     """
 
     model: Any
@@ -178,10 +178,9 @@ def token_places(given: Mapping[str, Any]) -> list[torch.Tensor] | None:
         Of each image int64 [tokens, 3]: tile 0 is the whole image, the crops follow row by row;
         rows and columns count tokens. -1 for what ends a line and what stands between.
     """
-    mask = given.get("image_attention_mask")
-    if mask is None:
+    if not {"pixel_values", "image_sizes", "image_attention_mask"} <= given.keys():
         return None
-    mask = mask.cpu()
+    mask = given["image_attention_mask"].cpu()
     side, nowhere = (mask.shape[-1] + 1) // 2, torch.full((3,), -1)
     found = []
     for inside, (down, across) in zip(

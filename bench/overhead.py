@@ -90,7 +90,9 @@ def measure_memory(benchmark, file, name):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back
 
     def run():
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env=environment, check=True
+        )
         return [float(word) for word in done.stdout.split()]
 
     bare, probed = benchmark.pedantic(run, rounds=1)

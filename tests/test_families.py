@@ -137,6 +137,35 @@ def test_one_look_at_an_image_serves_every_prompt(load, images, family):
         assert_close(mine, {k: expected[k] for k in expected})
 
 
+@pytest.mark.parametrize("family", [families.llava, families.gemma3], ids=name_of)
+def test_the_towers_layers_do_not_stay_beside_the_language_model(load, images, family):
+    model, kept = load(family), []
+    whole = model.body.get_image_features(
+        **{k: v for k, v in model.prepare(images)["image"].items() if k != "tiles"}
+    )
+    assert (whole.hidden_states is not None) == (family is families.llava)
+    with model.body.register_forward_pre_hook(
+        lambda _module, _args, given: kept.append(given["mm_encoder_outputs"]["image"]),
+        with_kwargs=True,
+    ):
+        model.forward(model.prepare(images))
+    (seen,) = kept
+    assert seen.hidden_states is None
+    for got, want in zip(seen.pooler_output, whole.pooler_output, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
+def test_no_cache_is_built(load, images, family):
+    model, caches = load(family), []
+    with model.body.register_forward_hook(
+        lambda _module, _args, output: caches.append(output.past_key_values)
+    ):
+        model.forward(model.prepare(images))
+        model.other.forward(model.other.prepare(["w1 w2"]))
+    assert caches == [None, None]
+
+
 @pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
 def test_language_sites_are_the_hidden_states(load, images, family):
     """But for the last, which transformers gives after the final norm."""

@@ -164,6 +164,10 @@ class Model:
                 _run(first.body, batch)
                 return
             seen = _run(first.body, batch["image"])
+            if getattr(seen, "hidden_states", None) is not None:
+                # LLaVA's tower returns every layer, of which it reads one. The language model takes
+                # the features; all layers of a batch need not stay in memory beside it.
+                seen = replace(seen, hidden_states=None)
             for stage in more:
                 for i, prompt in enumerate(batch["prompts"]):
                     before(i)
@@ -180,7 +184,10 @@ def _reached(hidden: torch.Tensor) -> None:
 
 
 def _run(body: nn.Module, batch: Batch, **more: Any) -> Any:
-    takes_cache = "use_cache" in inspect.signature(body.forward).parameters
+    takes = inspect.signature(body.forward).parameters
+    # LLaVA's hands what it does not know on to its language model.
+    hands_on = hasattr(body, "get_image_features") and "kwargs" in takes
+    takes_cache = "use_cache" in takes or hands_on
     return body(**batch, **more, **({"use_cache": False} if takes_cache else {}))
 
 

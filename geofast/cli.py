@@ -270,7 +270,7 @@ def _plan(o: argparse.Namespace) -> None:
     from .forecast import plan
 
     scratch = o.out and _folder.above(o.out.expanduser().resolve())
-    print(plan(o.model, **_arguments(o, scratch)))
+    print(plan(o.model, **_arguments(o, scratch), progress=True))
 
 
 def _arguments(o: argparse.Namespace, scratch: Path | None) -> dict[str, Any]:

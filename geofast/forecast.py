@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from .plan import Plan, Task, make_plan, readable, with_cells
 from .pooling import Pool
 from .request import Options, Request
 from .ridge import ALPHAS, Select
-from .speed import multiply_rate, pool_seconds, solve_seconds
+from .speed import multiply_rate, pool_seconds, solve_rate, solve_work
 from .survey import Survey, survey, token_count
 
 
@@ -76,7 +77,6 @@ class Forecast:
         weights = ", ".join(f"{readable(n)} of {name}" for name, n in self.weights.items())
         kept = "statistics" if self.storage.kind == "gram" else "rows"
         where = "on disk" if self.storage.on_disk else "in memory"
-        per = self.flops / self.samples
         loaded = "; planned from the loaded model"
         twin = ", half of it the twin's" if self.twin else ""
         return "\n".join(
@@ -90,9 +90,9 @@ class Forecast:
                 f"memory   weights      {weights}{twin}",
                 f"         activations  {readable(self.activations)}, most at once in a batch",
                 f"         {kept:12} {readable(self.storage.size)} {where}{twin}",
-                f"time     forward      about {_time(self.seconds['forward'])} "
-                f"({per / 1e9:,.2f} GFLOP a sample)",
-                f"         probing      about {_time(self.seconds['pool'])} of pooling and "
+                f"time     forward      {_time(self.seconds['forward'])} "
+                f"({_operations(self.flops / self.samples)} a sample)",
+                f"         probing      {_time(self.seconds['pool'])} of pooling and "
                 f"{_time(self.seconds['solve'])} of solving: {self.share:.1%} of the time",
                 f"Tokens, operations and activations: {self.how}.",
                 "Times are by this machine's speed, measured now, and good to a factor of three; "
@@ -124,9 +124,15 @@ def _range(names: Sequence[str]) -> str:
 
 
 def _time(seconds: float) -> str:
+    if seconds < 0.1:
+        return "under 0.1 s"
     if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        return f"about {seconds:.2g} s" if seconds < 10 else f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"
+
+
+def _operations(flops: float) -> str:
+    return "under 0.01 GFLOP" if flops < 1e7 else f"{flops / 1e9:,.2f} GFLOP"
 
 
 def plan(
@@ -166,8 +172,10 @@ def plan(
     Parameters
     ----------
     model, data, sites, pool, prompts, split, group, alphas, select, storage, targets, baselines
-        As for `probe`, and so are all others. `device_map`, `merge`, `check` and `progress` change
-        nothing here; the weights of an adapter are not counted.
+        As for `probe`, and so are all others. `device_map`, `merge` and `check` change nothing
+        here; the weights of an adapter are not counted.
+    progress
+        Say on stderr when the machine's speed is measured, which takes a few seconds.
 
     Returns
     -------
@@ -197,11 +205,16 @@ def plan(
         made = load(model, device=device, dtype=dtype)
         where = made.device
     made, asked = asked.of_model(made)
-    return _forecast(made, asked, where, scratch)
+    return _forecast(made, asked, where, scratch, progress=progress)
 
 
 def _forecast(
-    model: Model, asked: Request, where: torch.device, scratch: str | Path | None
+    model: Model,
+    asked: Request,
+    where: torch.device,
+    scratch: str | Path | None,
+    *,
+    progress: bool,
 ) -> Forecast:
     options, samples = asked.options, asked.given.samples
     seen, example, pools = _look(
@@ -218,6 +231,8 @@ def _forecast(
     if scratch:
         check_space(Path(scratch), kept.kept)
     batch = min(budget.fit(example.tokens), len(samples))
+    if progress:
+        print("measuring how fast this machine is ...", file=sys.stderr, flush=True)
     weights = weight_bytes(model.module).items()
     return Forecast(
         model=model.name,
@@ -320,10 +335,12 @@ def _solving(
     example: Example, tasks: Sequence[Task], targets: int, alphas: Sequence[float], select: Select
 ) -> float:
     """Seconds of solving every site and pool, in every cross-validation and for all samples."""
-    total = 0.0
-    for width in set(example.widths):
-        times = example.widths.count(width)
-        for task in tasks:
-            n = int((task.fold >= 0).sum())
-            total += times * solve_seconds(n, width, targets, task.folds, alphas, select)
+    sizes = [
+        (int((task.fold >= 0).sum()), width, task.folds)
+        for task in tasks
+        for width in example.widths
+    ]
+    n, width, folds = max(sizes, key=lambda size: solve_work(*size))
+    rate = solve_rate(n, width, targets, folds, alphas, select)
+    total = sum(solve_work(*size) for size in sizes) / rate
     return total * (1 + 1 / sum(task.folds for task in tasks))  # a last fit, to everybody

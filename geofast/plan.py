@@ -233,4 +233,6 @@ def _memory() -> int:
 
 def readable(n: int) -> str:
     """Write a number of bytes for people."""
+    if 0 < n < 2**20:
+        return "under 1 MB"
     return f"{n / 2**20:,.0f} MB" if n < 2**30 else f"{n / 2**30:,.1f} GB"

@@ -1,5 +1,8 @@
 """What `plan` says before weights are loaded, against what a run does."""
 
+import re
+import time
+
 import families
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from geofast.cli import main
 from geofast.data import from_arrays
 from geofast.models.inputs import text_collate
 from geofast.models.skeleton import has_skeleton, skeleton, weight_bytes
+from geofast.speed import solve_rate, solve_work
 from geofast.survey import estimate, survey, token_count
 
 # PaliGemma's processor hands numpy what it deprecates.
@@ -185,7 +189,7 @@ def test_what_is_printed(tmp_path):
     assert "30 samples, 2 prompt(s); batches of 30 samples, at most 1,024 tokens" in text
     assert "vision.embed to vision.layers.2 (4)" in text
     assert "17 x 32   cls" in text
-    assert "weights      0 MB of float32" in text
+    assert "weights      under 1 MB of float32" in text
     assert "activations" in text
     assert f"{told.share:.1%} of the time" in text
     assert 0 < told.share < 1
@@ -215,6 +219,42 @@ def test_a_class_that_needs_numbers_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.AutoModel, "from_config", numbers)
     with pytest.raises(RuntimeError, match=r"vit cannot be built without its weights \(Tensor"):
         gf.plan(folder, photos())
+
+
+def test_planning_takes_no_longer_than_what_it_plans(tmp_path):
+    """Fifty folds have 1,225 pairs; measured as they are, they took minutes."""
+    folder = save(families.vit, tmp_path)
+    r = np.random.default_rng(0)
+    images = [np.full((8, 8, 3), i % 251, np.uint8) for i in range(2000)]
+    data = from_arrays(images, r.uniform(-60, 60, 2000), r.uniform(-90, 90, 2000))
+    gf.plan(folder, data, split=gf.KFold(5))
+    start = time.perf_counter()
+    many = gf.plan(folder, data, split=[gf.KFold(50), *(gf.Blocks(20 + i) for i in range(8))])
+    assert time.perf_counter() - start < 20
+    assert many.seconds["solve"] > gf.plan(folder, data, split=gf.KFold(5)).seconds["solve"]
+
+
+@pytest.mark.parametrize(("samples", "width", "select"), [(800, 96, "loo"), (4000, 256, "gcv")])
+def test_solving_is_told_from_a_smaller_size(samples, width, select):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(samples, width, generator=generator)
+    y = (x[:, :2] + torch.randn(samples, 2, generator=generator)).double()
+    fold = torch.arange(samples) % 5
+    told = solve_work(samples, width, 5) / solve_rate(samples, width, 2, 5, gf.ALPHAS, select)
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        gf.cross_validate(x, y, fold, select=select, inner=True)
+        took.append(time.perf_counter() - start)
+    assert 1 / 4 < told / min(took) < 4
+
+
+def test_little_is_not_told_in_many_digits(tmp_path):
+    text = str(gf.plan(save(families.vit, tmp_path), photos(), split=gf.KFold(2)))
+    assert re.search(r"forward +(under 0\.1|about \d+(\.\d+)?) s \(under 0\.01 GFLOP a", text)
+    assert re.search(r"activations +under 1 MB", text)
+    assert re.search(r"rows +under 1 MB in memory", text)
+    assert not re.search(r"e-\d\d|[^.,\d]0(\.0+)? (s|MB|GFLOP)", text)
 
 
 def test_a_budget_and_a_cap_are_told(tmp_path):
@@ -262,7 +302,8 @@ def test_the_command(tmp_path, capsys):
     model = without_weights(save(families.vit, tmp_path / "model"))
     options = ["--folds", "2", "--pool", "mean:patch", "--batch-size", "3", "--unchecked"]
     assert main(["plan", str(model), str(table), *options]) == 0
-    out = capsys.readouterr().out
+    out, told = capsys.readouterr()
+    assert told.endswith("measuring how fast this machine is ...\n")
     assert "12 samples, 1 prompt(s); batches of 3 samples" in out
     assert "vision.embed to vision.layers.2 (4)" in out
     assert main(["plan", str(model), str(table), "--sites", "lm.*"]) == 1

@@ -179,7 +179,7 @@ def probe(
         },
         "seconds": clock.seconds,
         "versions": _versions(),
-        "honest": honest_best(solved, layers),
+        "honest": honest_best(solved, layers, asked.targets),
         "checks": [asdict(c) for c in checks],
         "warnings": [
             *model.notes, *unchecked, *missing, *passes.budget.warnings, *warned,

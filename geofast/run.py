@@ -171,12 +171,13 @@ class Run:
         `dtype`, `seeds` (by split), `final_alpha` (how the penalty of `probes` was chosen),
         `counts` (samples `read`, samples `skipped`, and `why`: a sentence for each of those),
         `seconds` per stage, `warnings` (a list of sentences),
-        `honest` (split -> site, pool, prompt, r2, r2_se of the best layer, chosen on inner folds
-        and scored on outer ones, and `chosen`: the probe of every fold). `arguments["split"]`
-        has every split in full, with folds, seed and cell size.
+        `honest` (split -> site, pool, prompt, r2, r2_se, r2_<target>, r2_se_<target> of the best
+        layer, chosen on inner folds and scored on outer ones, and `chosen`: the probe of every
+        fold). `arguments["split"]` has every split in full, with folds, seed and cell size.
     layers : DataFrame
         One row per site x pool x prompt x group x split, controls among them: `site, tower,
-        layer, pool, prompt, group, split, control, n, d, alpha, r2, r2_se, r2_<target>, ...`.
+        layer, pool, prompt, group, split, control, n, d, alpha, r2, r2_se, r2_<target>,
+        r2_se_<target>, ...`.
         `alpha` is the one that all folds chose, or the geometric mean of theirs where they
         differ. `control`, `prompt` and `group` are empty text where they do not apply; `layer` is
         missing where a site is no block. A column that was not computed is absent.
@@ -256,7 +257,7 @@ class Run:
         honest = self.info.get("honest", {}).get(split)
         row = self.rows_of(split).sort_values("r2", ascending=False, kind="stable").iloc[0]
         if pd.isna(row["r2"]):
-            msg = f"no site of split {split!r} has an R2; is every target constant?"
+            msg = f"no site of split {split!r} has an R²; is every target constant?"
             raise ValueError(msg)
         return BestLayer(split, _choice(row), None if honest is None else _choice(honest))
 
@@ -283,7 +284,7 @@ class Run:
     def summary(self) -> str:
         """Tell the run in at most 100 columns: the best sites of every split and group.
 
-        The last line is one sentence on what was found, as long as it takes.
+        The last paragraph is one sentence on what was found.
         """
         from .report import text
 

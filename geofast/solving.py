@@ -193,7 +193,7 @@ def far_out(found: Extracted, samples: Samples) -> list[str]:
         f"{len(who)} of {len(samples)} samples {'has' if len(who) == 1 else 'have'} a row more "
         f"than {_FAR} times as long as the median row, up to {float(times.max()):.0f} times, at "
         f"{len(sites)} {_several('site', sites)} ({_several('pool', pools)} {', '.join(pools)}"
-        f"{words}): {', '.join(who[:3])}{more}. One such row can decide an R²: {in_words}{leave}"
+        f"{words}): {', '.join(who[:3])}{more}. Such a row can decide an R²: {in_words}{leave}"
     ]
 
 

@@ -44,6 +44,7 @@ def layers_table(
         }
         for i, name in enumerate(targets):
             row[f"r2_{name}"] = float(r2[:, i].mean())
+            row[f"r2_se_{name}"] = _standard_error(r2[:, i])
             row[f"rmse_{name}"] = float(s.solution.mse[:, i].sqrt().mean())
         rows.append(row | _row_scores(s, task, y, targets))
     table = pd.DataFrame(rows)
@@ -84,7 +85,9 @@ def _standard_error(per_fold: torch.Tensor) -> float:
     return float(per_fold.std() / len(per_fold) ** 0.5)
 
 
-def honest_best(solved: Sequence[Solved], layers: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def honest_best(
+    solved: Sequence[Solved], layers: pd.DataFrame, targets: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """Choose the probe on inner folds, score it on outer ones; by split, for everybody."""
     honest = {}
     for split in dict.fromkeys(layers["split"]):
@@ -93,9 +96,9 @@ def honest_best(solved: Sequence[Solved], layers: pd.DataFrame) -> dict[str, dic
         if not candidates or candidates[0].solution.inner_r2 is None:
             continue
         inner = torch.stack([c.inner_r2 for c in candidates])
-        outer = torch.stack([c.r2 for c in candidates])
         chosen = inner.nan_to_num(-torch.inf).argmax(0)
-        r2 = outer[chosen, torch.arange(len(chosen))]
+        by_target = torch.stack([_outer(candidates[c], f) for f, c in enumerate(chosen.tolist())])
+        r2 = by_target.mean(1)
         names = [key(c.site, c.pool, c.prompt) for c in (candidates[int(i)] for i in chosen)]
         most = candidates[int(chosen.mode().values)]
         honest[split] = {
@@ -104,9 +107,16 @@ def honest_best(solved: Sequence[Solved], layers: pd.DataFrame) -> dict[str, dic
             "prompt": most.prompt,
             "r2": float(r2.mean()),
             "r2_se": _standard_error(r2),
+            **{f"r2_{t}": float(by_target[:, i].mean()) for i, t in enumerate(targets)},
+            **{f"r2_se_{t}": _standard_error(by_target[:, i]) for i, t in enumerate(targets)},
             "chosen": names,
         }
     return honest
+
+
+def _outer(s: Solved, fold: int) -> torch.Tensor:
+    assert s.solution.r2 is not None
+    return s.solution.r2[fold]
 
 
 def predictions_table(

@@ -423,6 +423,10 @@ def test_the_honest_best_is_chosen_on_inner_folds(language):
         assert honest["chosen"] == [[*found.rows][i] for i in chosen]
         assert honest["r2"] == pytest.approx(r2.mean(), abs=1e-9)
         assert honest["r2_se"] == pytest.approx(r2.std(ddof=1) / 5**0.5, abs=1e-9)
+        of_longitude = torch.stack([solved[i].r2[f, 1] for f, i in enumerate(chosen)]).numpy()
+        assert honest["r2_longitude"] == pytest.approx(of_longitude.mean(), abs=1e-9)
+        se = of_longitude.std(ddof=1) / 5**0.5
+        assert honest["r2_se_longitude"] == pytest.approx(se, abs=1e-9)
         named_one = "/".join([honest["site"], honest["pool"], honest["prompt"]])
         count = honest["chosen"].count
         assert count(named_one) == max(map(count, honest["chosen"]))

@@ -15,6 +15,7 @@ import geofast.run
 from geofast.geo import great_circle_km
 from geofast.report import figures, layer_curve, map_of_predictions, page, text
 from geofast.report.text import Table, finding
+from geofast.report.verdict import Score, reads
 from geofast.run import Run
 
 PALETTE = {"vermillion": "#D55E00", "blue": "#0072B2", "grey": "#6e6e6e"}
@@ -58,7 +59,11 @@ WHERE = "(vision.layers.0, cls; random folds)."
         (0.502, 0.498, "reads latitude and longitude equally well: R² 0.502 and 0.498"),
         (0.5, -0.2, "reads latitude but not longitude: R² 0.500 against -0.200"),
         (-3.0, 0.5, "reads longitude but not latitude: R² 0.500 against -3.000"),
-        (-0.05, -0.4, "reads neither latitude nor longitude: R² -0.050 against -0.400"),
+        (
+            -0.4,
+            -0.05,
+            "reads neither longitude nor latitude (R²: longitude -0.050, latitude -0.400; ",
+        ),
         # 0.04 is within 1.96 standard errors of 0.021 of nothing, 0.05 is not.
         (0.5, 0.04, "reads latitude but not longitude: R² 0.500 against 0.040"),
         (0.5, 0.05, "reads latitude better than longitude: R² 0.500 against 0.050"),
@@ -67,7 +72,89 @@ WHERE = "(vision.layers.0, cls; random folds)."
 def test_finding_is_true_of_the_numbers(latitude: float, longitude: float, said: str) -> None:
     mean = (latitude + longitude) / 2
     run = one_row(r2=mean, r2_latitude=latitude, r2_longitude=longitude)
+    where = WHERE.removeprefix("(") if said.endswith("; ") else f" {WHERE}"
+    assert finding(run)[0] == f"dinov2-small {said}{where}"
+
+
+def test_a_target_is_judged_by_its_own_standard_error() -> None:
+    run = one_row(r2=0.3, r2_latitude=0.5, r2_longitude=0.1)
+    assert "reads latitude better than longitude" in finding(run)[0]
+    run.layers = run.layers.assign(r2_se_latitude=0.01, r2_se_longitude=0.06)
+    assert finding(run)[0].startswith("dinov2-small reads latitude but not longitude: R² 0.500 ag")
+
+
+@pytest.mark.parametrize(
+    ("twin", "said"),
+    [
+        # 1.96 standard errors of a difference of two scores that have 0.021 each are 0.058.
+        ((0.3, 0.1), "reads latitude better than longitude: R² 0.500 against 0.300"),
+        ((0.3, 0.25), "reads latitude more than its random twin, longitude not clearly more: "
+         "R² 0.500 against 0.300, 0.300 against 0.250"),
+        ((0.51, 0.1), "reads longitude more than its random twin, latitude no more: "
+         "R² 0.300 against 0.100, 0.500 against 0.510"),
+        ((0.5, 0.31), "reads latitude and longitude no more than its random twin: "
+         "R² 0.500 against 0.500, 0.300 against 0.310"),
+        ((0.45, 0.31), "reads latitude and longitude not clearly more than its random twin: "
+         "R² 0.500 against 0.450, 0.300 against 0.310"),
+    ],
+)  # fmt: skip
+def test_nothing_is_read_that_a_random_twin_reads_too(twin: tuple[float, float], said: str) -> None:
+    run = one_row(r2=0.4, r2_latitude=0.5, r2_longitude=0.3)
+    r2 = {"r2": sum(twin) / 2, "r2_latitude": twin[0], "r2_longitude": twin[1]}
+    random = run.layers.assign(control="random-weights", **r2)
+    run.layers = pd.concat([run.layers, random], ignore_index=True)
     assert finding(run)[0] == f"dinov2-small {said} {WHERE}"
+
+
+def test_what_is_not_read_at_all_is_not_held_against_the_twin() -> None:
+    run = one_row(r2=0.12, r2_latitude=0.2, r2_longitude=0.04)
+    random = run.layers.assign(control="random-weights")
+    run.layers = pd.concat([run.layers, random], ignore_index=True)
+    said = "reads latitude no more than its random twin, and not longitude: R² 0.200 against 0.200"
+    assert finding(run)[0] == f"dinov2-small {said} {WHERE}"
+    run.layers["r2_latitude"] = run.layers["r2_longitude"]
+    assert finding(run)[0].startswith("dinov2-small reads neither latitude nor longitude (R²: ")
+
+
+def test_the_layer_chosen_on_inner_folds_has_the_last_word() -> None:
+    run = one_row(r2=0.2, r2_latitude=0.5, r2_longitude=0.3)
+    place = {"site": "vision.embed", "pool": "cls", "prompt": ""}
+    good = {"r2": 0.2, "r2_se": 0.05, "r2_latitude": 0.4, "r2_longitude": 0.2}
+    run.info["honest"] = {"kfold": place | good}
+    claim = f"dinov2-small reads latitude better than longitude: R² 0.500 against 0.300 {WHERE}"
+    assert finding(run)[0] == claim
+    errors = {"r2_longitude": -30.0, "r2_se_latitude": 0.05, "r2_se_longitude": 29.0}
+    run.info["honest"] = {"kfold": place | good | errors}
+    chosen = "(the layer chosen on inner folds; random folds)."
+    said = "reads latitude but not longitude: R² 0.400 against -30.000"
+    assert finding(run)[0] == f"dinov2-small {said} {chosen}"
+    run.info["honest"] = {"kfold": place | {"r2": -736.4, "r2_se": 736.5}}  # an older run's
+    said = "does not read latitude and longitude: R² -736.400"
+    assert finding(run)[0] == f"dinov2-small {said} {chosen}"
+    run.info["honest"] = {"kfold": place | {"r2": 0.2, "r2_se": 0.05}}
+    assert finding(run)[0] == claim
+
+
+def test_many_targets_are_told_by_the_best_and_the_worst() -> None:
+    def said(*twin: float) -> str:
+        known = {"a": Score(0.5, 0.02), "b": Score(0.3, 0.02), "c": Score(-0.2, 0.02)}
+        return reads(known, dict(zip("abc", map(Score, twin), strict=bool(twin))), "here")
+
+    more = "clearly more than its random twin: R² of a 0.500 against"
+    assert said() == (
+        "reads 2 of 3 targets, a best and c worst: R² 0.500 against -0.200, 0.200 on average (here)"
+    )
+    assert said(0.1, 0.1, 0.1) == said()
+    assert said(0.4, 0.3, 0.2) == (
+        f"reads 1 of 3 targets {more} 0.400, 0.200 against 0.300 on average (here)"
+    )
+    assert said(0.6, 0.3, 0.0) == (
+        f"reads none of 3 targets {more} 0.600, 0.200 against 0.300 on average (here)"
+    )
+    nothing = {t: Score(-0.1) for t in "abc"}
+    assert reads(nothing, {}, "here") == (
+        "reads none of 3 targets (R²: a -0.100, c -0.100, -0.100 on average; here)"
+    )
 
 
 def test_finding_of_other_targets_and_missing_numbers() -> None:
@@ -126,10 +213,10 @@ def test_summary_fits_a_terminal(shift: float) -> None:
         shift=shift,
     )
     summary = run.summary()
-    *lines, last = summary.splitlines()
-    assert max(map(len, lines)) <= 100
-    assert last == finding(run)[0]
-    assert "falls to" in " ".join(lines)
+    assert max(map(len, summary.splitlines())) <= 100
+    last = summary.rpartition("\n\n")[2]
+    assert last.replace("\n", " ") == finding(run)[0]
+    assert "falls to" in " ".join(summary.split())
     assert "Folds by country" in summary
     best = run.rows_of("group:country")["r2"].max()
     assert f"{best:.3f} ± 0.021" in summary
@@ -168,9 +255,8 @@ def test_summary_tells_warnings() -> None:
     run = example_run(60, splits=("kfold",))
     assert "Warning" not in run.summary()
     run.info["warnings"] = ["one " * 40 + "end", "another"]
-    *lines, _ = run.summary().splitlines()
-    assert max(map(len, lines)) <= 100
-    said = " ".join(" ".join(lines).split())
+    assert max(map(len, run.summary().splitlines())) <= 100
+    said = " ".join(run.summary().split())
     assert f"Warning: {'one ' * 40}end Warning: another" in said
 
 
@@ -214,7 +300,9 @@ def with_random_weights(run: Run) -> Run:
     """Add a control that has the run's own sites: 0.3 below, or 0.5 after the first pool."""
     random = run.layers[run.layers["control"] == ""].copy()
     random["control"] = "random-weights"
-    random["r2"] -= np.where(random["pool"] == random["pool"].iloc[0], 0.3, 0.5)
+    less = np.where(random["pool"] == random["pool"].iloc[0], 0.3, 0.5)
+    for column in ("r2", "r2_latitude", "r2_longitude"):
+        random[column] -= less
     run.layers = pd.concat([run.layers, random], ignore_index=True)
     return run
 
@@ -227,7 +315,8 @@ def test_controls_stand_beside_every_r2(tmp_path: Path) -> None:
     assert [row[-1] for row in table.cells] == [f"{best[0] - 0.3:.3f}", f"{best[1] - 0.5:.3f}"]
     assert [row[-2] for row in table.cells] == ["0.200", "0.200"]
     by_site = text.layers_by_site(run, "kfold")
-    assert by_site.headers == ["site", "cls", "random", "mean:patch", "random", "raw pixels"]
+    beside = ["cls", "random: cls", "mean:patch", "random: mean:patch"]
+    assert by_site.headers == ["site", *beside, "raw pixels"]
     for cells in by_site.cells:
         r2 = run.rows_of("kfold").query(f"site == '{cells[0]}'").set_index("pool")["r2"]
         cls, patch = r2["cls"], r2["mean:patch"]
@@ -237,9 +326,12 @@ def test_controls_stand_beside_every_r2(tmp_path: Path) -> None:
     page.write_report(run, tmp_path)
     pages = [(tmp_path / name).read_text() for name in ("README.md", "report.html")]
     assert table.markdown() in pages[0]
-    assert "<th>mean:patch</th><th>random</th><th>raw pixels</th>" in pages[1]
+    assert "<th>mean:patch</th><th>random: mean:patch</th><th>raw pixels</th>" in pages[1]
     for words in pages:
-        assert "Crosses are controls, in the colour of the same pool. Grey lines are" in words
+        assert (
+            "Thin lines are controls: raw pixels with grey squares, random-weights with crosses "
+            "in the colour of the same pool."
+        ) in words
     lines = [line for line in layer_curve(run).axes[0].lines if line.get_marker() == "x"]
     drawn = [[float(v) for v in line.get_ydata()] for line in lines[:2]]
     for pool, offset, values, line in zip(
@@ -282,7 +374,9 @@ def test_raw_inputs_with_prompts_stand_beside_their_prompt() -> None:
 def test_a_control_that_scores_as_high_is_said() -> None:
     run = with_random_weights(example_run(60, splits=("kfold",)))
     assert "no sign of learning" not in lines_of(run)
-    run.layers.loc[run.layers["control"] == "random-weights", "r2"] += 0.4
+    twin = run.layers["control"] == "random-weights"
+    run.layers.loc[twin, ["r2", "r2_latitude", "r2_longitude"]] += 0.4
+    assert "no more than its random twin" in finding(run)[0]
     said = "random-weights scores no lower than dinov2-small, whose R² is then no sign of learning."
     assert said in lines_of(run)
     assert said in " ".join(run.summary().split())
@@ -294,8 +388,7 @@ def test_a_summary_with_prompts_and_controls_fits_a_terminal(tower: str) -> None
     run = example_run(60, blocks=30, tower=tower, pools=("last", "mean:patch"), prompts=asked)
     run = with_random_weights(run)
     run.layers["control"] = run.layers["control"].replace({"raw pixels": "pixels"})
-    *lines, _ = run.summary().splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, run.summary().splitlines())) <= 100
     assert "\n2: The city of {name}\n" in run.summary()
 
 
@@ -470,7 +563,7 @@ def test_captions_speak_of_what_is_drawn(tmp_path: Path) -> None:
     run.predictions = pd.DataFrame()
     page.write_report(run, tmp_path)
     readme = (tmp_path / "README.md").read_text()
-    assert "Grey lines are controls. The star is the layer" in readme
+    assert "Thin lines are controls: raw pixels with grey squares. The star is the la" in readme
     run.layers = run.layers[run.layers["control"] == ""].drop(columns="r2_se")
     run.info["honest"] = {}
     page.write_report(run, tmp_path)

@@ -44,7 +44,7 @@ def test_rows_far_longer_than_the_others_are_warned_of() -> None:
     (said,) = far_out(one, samples())
     assert said == (
         "1 of 40 samples has a row more than 20 times as long as the median row, up to 150 times, "
-        "at 2 sites (pool last, prompt '{name}'): arrays, id 29 ('town 29'). One such row can "
+        "at 2 sites (pool last, prompt '{name}'): arrays, id 29 ('town 29'). Such a row can "
         "decide an R²: put words before the text in the prompt, or leave the sample out"
     )
 
@@ -57,7 +57,7 @@ def test_of_many_long_rows_the_first_are_named_and_the_others_counted() -> None:
     (said,) = far_out(one, samples(kind="image"))
     assert said == (
         "5 of 40 samples have a row more than 20 times as long as the median row, up to 30 times, "
-        "at 1 site (pools cls, max:patch): 0.jpg, 3.jpg, 6.jpg and 2 more. One such row can "
+        "at 1 site (pools cls, max:patch): 0.jpg, 3.jpg, 6.jpg and 2 more. Such a row can "
         "decide an R²: leave the samples out"
     )
 

@@ -7,16 +7,20 @@ matplotlib is loaded by the first figure, not by the import.
 from __future__ import annotations
 
 import io
+import math
 import re
 import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from . import text
+from .numbers import km, number, with_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +37,19 @@ MAP_SAMPLES = 400  # more lines than this hide each other
 # Okabe and Ito's palette (2008), told apart with any colour vision; yellow left out on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _TARGET_LINES = ("--", ":", "-.")
+# A marker for each control: dashes and dots are of targets. Some have sites, raw inputs have none.
+_SITE_MARKS = {
+    "crosses in the colour of the same pool": "x",
+    "plus signs in the colour of the same pool": "+",
+}
+_INPUT_MARKS = {
+    "grey squares": "s",
+    "grey diamonds": "D",
+    "grey triangles": "^",
+    "grey circles": "o",
+}
 _GREY = "#6e6e6e"
+_CHARACTER = 0.085  # inches, of a label
 _FLOOR = -0.5  # R2 below 0 is worse than the mean; how much worse would squash the rest
 _KM_EDGES = (0, 250, 1000, 2500, 5000, 20040)  # the last one is half the Earth's circumference
 
@@ -68,8 +84,9 @@ def layer_curve(run: Run) -> Figure:
     """Draw R2 against depth: a panel per split, a line per pool and prompt.
 
     Bands are 1.96 standard errors over folds. A control that has the model's sites is a line of
-    crosses for each of the model's, in its colour; another is a grey level. The star is the layer
-    chosen on inner folds and scored on outer ones. The title is the finding.
+    crosses for each of the model's, in its colour; another is a grey level with marks of its own.
+    The star is the layer chosen on inner folds and scored on outer ones, a black line its R2 where
+    no layer was chosen by most folds. The title is the finding.
 
     Parameters
     ----------
@@ -87,7 +104,7 @@ def layer_curve(run: Run) -> Figure:
     for split, axes in zip(run.splits, panels, strict=False):
         _draw_split(axes, run, split, places)
         _mark_honest(axes, run, split, places, 94 // columns)
-        _label_depths(axes, places)
+        _label_depths(axes, places, 9.2 / columns)
         _say_what_is_cut(axes, run, split)
     for axes in panels[len(run.splits) :]:
         axes.set_visible(False)
@@ -150,83 +167,131 @@ def _draw_split(axes: Axes, run: Run, split: str, places: dict[str, int]) -> Non
     series = _series(rows)
     thin = len(series) <= 2 and 2 <= len(targets) <= 3
     for i, (name, part) in enumerate(series.items()):
-        x = part["site"].map(lambda s: places[_trunk(s)[0]]).to_numpy(np.float64)
-        r2 = part["r2"].to_numpy(np.float64)
+        part = _apart(part)
+        x, r2 = _across(part, places), part["r2"].to_numpy(np.float64)
         colour = COLOURS[i % len(COLOURS)]
         style = "-" if i < len(COLOURS) else "--"
         if "r2_se" in part.columns:
-            margin = 1.96 * part["r2_se"].to_numpy(np.float64)
-            axes.fill_between(x, r2 - margin, r2 + margin, color=colour, alpha=0.18, linewidth=0)
+            low, high = _band(part)
+            shown = ~_too_wide(part)
+            axes.fill_between(x, low, high, where=shown, color=colour, alpha=0.18, linewidth=0)
+        label = _label_of(run, name)
         mean = ", mean" if thin else ""
-        axes.plot(
-            x,
-            r2,
-            style,
-            color=colour,
-            lw=2.2,
-            marker="o",
-            ms=3.5,
-            label=_label_of(run, name) + mean,
-        )
+        axes.plot(x, r2, style, color=colour, lw=2.2, marker="o", ms=3.5, label=label + mean)
         for target, dashes in zip(targets if thin else (), _TARGET_LINES, strict=False):
-            label = f"{_label_of(run, name)}, {target}"
-            axes.plot(x, part[f"r2_{target}"], dashes, color=colour, lw=1.2, label=label)
+            of_target = f"{label}, {target}"
+            axes.plot(x, part[f"r2_{target}"], dashes, color=colour, lw=1.2, label=of_target)
     _draw_controls(axes, run, split, places)
     axes.axhline(0, color="#b0b0b0", lw=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=10)
 
 
+def _apart(rows: pd.DataFrame) -> pd.DataFrame:
+    """Put an empty row where a segment ends: what does not follow on is not joined by a line."""
+    segment = rows["site"].map(lambda s: _segment(_trunk(s)[0]))
+    first = np.flatnonzero(segment.to_numpy()[1:] != segment.to_numpy()[:-1]) + 1
+    order = np.insert(np.arange(len(rows)), first, -1)
+    return rows.reset_index(drop=True).reindex(order)
+
+
+def _across(rows: pd.DataFrame, places: dict[str, int]) -> Array:
+    """Places on the depth axis; none for an empty row."""
+    sites = rows["site"].map(lambda s: places[_trunk(s)[0]], na_action="ignore")
+    return np.asarray(sites, dtype=np.float64)
+
+
+def _band(rows: pd.DataFrame) -> tuple[Array, Array]:
+    r2, margin = rows["r2"].to_numpy(np.float64), 1.96 * rows["r2_se"].to_numpy(np.float64)
+    return r2 - margin, r2 + margin
+
+
+def _too_wide(rows: pd.DataFrame) -> NDArray[np.bool_]:
+    """Tell which bands cover all of the axis, where they would hide the rest and say nothing."""
+    low, high = _band(rows)
+    return (low < _FLOOR) & (high > 1)
+
+
+def leaves_bands_out(run: Run) -> bool:
+    """Tell whether a band is wider than the axis, and not drawn."""
+    rows = pd.concat([run.rows_of(split) for split in run.splits])
+    return "r2_se" in rows.columns and bool(_too_wide(rows).any())
+
+
+def control_marks(run: Run, split: str) -> dict[str, str]:
+    """Return what marks the line of every control of a split, in the words of a caption."""
+    marks = {True: iter(_SITE_MARKS), False: iter(_INPUT_MARKS)}
+    by_control = run.controls_of(split).groupby("control", sort=False)
+    return {
+        str(control): next(marks[text.has_sites(run, rows)], "no marks")
+        for control, rows in by_control
+    }
+
+
 def _draw_controls(axes: Axes, run: Run, split: str, places: dict[str, int]) -> None:
-    """Crosses for a control that has layers, in the colour of its pool; a grey level for others."""
+    """Draw a control that has layers in the colours of its pools, another in grey."""
     own = {name: i for i, name in enumerate(_series(run.rows_of(split)))}
-    styles = ((0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)))
-    for i, (control, rows) in enumerate(run.controls_of(split).groupby("control", sort=False)):
+    marks = {"no marks": "", **_SITE_MARKS, **_INPUT_MARKS}
+    kinds = control_marks(run, split)
+    for control, rows in run.controls_of(split).groupby("control", sort=False):
+        style: dict[str, Any] = {"marker": marks[kinds[str(control)]], "lw": 0.8, "ms": 4.5}
         label = f"control: {control}"
         if not text.has_sites(run, rows):
-            ends = [0, max(len(places) - 1, 1)]
-            style = styles[i % len(styles)]
-            highest = [rows["r2"].max()] * 2
-            axes.plot(ends, highest, linestyle=style, color=_GREY, lw=1.6, label=label)
+            x = [*places.values()] if len(places) > 1 else [0, 1]
+            style |= {"color": _GREY, "mfc": "white", "label": label}
+            axes.plot(x, [rows["r2"].max()] * len(x), **style)
             continue
         for name, part in _series(rows).items():
-            x = part["site"].map(lambda s: places[_trunk(s)[0]])
+            part = _apart(part)
             colour = COLOURS[own[name] % len(COLOURS)]
-            axes.plot(x, part["r2"], color=colour, lw=0.8, marker="x", ms=4.5)
-        axes.plot([], [], color=_GREY, lw=0.8, marker="x", ms=4.5, label=label)
+            axes.plot(_across(part, places), part["r2"], color=colour, **style)
+        axes.plot([], [], color=_GREY, label=label, **style)
 
 
 def _mark_honest(axes: Axes, run: Run, split: str, places: dict[str, int], width: int) -> None:
-    """Title the panel, and put the star; one below the axis stands at its edge with its value."""
+    """Title the panel, and put the star; one below the axis stands at its edge with its value.
+
+    Where the folds did not agree on a layer, there is a line at the R2 and no star.
+    """
     honest = run.best_layer(split).honest
     heading = text.split_words(split).capitalize()
     if honest is not None and _trunk(honest.site)[0] in places:
-        x, y = places[_trunk(honest.site)[0]], max(honest.r2, _FLOOR)
-        if y > honest.r2:
-            side = "left" if x < len(places) / 2 else "right"
-            axes.annotate(
-                f"R² {text.number(honest.r2)}",
-                (x, y),
-                (11 if side == "left" else -11, 4),
-                textcoords="offset points",
-                ha=side,
-                fontsize=10,
-            )
-        axes.plot(
-            x,
-            y,
-            "*",
-            clip_on=False,
-            ms=15,
-            mfc="white",
-            mec="black",
-            mew=1.2,
-            zorder=5,
-            label="honest best: chosen on inner folds",
-        )
-        heading += f": honest best R² {text.with_error(honest.r2, honest.r2_se)}\n"
+        if text.majority(run, split):
+            _star(axes, places[_trunk(honest.site)[0]], honest.r2, len(places))
+        else:
+            ends, y = [-0.5, max(len(places) - 0.5, 0.5)], max(honest.r2, _FLOOR)
+            label = "honest best: folds chose several places"
+            axes.plot(ends, [y, y], color="black", lw=1, clip_on=False, label=label)
+            if y > honest.r2:
+                _at_the_edge(axes, -0.5, f"honest best R² {number(honest.r2)}", "left")
+        heading += f": honest best R² {with_error(honest.r2, honest.r2_se)}\n"
         heading += _wrapped(text.honest_place(run, split), width)
-    axes.set_title(heading, fontsize=11, loc="left")
+    above = 20 if len(_segments(list(places))) > 1 else None  # room for their titles
+    axes.set_title(heading, fontsize=11, loc="left", pad=above)
+
+
+def _star(axes: Axes, x: int, r2: float, sites: int) -> None:
+    y = max(r2, _FLOOR)
+    if y > r2:
+        _at_the_edge(axes, x, f"R² {number(r2)}", "left" if x < sites / 2 else "right")
+    axes.plot(
+        x,
+        y,
+        "*",
+        clip_on=False,
+        ms=15,
+        mfc="white",
+        mec="black",
+        mew=1.2,
+        zorder=5,
+        label="honest best: chosen on inner folds",
+    )
+
+
+def _at_the_edge(axes: Axes, x: float, words: str, side: Literal["left", "right"]) -> None:
+    """Tell what lies below the axis."""
+    shift = (11 if side == "left" else -11, 4)
+    axes.annotate(words, (x, _FLOOR), shift, textcoords="offset points", ha=side, fontsize=10)
 
 
 def _say_what_is_cut(axes: Axes, run: Run, split: str) -> None:
@@ -235,32 +300,75 @@ def _say_what_is_cut(axes: Axes, run: Run, split: str) -> None:
     words = f"cut at {_FLOOR}"
     best = run.best_layer(split).optimistic.r2
     if best < _FLOOR:
-        words += f"; all sites are below, the highest R² is {text.number(best)}"
+        words += f"; all sites are below, the highest R² is {number(best)}"
     axes.text(
         0.99, 0.12, words, transform=axes.transAxes, ha="right", fontsize=10, color=_GREY,
         bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 2},
     )  # fmt: skip
 
 
-def _label_depths(axes: Axes, places: dict[str, int]) -> None:
-    """Tick as many sites as there is room for; towers are set apart by a line."""
+def _label_depths(axes: Axes, places: dict[str, int], width: float) -> None:
+    """Tick as many sites as there is room for; segments are set apart by lines, and have titles.
+
+    `width` is of the panel, in inches.
+    """
     sites = list(places)
     step = max(1, -(-len(sites) // 12))
-    shown: list[int] = []
+    ticks: dict[float, str] = {}
     for i, site in enumerate(sites):
         layer = re.search(r"\.layers\.(\d+)$", site)
         if not layer or int(layer[1]) % step == 0:
-            shown.append(i)
-    axes.set_xticks(shown, [_tick(sites[i]) for i in shown])
-    for i in range(1, len(sites)):
-        if _tower(sites[i]) != _tower(sites[i - 1]):
-            axes.axvline(i - 0.5, color="#d0d0d0", lw=1)
+            ticks[i] = site.rpartition(".")[2]
+    words = {x: tick for x, tick in ticks.items() if not tick.isdigit()}
+    kept = _apart_from_each_other(words, width / len(sites))
+    # Words are wide, so they stand below the numbers.
+    labels = [t if t.isdigit() else f"\n{t}" if x in kept else "" for x, t in ticks.items()]
+    axes.set_xticks(list(ticks), labels)
+    segments = _segments(sites)
+    for _, first, _ in segments[1:]:
+        axes.axvline(first - 0.5, color="#d0d0d0", lw=1)
+    titles = {(first + last) / 2: title for title, first, last in segments}
+    if len(titles) > 1:
+        for x, title in _apart_from_each_other(titles, width / len(sites)).items():
+            axes.text(
+                x, 1.02, title, transform=axes.get_xaxis_transform(), ha="center", fontsize=10,
+                color=_GREY,
+            )  # fmt: skip
     axes.set_xlim(-0.5, max(len(sites) - 0.5, 0.5))
 
 
-def _tick(site: str) -> str:
-    name = site.rpartition(".")[2]
-    return name if name.isdigit() else f"\n{name}"  # wide, so it stands below the numbers
+def _apart_from_each_other(labels: Mapping[float, str], inches: float) -> dict[float, str]:
+    """Leave out labels that would touch the one before; a site is so many `inches` wide."""
+    kept: dict[float, str] = {}
+    end = -math.inf
+    for x, label in labels.items():
+        half = len(label) * _CHARACTER / 2
+        if x * inches - half > end:
+            kept[x] = label
+            end = x * inches + half + _CHARACTER
+    return kept
+
+
+def _segments(sites: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Title, first and last place of what is one after the other: a tower, or a part beside others.
+
+    GeoCLIP's location encoder, for one, has three capsules that read the same input.
+    """
+    parts = [list(part) for _, part in groupby(enumerate(sites), lambda one: _segment(one[1]))]
+    towers = {_tower(site) for site in sites}
+    titles = []
+    for part in parts:
+        (first, site), (last, _) = part[0], part[-1]
+        title = _segment(site) if last > first else site.rpartition(".")[2]
+        if len(towers) == 1:
+            title = title.removeprefix(f"{_tower(site)}.")
+        titles.append((title, first, last))
+    return titles
+
+
+def _segment(site: str) -> str:
+    layer = re.fullmatch(r"(.+)\.layers\.\d+", site)
+    return layer[1] if layer else site.rpartition(".")[0] or site
 
 
 def _tower(site: str) -> str:
@@ -325,7 +433,7 @@ def map_of_predictions(run: Run) -> Figure:
         drawn = f"{MAP_SAMPLES} of {len(held):,} samples drawn" if some else f"{len(held)} samples"
         heading = f"{text.split_words(split).capitalize()}: {drawn}"
         if pd.notna(best.get("median_km")):
-            heading += f", median error{' of all' * some} {text.km(best['median_km'])} km"
+            heading += f", median error{' of all' * some} {km(best['median_km'])} km"
         heading += f" ({text.place(run, best['site'], best['pool'], best['prompt'])})"
         axes.set_title(_wrapped(heading, 104), fontsize=11, loc="left")
         _draw_map(axes, held, norm, colours)

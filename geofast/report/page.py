@@ -130,14 +130,19 @@ def _caption(run: Run, name: str) -> str:
         )
     said = ["Held-out R² by layer."]
     if "r2_se" in run.layers.columns:
-        said.append("Bands are ± 1.96 standard errors over folds.")
-    controls = [c for split in run.splits for _, c in run.controls_of(split).groupby("control")]
-    if any(text.has_sites(run, rows) for rows in controls):
-        said.append("Crosses are controls, in the colour of the same pool.")
-    if not all(text.has_sites(run, rows) for rows in controls):
-        said.append("Grey lines are controls.")
-    if any(run.best_layer(split).honest for split in run.splits):
+        wide = ", left out where they cover the axis" * figures.leaves_bands_out(run)
+        said.append(f"Bands are ± 1.96 standard errors over folds{wide}.")
+    marks = {
+        c: mark for split in run.splits for c, mark in figures.control_marks(run, split).items()
+    }
+    if marks:
+        told = ", ".join(f"{control} with {mark}" for control, mark in marks.items())
+        said.append(f"Thin lines are controls: {told}.")
+    agreed = {text.majority(run, split) for split in run.splits if run.best_layer(split).honest}
+    if True in agreed:
         said.append("The star is the layer chosen on inner folds and scored on outer ones.")
+    if False in agreed:
+        said.append("A black line is the R² of layers chosen on inner folds that differ by fold.")
     return " ".join(said)
 
 
@@ -178,6 +183,8 @@ def _markdown(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
         parts.append("\n".join(f"- {line}" for line in text.notes(run, split)))
         if (groups := text.groups_table(run, split)) is not None:
             parts.append(groups.markdown())
+    if left_out := text.skipped(run):
+        parts += [f"## {left_out[0]}", "\n".join(f"- {line}" for line in left_out[1:])]
     if prompts := text.long_prompts(run):
         # A prompt is told as it is, whatever Markdown would make of it.
         items = (f"{i}. `{p}`" for i, p in enumerate(prompts, 1))
@@ -242,6 +249,10 @@ def _html(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
         body.append(f'<p class="note">Warning: {escape(str(message))}</p>')
     body.append(f"<h2>Open it again</h2><pre>{escape(_again(told))}</pre>")
     body.append(f"<h2>Use</h2><p>{escape(USE)}</p>")
+    if why := run.info.get("counts", {}).get("why"):
+        items = "".join(f"<li>{escape(str(reason))}</li>" for reason in why)
+        heading = escape(text.skipped(run)[0])
+        body.append(f"<h2>{heading}</h2><details><summary>Why</summary><ol>{items}</ol></details>")
     body.append("<h2>R² by site</h2>")
     for split in run.splits:
         body.append(f"<h3>{escape(text.split_words(split).capitalize())}</h3>")

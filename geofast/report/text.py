@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from .numbers import km, number, with_error
+from .verdict import Score, denied, reads, score
+
 if TYPE_CHECKING:
     from ..run import Run
 
 SHORT = {"latitude": "lat", "longitude": "lon", "random-weights": "random"}
-_WIDTH = 100  # of a terminal
+WIDTH = 100  # of a terminal
 _LABEL = 20  # characters of a prompt label that a table shows
 _NARROW = 12  # beside several controls
+_NAMED = 5  # samples
 
 
 @dataclass(frozen=True)
@@ -106,28 +111,6 @@ def clip_label(label: str, width: int = _LABEL) -> str:
     return label if len(label) <= width else label[: width - 1] + "…"
 
 
-# ---------------------------------------------------------------- numbers
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """Write a number; a missing one is empty text."""
-    if value is None or pd.isna(value):
-        return ""
-    text = f"{float(value):.{digits}f}"
-    return text.lstrip("-") if float(text) == 0 else text
-
-
-def with_error(value: Any, se: Any, digits: int = 3) -> str:
-    """Write a number and its standard error, where there is one."""
-    error = number(se, digits)
-    return f"{number(value, digits)} ± {error}" if error else number(value, digits)
-
-
-def km(value: Any) -> str:
-    """Write kilometres, to the whole one."""
-    return "" if value is None or pd.isna(value) else f"{float(value):,.0f}"
-
-
 # ---------------------------------------------------------------- the finding
 
 
@@ -136,8 +119,7 @@ def finding(run: Run) -> list[str]:
     first, *others = run.splits
     best = top(run, first)
     name = model_name(run)
-    where = place(run, best["site"], best["pool"], best["prompt"])
-    sentences = [f"{name} {_reads(run, best)} ({where}; {split_words(first)})."]
+    sentences = [f"{name} {_verdict(run, first)}."]
     if pd.notna(best.get("median_km")):
         sentences.append(f"The median error of the best probe is {km(best['median_km'])} km.")
     honest = run.best_layer(first).honest
@@ -166,35 +148,30 @@ def top(run: Run, split: str) -> pd.Series[Any]:
     return run.rows_of(split).sort_values("r2", ascending=False, kind="stable").iloc[0]
 
 
-def _reads(run: Run, row: pd.Series[Any]) -> str:
-    """Say which targets are read, from R2 and 1.96 standard errors; true for any numbers."""
-    scores = {t: row.get(f"r2_{t}") for t in run.targets}
-    known = {t: float(r) for t, r in scores.items() if r is not None and pd.notna(r)}
+def _verdict(run: Run, split: str) -> str:
+    """Say which targets are read, and where.
+
+    By the best of the table, unless the layer chosen on inner folds does not read what that reads.
+    """
+    best = top(run, split)
+    claimed = _scores(run, best)
+    where = place(run, best["site"], best["pool"], best["prompt"])
+    if (row := run.info.get("honest", {}).get(split)) is not None:
+        honest = _scores(run, row)
+        if denied(claimed, honest):
+            claimed, where = honest, "the layer chosen on inner folds"
+    twins = [row for row in best_controls(run, split) if row["control"] == "random-weights"]
+    twin = _scores(run, twins[0]) if twins else {}
+    return reads(claimed, twin, f"{where}; {split_words(split)}")
+
+
+def _scores(run: Run, row: Any) -> dict[str, Score]:
+    """R2 of the targets that `row` has one of; with less than two, their mean under all names."""
+    known = {t: row.get(f"r2_{t}") for t in run.targets if pd.notna(row.get(f"r2_{t}"))}
     if len(known) < 2:
-        target = next(iter(known), " and ".join(run.targets) or "the target")
-        verb = "reads" if _clear(row["r2"], row) else "does not read"
-        return f"{verb} {target}: R² {number(row['r2'])}"
-    high, *_, low = sorted(known, key=lambda t: known[t], reverse=True)
-    numbers = f"R² {number(known[high])} against {number(known[low])}"
-    if len(known) > 2:
-        mean = number(row["r2"])
-        verb = "reads" if _clear(known[high], row) else "does not read even"
-        return f"{verb} {high} best and {low} worst: {numbers}, {mean} on average"
-    if not _clear(known[high], row):
-        return f"reads neither {high} nor {low}: {numbers}"
-    if not _clear(known[low], row):
-        return f"reads {high} but not {low}: {numbers}"
-    if number(known[high], 2) == number(known[low], 2):
-        return f"reads {high} and {low} equally well: R² {number(known[high])} and " + number(
-            known[low]
-        )
-    return f"reads {high} better than {low}: {numbers}"
-
-
-def _clear(r2: float, row: pd.Series[Any]) -> bool:
-    se = row.get("r2_se")
-    margin = 1.96 * float(se) if se is not None and pd.notna(se) else 0.0
-    return bool(float(r2) > margin)
+        name = next(iter(known), " and ".join(run.targets) or "the target")
+        return {name: score(row["r2"], row.get("r2_se"))}
+    return {t: score(r2, row.get(f"r2_se_{t}", row.get("r2_se"))) for t, r2 in known.items()}
 
 
 def _elsewhere(run: Run, split: str, reference: float) -> str:
@@ -309,20 +286,52 @@ def notes(run: Run, split: str) -> list[str]:
             if f"r2_{t}" in row and pd.notna(row[f"r2_{t}"])
         ]
         detail = f" ({', '.join(parts)})" if parts else ""
-        lines.append(f"Control {row['control']}: highest R² {number(row['r2'])}{detail}")
+        line = f"Control {row['control']}: highest R²"
+        if has_sites(run, row.to_frame().T):
+            detail += f"; column {_control_name(row['control'])} is of the same site"
+            line += " of its sites"
+        lines.append(f"{line} {number(row['r2'])}{detail}")
     return lines
 
 
+def majority(run: Run, split: str) -> bool:
+    """Tell whether most folds chose the place that is kept as the honest best of a split.
+
+    A run that does not say what its folds chose is taken at its word.
+    """
+    chosen = _chosen(run, split)
+    return not chosen or 2 * chosen.most_common(1)[0][1] > chosen.total()
+
+
 def honest_place(run: Run, split: str) -> str:
-    """Say where the honest best of a split is, and how many folds chose that place."""
+    """Say where the honest best of a split is, and how many folds chose what."""
     honest = run.best_layer(split).honest
     assert honest is not None
-    where = place(run, honest.site, honest.pool, honest.prompt)
-    chosen = run.info["honest"][split].get("chosen", [])
-    votes = chosen.count("/".join(filter(None, (honest.site, honest.pool, honest.prompt))))
-    if not votes:
-        return where
-    return f"{'all' if votes == len(chosen) else f'{votes} of'} {len(chosen)} folds chose {where}"
+    chosen = _chosen(run, split)
+    if not chosen:
+        return place(run, honest.site, honest.pool, honest.prompt)
+    (first, votes), *others = chosen.most_common()
+    folds = chosen.total()
+    if votes == 1 < folds:
+        one = len({name.split("/")[0] for name in chosen}) == folds
+        return f"each of {folds} folds chose another layer{'' if one else ', pool or prompt'}"
+    told = [
+        f"{'all' if votes == folds else f'{votes} of'} {folds} folds chose {_place_of(run, first)}"
+    ]
+    if not majority(run, split):
+        told += [f"{n} chose {_place_of(run, name)}" for name, n in others[:2]]
+        told += [f"{left} others"] if (left := sum(n for _, n in others[2:])) else []
+    return "; ".join(told)
+
+
+def _chosen(run: Run, split: str) -> Counter[str]:
+    """Count the folds that chose a place, by the name of its probe."""
+    return Counter(run.info["honest"][split].get("chosen", []))
+
+
+def _place_of(run: Run, name: str) -> str:
+    site, pool, *prompt = name.split("/", 2)
+    return place(run, site, pool, *prompt)
 
 
 def layers_by_site(run: Run, split: str) -> Table:
@@ -335,13 +344,15 @@ def layers_by_site(run: Run, split: str) -> Table:
     columns: list[tuple[str, pd.Series[float]]] = []
     of_split = run.controls_of(split)
     raw = [c for c in controls if not has_sites(run, of_split[of_split["control"] == c])]
-    for (pool, prompt), part in rows.groupby(["pool", "prompt"], sort=False):
+    parts = rows.groupby(["pool", "prompt"], sort=False)
+    for (pool, prompt), part in parts:
         name = clip_label(f"{pool} {prompt_name(run, prompt)}".strip(), 18)
         own = part.set_index("site")["r2"]
         columns.append((name, own))
         for control in controls.columns.drop(raw):
             there = pd.Series(controls.loc[part.index, control].to_numpy(), part["site"])
-            columns.append((_control_name(control), there))
+            beneath = f": {name}" if parts.ngroups > 1 else ""
+            columns.append((f"{_control_name(control)}{beneath}", there))
     inputs = ((_control_name(c), controls[c].groupby(rows["site"]).max()) for c in raw)
     columns.extend(inputs)
     sites = list(dict.fromkeys(rows["site"]))
@@ -362,21 +373,38 @@ def headline(run: Run) -> str:
     return f"{model_name(run)} on {data_name(run)}: {samples}, {sites} sites"
 
 
+def skipped(run: Run) -> list[str]:
+    """Say how many samples were left out; name the first five and say why."""
+    why = run.info.get("counts", {}).get("why", [])
+    if not why:
+        return []
+    told = [f"Skipped {len(why):,} sample{'s' * (len(why) > 1)}", *why[:_NAMED]]
+    if len(why) > _NAMED:
+        told.append(f"and {len(why) - _NAMED:,} more, all of them in run.json and report.html")
+    return told
+
+
 def summary(run: Run) -> str:
-    """Tell a run in at most 100 columns; the last line, of any length, is the finding."""
-    blocks = [headline(run)]
+    """Tell a run in at most 100 columns; the last paragraph is the finding."""
+    blocks = [fill(headline(run))]
     for split in run.splits:
         table = summary_table(run, split).text()
-        below = [textwrap.fill(line, 96, subsequent_indent="  ") for line in notes(run, split)]
+        below = [fill(line, "  ") for line in notes(run, split)]
         blocks.append("\n".join([split_words(split).capitalize(), table, *below]))
         if (groups := groups_table(run, split)) is not None:
             blocks.append(f"Groups, {split_words(split)}\n{groups.text()}")
     if prompts := long_prompts(run):
-        told = (textwrap.fill(f"{i}: {p}", 96) for i, p in enumerate(prompts, 1))
+        told = (fill(f"{i}: {p}") for i, p in enumerate(prompts, 1))
         blocks.append("\n".join(["Prompts", *told]))
     if warned := run.info.get("warnings"):
-        lines = (textwrap.fill(f"Warning: {w}", 96, subsequent_indent="  ") for w in warned)
-        blocks.append("\n".join(lines))
+        blocks.append("\n".join(fill(f"Warning: {w}", "  ") for w in warned))
     found, *more = finding(run)
-    blocks += [textwrap.fill(" ".join(more), 96)] if more else []
-    return "\n\n".join([*blocks, found])
+    blocks += [fill(" ".join(more))] if more else []
+    return "\n\n".join([*blocks, fill(found)])
+
+
+def fill(words: str, indent: str = "") -> str:
+    """Break a line for a terminal of 100 columns; names and paths stay whole."""
+    return textwrap.fill(
+        words, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

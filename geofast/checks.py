@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from .capture import capture
-from .models import Model, Stage, Tower, match_sites
+from .models import Model, Stage, Tower
 from .models.checkpoint import pinned
 from .models.hub import said
 from .models.inputs import Tokenize
 from .models.layout import Call, as_tokens
 from .models.model import _evaluating
+from .models.reach import reaching
 from .models.twin import random_twin
 from .ridge import cross_validate
 from .rows import Rows
@@ -32,6 +33,8 @@ _NOISY = 2.0  # times the noise of a coarser dtype: two passes that should agree
 _NOISE = 0.01  # of R2: what a coarser dtype may move it by
 _TRAINED = 0.2  # of a tower's matrices, unlike those that nobody trained
 _BATCH = 8
+_NAMED = 4  # of what nobody has trained
+_SEED = 1736251  # of the twin; none that people draw their own weights with
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,12 @@ def _hidden_states(model: Model, given: Given) -> Check:
     batch = model.prepare(given.examples)
     notes: list[str] = []
     none: list[str] = []
-    with _evaluating(model.module):
+    if "prompts" in batch:  # twice the same: what the first does to the image shows in the second
+        batch["prompts"] *= 2
+    mine = _raw(model, partial(model.forward, batch))
+    with _evaluating(model.module), torch.inference_mode():
+        if unlike := _unlike_whole(model, batch, mine):
+            return _misplaced(unlike)
         for stage, arguments in _calls(model, batch):
             states = _states(stage, arguments)
             for tower in stage.towers:
@@ -255,33 +263,48 @@ def _hidden_states(model: Model, given: Given) -> Check:
                     continue
                 if states is None or len(states) != 1 + len(tower.blocks):
                     none.append(tower.name)
-                elif wrong := _unlike(stage, tower, arguments, states):
+                elif wrong := _unlike(tower, mine, states):
                     known, detail = wrong
                     if not known:
-                        advice = "the hooks read another place: report this model"
-                        return Check("", "fail", detail, advice)
+                        return _misplaced(detail)
                     notes.append(detail)
     if none:
         notes.append(f"the model gives none of {', '.join(none)}")
     return Check("", "note" if notes else "pass", "; ".join(notes) or "every site is the same")
 
 
-def _unlike(
-    stage: Stage, tower: Tower, arguments: Mapping[str, Any], states: Sequence[torch.Tensor]
-) -> tuple[bool, str] | None:
-    """Say where a tower's sites differ from the hidden states, and whether that is known."""
-    patterns = [f"{tower.name}.embed", f"{tower.name}.layers.*"]
-    norm = f"{tower.name}.norm"
-    mine = _raw(stage, arguments, [*patterns, norm] if tower.norm is not None else patterns)
-    normed = mine.pop(norm, None)
-    pairs = zip(mine.items(), states, strict=True)
-    wrong = [name for (name, x), y in pairs if not _same(x, y)]
+def _misplaced(detail: str) -> Check:
+    return Check("", "fail", detail, "the hooks read another place: report this model")
+
+
+def _unlike_whole(
+    model: Model, batch: Mapping[str, Any], mine: Mapping[str, torch.Tensor]
+) -> str | None:
+    """Say where two calls, the image's and the prompt's, do not give what one for both does."""
+    if "prompts" not in batch:
+        return None
+    stage, arguments = _calls(model, batch)[-1]
+    whole = _raw(model, partial(stage.body, **arguments))
+    wrong = [name for name, x in mine.items() if name not in whole or not _same(x, whole[name])]
     if not wrong:
         return None
-    last = f"{tower.name}.layers.{len(tower.blocks) - 1}"
-    if wrong == [last] and normed is not None and _same(normed, states[-1]):
-        return True, f"{last}: theirs is after the final norm, geofast's before it"
-    return False, f"{len(wrong)} of {len(mine)} sites differ, the first {wrong[0]}"
+    said = f"{len(wrong)} of {len(mine)} sites differ from those of one call for image and prompt"
+    return f"{said}, the first {wrong[0]}"
+
+
+def _unlike(
+    tower: Tower, mine: Mapping[str, torch.Tensor], states: Sequence[torch.Tensor]
+) -> tuple[bool, str] | None:
+    """Say where a tower's sites differ from the hidden states, and whether that is known."""
+    layers = [f"{tower.name}.layers.{i}" for i in range(len(tower.blocks))]
+    names = [f"{tower.name}.embed", *layers]
+    wrong = [name for name, y in zip(names, states, strict=True) if not _same(mine[name], y)]
+    if not wrong:
+        return None
+    normed = mine.get(f"{tower.name}.norm")
+    if wrong == layers[-1:] and normed is not None and _same(normed, states[-1]):
+        return True, f"{layers[-1]}: theirs is after the final norm, geofast's before it"
+    return False, f"{len(wrong)} of {len(names)} sites differ, the first {wrong[0]}"
 
 
 def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -300,7 +323,6 @@ def _calls(model: Model, batch: Mapping[str, Any]) -> list[tuple[Stage, dict[str
     return [(look, batch["image"]), (talk, {**image, **batch["prompts"][0]})]
 
 
-@torch.inference_mode()
 def _states(stage: Stage, given: Mapping[str, Any]) -> Sequence[torch.Tensor] | None:
     try:
         out = stage.body(**given, output_hidden_states=True, return_dict=True)
@@ -310,17 +332,18 @@ def _states(stage: Stage, given: Mapping[str, Any]) -> Sequence[torch.Tensor] | 
     return states
 
 
-@torch.inference_mode()
-def _raw(stage: Stage, given: Mapping[str, Any], patterns: list[str]) -> dict[str, torch.Tensor]:
+def _raw(model: Model, call: Callable[[], Any]) -> dict[str, torch.Tensor]:
+    """Return the hidden states before, between and after the blocks while `call` runs the model."""
     seen: dict[str, torch.Tensor] = {}
 
     def keep(name: str, hidden: torch.Tensor) -> None:
         seen[name] = hidden
 
+    norms = [site for site in model.every_site if site.name.endswith(".norm")]
     with ExitStack() as hooks:
-        for site in match_sites(stage.towers, patterns):
+        for site in [*model.sites(), *norms]:
             hooks.callback(site.watch(partial(keep, site.name)).remove)
-        stage.body(**given)
+        call()
     return seen
 
 
@@ -332,7 +355,7 @@ def _roles(model: Model, given: Given) -> Check:
     parts: list[Check] = []
     for tower in model.towers:
         if model.kind == "image" and tower.tokens == "patch" and tower.blocks:
-            parts.append(_patches(model, tower, given.examples[0]))
+            parts.append(_patches(model, tower, given.examples))
         elif model.kind == "image" and tower.image_token is not None:
             parts.append(_image_tokens(model, tower, given.examples))
         elif model.kind == "text" and tower.blocks:
@@ -354,9 +377,8 @@ def _read(model: Model, tower: Tower, inputs: Sequence[Any]) -> list[list[str]]:
     return [list(one["role"]) for _, one in told.groupby("sample")]
 
 
-def _embedded(model: Model, tower: Tower, inputs: Sequence[Any]) -> torch.Tensor:
+def _embedded(model: Model, tower: Tower, batch: Mapping[str, Any]) -> torch.Tensor:
     """Return what the first block of a tower is given: [sequences, tokens, dim]."""
-    batch = model.prepare(inputs)
     (site,) = model.sites(f"{tower.name}.embed")
     seen: list[torch.Tensor] = []
     with ExitStack() as hooks:
@@ -365,42 +387,102 @@ def _embedded(model: Model, tower: Tower, inputs: Sequence[Any]) -> torch.Tensor
     return as_tokens(site, tower, seen[0], Call(batch.get("image", batch)))
 
 
-def _patches(model: Model, tower: Tower, image: Any) -> Check:
-    """What changes when the image is turned into its negative is a patch, nothing else is."""
-    (roles,) = _read(model, tower, [image])
-    changed = _embedded(model, tower, [image]) != _embedded(model, tower, [_negative(image)])
-    of_image = changed.any(-1).flatten().tolist()
-    if len(of_image) != len(roles) or not any(of_image) or "patch" not in roles:
+def _patches(model: Model, tower: Tower, images: Sequence[Any]) -> Check:
+    """What changes when images are turned into their negatives is a patch, nothing else is.
+
+    A patch of a margin that the processor adds, and that the model takes for image, changes with
+    the pixels alone. How many patches there are is told by the processor too, where it does.
+    """
+    roles = _read(model, tower, images)
+    batch = model.prepare(images)
+    plain = _embedded(model, tower, batch)
+    of_image, of_pixels = (
+        (_embedded(model, tower, other) != plain).any(-1).flatten().tolist()
+        for other in (model.prepare([*map(_negative, images)]), _other_pixels(batch))
+    )
+    called = [role for mine in roles for role in mine]
+    if len(of_image) != len(called) or not any(of_image) or "patch" not in called:
         return _misread(f"{tower.name}: {sum(of_image)} of {len(of_image)} tokens see the image")
-    before, counted = of_image.index(True), roles.index("patch")
+    before, counted = of_image.index(True), called.index("patch")
     if before != counted:
-        said = ", ".join(roles[:counted]) or "none"
+        said = ", ".join(called[:counted]) or "none"
         return _misread(f"{before} tokens come before the patches; geofast counts {said}")
-    wrong = [i for i, sees in enumerate(of_image) if sees and roles[i] != "patch"]
-    if wrong:
-        return _misread(f"token {wrong[0]} sees the image, and geofast calls it {roles[wrong[0]]}")
-    config = getattr(model.module, "config", None)
-    config = getattr(config, "vision_config", None) or config
+    owner = [(i, place) for i, mine in enumerate(roles) for place in range(len(mine))]
+    for (i, place), role, sees, drawn in zip(owner, called, of_image, of_pixels, strict=True):
+        if sees != (role == "patch") and not (role == "patch" and drawn):
+            said = "sees the image" if sees else "does not see the image"
+            return _misread(f"token {place} of example {i} {said}, and geofast calls it {role}")
+    patches = [mine.count("patch") for mine in roles]
+    config = _config_of_images(model)
+    told = _told_by_the_processor(batch.get("image", batch), config, packed=len(plain) == 1)
+    if told not in (None, patches):
+        counts = " and ".join(", ".join(map(str, n)) for n in (told, patches))
+        return _misread(f"patches by the processor, and as geofast counts them: {counts}")
     registers = getattr(config, "num_register_tokens", None)
     if registers is not None and tower.prefix.count("register") != registers:
         named = tower.prefix.count("register")
         return _misread(f"the config says {registers} registers, geofast {named}")
-    kinds = [f"{roles.count(r)} {r}" for r in dict.fromkeys(roles)]
-    return Check("", "pass", f"{', '.join(kinds)}{_by_size(model, image, config, roles)}")
+    margin = sum(role == "patch" and not sees for role, sees in zip(called, of_image, strict=True))
+    added = f" ({margin} of them margin that the model takes for image)" if margin else ""
+    kinds = [_counted(roles, role) for role in dict.fromkeys(called)]
+    by_size = _by_size(batch, config, roles) if told is None else ", as the processor says"
+    return Check("", "pass", f"{', '.join(kinds)}{added}{by_size}")
 
 
-def _by_size(model: Model, image: Any, config: Any, roles: Sequence[str]) -> str:
+def _other_pixels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the batch with other numbers wherever there are pixels, margins included."""
+    pixels = batch.get("image", batch)
+    other = {
+        key: 1 - x if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for key, x in pixels.items()
+    }
+    return {**batch, "image": other} if "image" in batch else other
+
+
+def _counted(roles: Sequence[Sequence[str]], role: str) -> str:
+    counts = [mine.count(role) for mine in roles]
+    return f"{', '.join(map(str, counts if len({*counts}) > 1 else counts[:1]))} {role}"
+
+
+def _config_of_images(model: Model) -> Any:
+    config = getattr(model.module, "config", None)
+    return getattr(config, "vision_config", None) or config
+
+
+def _told_by_the_processor(
+    pixels: Mapping[str, Any], config: Any, *, packed: bool
+) -> list[int] | None:
+    """Return how many patches each image has by the processor's grids, sizes or masks."""
+    for name in ("image_grid_thw", "spatial_shapes"):
+        if name in pixels:
+            return [int(n) for n in pixels[name].prod(1)]
+    mask = pixels.get("pixel_attention_mask", pixels.get("image_attention_mask"))
+    side = getattr(config, "patch_size", None)
+    if mask is None and packed and "image_sizes" in pixels and isinstance(side, int):
+        return [int(n) for n in (pixels["image_sizes"] // side).prod(1)]
+    if mask is None:
+        return None
+    of_pixels = mask.shape[-2:] == pixels["pixel_values"].shape[-2:]
+    if mask.ndim == 4 and of_pixels and isinstance(side, int):
+        mask = nn.functional.max_pool2d(mask.float(), side)
+    tiles = pixels.get("tiles", torch.ones(len(mask), dtype=torch.int64)).tolist()
+    return [int((m[:n] if m.ndim == 3 else m).sum()) for m, n in zip(mask, tiles, strict=True)]
+
+
+def _by_size(batch: Mapping[str, Any], config: Any, roles: Sequence[Sequence[str]]) -> str:
     """Say how many patches the processor's pixels make, where the config tells their size."""
-    batch = model.prepare([image])
-    pixels, side = batch.get("image", batch).get("pixel_values"), getattr(config, "patch_size", 0)
+    pixels = batch.get("image", batch)
+    values, side = pixels.get("pixel_values"), getattr(config, "patch_size", 0)
     sides = [side, side] if isinstance(side, int) else side
-    if pixels is None or pixels.ndim < 4 or len(sides) != 2 or not all(sides):
+    if values is None or values.ndim < 4 or len(sides) != 2 or not all(sides):
         return ""
-    height, width = (n // s for n, s in zip(pixels.shape[-2:], sides, strict=True))
-    tiles = pixels.shape[:-3].numel()
-    many = f"{tiles} x " if tiles > 1 else ""
-    verb = "as" if roles.count("patch") == tiles * height * width else "but"
-    return f", {verb} {many}{height} x {width} by patch_size"
+    height, width = (n // s for n, s in zip(values.shape[-2:], sides, strict=True))
+    tiles = pixels["tiles"].tolist() if "tiles" in pixels else [1] * len(roles)
+    verb = (
+        "as" if [m.count("patch") for m in roles] == [n * height * width for n in tiles] else "but"
+    )
+    several = f"{', '.join(map(str, tiles if len({*tiles}) > 1 else tiles[:1]))} x "
+    return f", {verb} {several if max(tiles) > 1 else ''}{height} x {width} by patch_size"
 
 
 def _negative(image: Any) -> Any:
@@ -412,8 +494,10 @@ def _negative(image: Any) -> Any:
 def _image_tokens(model: Model, tower: Tower, images: Sequence[Any]) -> Check:
     """What changes with the image is an image's token, and has the id that the processor gives."""
     roles = _read(model, tower, images)
-    ids = model.prepare(images)["prompts"][0]["input_ids"]
-    changed = _embedded(model, tower, images) != _embedded(model, tower, [*map(_negative, images)])
+    batch = model.prepare(images)
+    ids = batch["prompts"][0]["input_ids"]
+    negative = model.prepare([*map(_negative, images)])
+    changed = _embedded(model, tower, batch) != _embedded(model, tower, negative)
     marked = _marked(model, ids)
     for i, (mine, of_image) in enumerate(zip(roles, changed.any(-1).tolist(), strict=True)):
         image = [role == "image" for role in mine]
@@ -482,7 +566,7 @@ def _pooled_otherwise(
 ) -> float:
     """How far the pool of a role is from the mean of the tokens that have it, relative to that."""
     site, pool = f"{tower.name}.embed", f"mean:{role}"
-    hidden = _embedded(model, tower, inputs).double()
+    hidden = _embedded(model, tower, model.prepare(inputs)).double()
     expected = [
         h[[r == role for r in mine]].mean(0).cpu() for h, mine in zip(hidden, roles, strict=True)
     ]
@@ -518,51 +602,77 @@ def _dtype(model: Model, given: Given) -> Check:
 
 def _weights(model: Model, given: Given) -> Check:
     try:
-        twin = random_twin(model)
-    except ValueError as error:
-        return Check("", "skip", str(error))
-    theirs = dict(twin.module.named_parameters())
-    pairs = {id(p): (p, theirs[name]) for name, p in model.module.named_parameters()}
-    said, untrained = [], []
+        found = _matrices(model)
+        twin = random_twin(model) if given.known is not None else None
+    except (ValueError, torch.OutOfMemoryError) as error:
+        return Check("", "skip", said(error))
+    counts, untrained = [], []
+    inside: set[int] = set()
     for tower in model.towers:
-        matrices = [pairs[id(p)] for p in _matrices(tower) if id(p) in pairs]
-        trained = sum(_unlike_random(a, b) for a, b in matrices)
+        of_blocks = {id(p) for block in tower.blocks for p in block.parameters()}
+        matrices = [m.trained for m in found.values() if id(m.parameter) in of_blocks]
+        inside |= of_blocks
         if matrices:
-            said.append(f"{trained} of {len(matrices)} in {tower.name}")
-        if trained < _TRAINED * len(matrices):
+            counts.append(f"{sum(matrices)} of {len(matrices)} in {tower.name}")
+        if sum(matrices) < _TRAINED * len(matrices):
             untrained.append(tower.name)
-    detail = f"matrices unlike those of a random twin: {', '.join(said)}"
-    if given.known is not None:
+    # Of embeddings, projectors and joint heads each one counts: what comes after it is noise.
+    around = {
+        name: m.parameter
+        for name, m in found.items()
+        if m.drawn and not m.trained and id(m.parameter) not in inside
+    }
+    untrained += reaching(model, given.examples[:1], around)
+    detail = f"matrices unlike those of a random twin: {', '.join(counts)}"
+    if given.known is not None and twin is not None:
         mine, random = _r2(model, given.known), _r2(twin, given.known)
         best = max(mine, key=lambda key: mine[key])
         detail += f"; R² at {best} {mine[best][0]:.3f}, of the twin {random[best][0]:.3f}"
     if not untrained:
         return Check("", "pass", detail)
-    advice = f"nobody has trained {' and '.join(untrained)}: load weights"
-    return Check("", "fail", detail, advice)
+    named = untrained[:_NAMED] + [f"{n} more" for n in [len(untrained) - _NAMED] if n > 0]
+    return Check("", "fail", detail, f"nobody has trained {' and '.join(named)}: load weights")
 
 
-def _matrices(tower: Tower) -> list[nn.Parameter]:
-    return [p for block in tower.blocks for p in block.parameters() if p.ndim > 1]
+@dataclass(frozen=True)
+class _Matrix:
+    parameter: torch.Tensor
+    trained: bool
+    """Whether it is unlike that of a random twin."""
+    drawn: bool
+    """Whether the twin's is another: positions of sines and cosines are the same in both."""
+
+
+def _matrices(model: Model) -> dict[str, _Matrix]:
+    twins = dict(random_twin(model, _SEED).module.named_parameters())
+    return {
+        name: _Matrix(p, _unlike_random(p, twins[name]), not torch.equal(p, twins[name]))
+        for name, p in model.module.named_parameters()
+        if p.squeeze().ndim > 1
+    }
 
 
 def _unlike_random(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether numbers are spread otherwise, or have other tails.
+    """Whether numbers are spread otherwise, have other tails, or rows of other lengths.
 
     Of GeoCLIP's finest capsule, training left the spread within 3 %, and the fourth moment, 1.8 of
     the uniform numbers that it began with, is 2.0 to 2.2. By chance, that moment of n normal
-    numbers differs by sqrt(24 / n).
+    numbers differs by sqrt(24 / n), and the spread of m lengths by 1 / sqrt(m).
     """
-    spread, tails = zip(*(_moments(x) for x in (a, b)), strict=True)
-    chance = max(0.1, 6 * (24 / a.numel()) ** 0.5)
-    differs = abs(spread[0] - spread[1]) > 0.05 * spread[1]
-    return bool(differs or abs(tails[0] - tails[1]) > chance)
+    (spread, tails, lengths), (its_spread, its_tails, its_lengths) = map(_moments, (a, b))
+    return (
+        abs(spread - its_spread) > 0.05 * its_spread
+        or abs(tails - its_tails) > max(0.1, 6 * (24 / a.numel()) ** 0.5)
+        or abs(lengths - its_lengths) > 6 * its_lengths / len(a.squeeze()) ** 0.5
+    )
 
 
-def _moments(x: torch.Tensor) -> tuple[float, float]:
-    x = x.detach().float()
+def _moments(x: torch.Tensor) -> tuple[float, float, float]:
+    """Return the spread, the fourth moment relative to it, and the spread of the rows' lengths."""
+    x = x.detach().float().squeeze()
     spread = x.std()
-    return float(spread), float(((x - x.mean()) / spread).pow(4).mean())
+    lengths = x.flatten(1).norm(dim=1).std()
+    return float(spread), float(((x - x.mean()) / spread).pow(4).mean()), float(lengths)
 
 
 CHECKS: dict[str, Callable[[Model, Given], Check]] = {

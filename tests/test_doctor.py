@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from test_probe import named, painted, pixels
 from torch import nn
 
 import geofast as gf
-from geofast.checks import CHECKS, Check
+from geofast.checks import CHECKS, Check, _told_by_the_processor, _unlike_random
 from geofast.doctor import Diagnosis, example, quick
 from geofast.models.inputs import text_collate
 from geofast.models.twin import random_twin
@@ -41,7 +42,7 @@ def test_a_sound_model_passes():
     assert not diagnosis.ok  # nobody trained it
     text = str(diagnosis)
     assert "NOT to be trusted" in text
-    assert "-> nobody has trained lm: load weights" in text
+    assert "-> nobody has trained lm and model.embed_tokens.weight: load weights" in text
     assert "2, 1, 4 text tokens" in text
     assert "lm.layers.2: theirs is after the final norm" in text
 
@@ -258,6 +259,57 @@ def test_only_the_final_norm_excuses_the_last_site():
     assert check.detail == "1 of 4 sites differ, the first lm.layers.2"
 
 
+def twice(features):
+    return 2 * features
+
+
+def backwards(features):
+    return features.flip(-2)
+
+
+@pytest.mark.parametrize("spoil", [twice, backwards])
+@pytest.mark.parametrize("family", [families.llava, families.qwen2_5_vl, families.gemma3])
+def test_features_of_images_that_are_not_what_one_call_would_use(family, spoil, monkeypatch):
+    module, processor = family()
+    model = replace(gf.load(module.eval(), processor=processor), other=None)
+    assert outcome(model, "hidden_states", None).outcome == "note"
+    from geofast.models import model as engine
+
+    true = engine._run
+
+    def spoiled(body, batch, **more):
+        out = true(body, batch, **more)
+        if body is model.stages[0].body:
+            seen = out.pooler_output
+            many = isinstance(seen, list | tuple)
+            out.pooler_output = [*map(spoil, seen)] if many else spoil(seen)
+        return out
+
+    monkeypatch.setattr(engine, "_run", spoiled)
+    check = outcome(model, "hidden_states", None)
+    assert check.outcome == "fail"
+    said = (
+        r"5 of 1[01] sites differ from those of one call for image and prompt, the first lm.embed"
+    )
+    assert re.fullmatch(said, check.detail)
+
+
+def test_a_prompt_that_spoils_the_image_for_the_next(talking, monkeypatch):
+    model = replace(talking, other=None)
+    true = model.body.forward
+
+    def consuming(*args, mm_encoder_outputs=None, **given):
+        out = true(*args, mm_encoder_outputs=mm_encoder_outputs, **given)
+        for features in mm_encoder_outputs["image"].pooler_output if mm_encoder_outputs else ():
+            features.zero_()
+        return out
+
+    monkeypatch.setattr(model.body, "forward", consuming)
+    check = outcome(model, "hidden_states", None)
+    assert check.outcome == "fail"
+    assert "the first lm.embed" in check.detail
+
+
 # ------ roles
 
 
@@ -285,7 +337,8 @@ def changed(model, tower, **changes):
 def test_tokens_of_images_that_are_taken_for_others(talking, monkeypatch):
     check = roles(talking)
     assert check.outcome == "pass"
-    assert check.detail == "256 patch; 64, 60, 60 image tokens"
+    told = "256, 240, 240 patch, as the processor says; 64, 60, 60 image tokens"
+    assert check.detail == told
     from geofast.models import layout
 
     def all_but_the_last(site, tower, tokens, call):
@@ -365,6 +418,67 @@ def test_tokens_before_the_patches_that_are_miscounted(registered, prefix, said)
     assert said in check.detail
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0)])
+def test_padding_that_is_taken_for_patches(order, tmp_path, monkeypatch):
+    from geofast.models import layout
+
+    model = replace(gf.load(families.save(families.siglip2, tmp_path)), other=None)
+    examples = [example("image")[i] for i in order]
+    counts = ", ".join(str([16, 15, 15][i]) for i in order)
+    padding = ", ".join(str([0, 1, 1][i]) for i in order)
+    check = outcome(model, "roles", examples)
+    assert check.outcome == "pass"
+    named = check.detail.removesuffix(", as the processor says")
+    assert sorted(named.split(" patch, ")) == sorted([counts, f"{padding} padding"])
+    monkeypatch.setattr(layout, "_mask", lambda *_: None)
+    check = outcome(model, "roles", examples)
+    assert check.outcome == "fail"
+    said = "patches by the processor, and as geofast counts them:"
+    assert check.detail == f"{said} {counts} and 16, 16, 16"
+
+
+def test_patches_that_see_no_image(registered):
+    hide = lambda _m, _a, out: torch.cat([out[:, :-1], out[:, -1:] * 0], 1)  # noqa: E731
+    handle = registered.module.embeddings.register_forward_hook(hide)
+    check = roles(registered)
+    handle.remove()
+    assert check.outcome == "fail"
+    assert (
+        check.detail == "token 20 of example 0 does not see the image, and geofast calls it patch"
+    )
+
+
+def test_margins_that_the_model_takes_for_image():
+    module, processor = families.sam()
+    check = roles(gf.load(module.eval(), processor=processor))
+    assert check.outcome == "pass"
+    said = "16 patch (8 of them margin that the model takes for image), as 4 x 4 by patch_size"
+    assert check.detail == said
+
+
+def test_what_processors_say_of_patches():
+    config = SimpleNamespace(patch_size=2)
+    pixels = torch.zeros(2, 3, 3, 4, 4)  # images, tiles, channels, height, width
+    of_pixels = torch.zeros(2, 3, 4, 4, dtype=torch.int64)
+    of_pixels[0, :, :3] = 1
+    of_pixels[1, 0] = 1
+    of_patches = torch.ones(2, 3, 2, 2, dtype=torch.bool)
+    grid = torch.tensor([[1, 4, 2], [1, 2, 3]])
+    sizes = torch.tensor([[4, 8], [2, 6]])
+    for told, packed, counts in (
+        ({"pixel_attention_mask": of_pixels, "tiles": torch.tensor([3, 1])}, False, [12, 4]),
+        ({"image_attention_mask": of_patches, "tiles": torch.tensor([3, 2])}, False, [12, 8]),
+        ({"pixel_attention_mask": of_patches[:, 0].flatten(1)}, False, [4, 4]),
+        ({"image_grid_thw": grid}, True, [8, 6]),
+        ({"spatial_shapes": grid[:, 1:]}, False, [8, 6]),
+        ({"image_sizes": sizes}, True, [8, 3]),
+        ({"image_sizes": sizes}, False, None),
+        ({}, False, None),
+    ):
+        found = _told_by_the_processor({"pixel_values": pixels, **told}, config, packed=packed)
+        assert found == counts, told
+
+
 def test_a_mask_that_takes_padding_for_text():
     model = language()
     assert outcome(model, "roles").outcome == "pass"
@@ -386,6 +500,49 @@ def test_the_noise_of_narrow_numbers():
     check = outcome(language(dtype=torch.bfloat16), "dtype")
     assert check.outcome == "pass"
     assert 1e-4 < float(check.detail.split()[2]) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [0.5, 0.02, 0])
+def test_what_samples_do_to_each_other_is_more_than_noise(dtype, share):
+    model = language(dtype=dtype)
+    layer = model.module.model.layers[1].mlp
+    layer.register_forward_hook(lambda _m, _a, out: out + share * out.mean(0, keepdim=True))
+    check = outcome(model, "batch")
+    assert check.outcome == ("fail" if share else "pass")
+    if share == 0.5:
+        narrow = str(dtype).removeprefix("torch.")
+        assert f"at lm.layers.1/last, where {narrow} alone makes " in check.detail
+    elif dtype == torch.bfloat16 and share:  # less than its noise
+        assert check.detail.startswith("in float32 off by ")
+    assert {outcome(model, name).outcome for name in ("repeats", "dtype")} == {"pass"}
+
+
+def test_padding_is_judged_by_the_noise_too():
+    model = language(dtype=torch.bfloat16)
+    assert outcome(model, "padding").outcome in ("pass", "note")
+    longest = max(len(text.split()) for text in WORDS)
+    model.module.model.layers[0].register_forward_hook(
+        lambda _m, _a, out: out * (1.03 if out.shape[1] == longest else 1)
+    )
+    check = outcome(model, "padding")
+    assert check.outcome == "fail"
+    assert 1e-2 < float(check.detail.split()[2]) < 0.1
+
+
+def test_no_copy_in_float32(monkeypatch):
+    import copy
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 28 GiB")
+
+    model = language(dtype=torch.bfloat16)
+    monkeypatch.setattr(copy, "deepcopy", full)
+    found = {c.name: c for c in gf.doctor(model, WORDS).checks}
+    assert found["dtype"].outcome == "skip"
+    assert found["dtype"].detail == "a copy in float32 cannot be run: CUDA out of memory"
+    assert (found["weights"].outcome, found["weights"].detail) == ("skip", "CUDA out of memory")
+    assert found["batch"].outcome == found["repeats"].outcome == "pass"
 
 
 def vision(dtype=None):
@@ -468,19 +625,74 @@ def test_weights_that_somebody_trained():
     assert outcome(model, "weights").outcome == "pass"
 
 
-@pytest.mark.parametrize("untrained", ["vision", "lm"])
-def test_one_tower_that_nobody_trained(talking, untrained):
-    towers = {t.name: t for t in talking.towers}
-    trained = next(iter({"vision", "lm"} - {untrained}))
-    matrices = [p for block in towers[trained].blocks for p in block.parameters()]
-    for p in matrices:
-        p.data *= 1.5
-    (check,) = gf.doctor(replace(talking, other=None), only=["weights"]).checks
-    for p in matrices:
+@pytest.fixture
+def trained(talking):
+    """Returns the model with numbers that no twin has, but for those whose name has `but` in it."""
+
+    def of(*but):
+        for name, p in talking.module.named_parameters():
+            if not any(part in name for part in but):
+                changed.append(p)
+                p.data *= 1.5
+        return replace(talking, other=None)
+
+    changed = []
+    yield of
+    for p in changed:
         p.data /= 1.5
+
+
+@pytest.mark.parametrize(
+    ("untrained", "name"), [("vision", "visual.blocks"), ("lm", "language_model.layers")]
+)
+def test_one_tower_that_nobody_trained(trained, untrained, name):
+    (check,) = gf.doctor(trained(name), only=["weights"]).checks
     assert check.outcome == "fail"
     assert check.advice == f"nobody has trained {untrained}: load weights"
-    assert f" in {trained}" in check.detail
+    other = next(iter({"vision", "lm"} - {untrained}))
+    assert f" in {other}" in check.detail
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["visual.patch_embed.proj.weight", "visual.merger.mlp.2.weight", "lm.embed_tokens.weight"],
+)
+def test_a_matrix_around_the_blocks_that_nobody_trained(trained, part):
+    part = part.replace("lm.", "language_model.")
+    (check,) = gf.doctor(trained(part), only=["weights"]).checks
+    assert check.outcome == "fail"
+    assert check.advice == f"nobody has trained model.{part}: load weights"
+
+
+def test_what_no_site_depends_on_may_be_random(trained):
+    assert gf.doctor(trained("lm_head"), only=["weights"]).ok
+
+
+def test_a_joint_head_that_nobody_trained():
+    module, processor = families.clip()
+    for name, p in module.named_parameters():
+        p.data *= 1 if name == "text_projection.weight" else 1.5
+    image, text = gf.doctor(gf.load(module, processor=processor), only=["weights"]).checks
+    assert (image.outcome, text.outcome) == ("pass", "fail")
+    assert text.advice == "nobody has trained text_projection.weight: load weights"
+
+
+def test_positions_that_are_never_trained():
+    """ViT-MAE's are sines and cosines, in every twin the same."""
+    module, processor = families.vit_mae()
+    module.config.mask_ratio = 0.0
+    for name, p in module.named_parameters():
+        p.data *= 1 if "position" in name else 1.5
+    assert gf.doctor(gf.load(module, processor=processor), only=["weights"]).ok
+
+
+def test_numbers_of_the_spread_and_tails_that_a_twin_has():
+    """Rows of other lengths tell them apart; embeddings have those."""
+    r = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3000, 100, generator=r)
+    assert not _unlike_random(a, b)
+    sorted_by_size = a.flatten()[a.flatten().abs().argsort()].view_as(a)
+    assert _unlike_random(sorted_by_size, b)
 
 
 def test_a_table_of_a_hundred_columns():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from .models.location import of_places
 from .models.skeleton import NumbersNeededError, has_skeleton, skeleton
 from .models.twin import random_twin
 from .plan import Plan, Task, gpus_of, make_plan, with_cells, without_skipped
+from .report.text import fill
 from .request import Given, Options, Request
 from .ridge import ALPHAS, Select
 from .rows import on_disk
@@ -118,7 +120,7 @@ def probe(
         Stop before the pass when the model fails the quick checks of `doctor` on the first
         samples: two passes differ, or a batch differs from its samples alone.
     progress
-        Print the plan, and a bar with the time left.
+        Print the plan, and on stderr what is begun and a bar with the time left.
 
     Returns
     -------
@@ -134,7 +136,7 @@ def probe(
     OSError
         When `scratch` has no room for the run or for rows that must go to disk.
     """
-    clock = _Clock()
+    clock = _Clock(progress)
     options: Options = {
         "sites": sites, "pool": pool, "prompts": prompts, "split": split, "group": group,
         "alphas": alphas, "select": select, "storage": storage, "targets": targets,
@@ -142,6 +144,8 @@ def probe(
         "workers": workers, "strict": strict,
     }  # fmt: skip
     asked = Request.of(data, options, location=of_places(model))  # before the model is loaded
+    if isinstance(model, str | Path):
+        clock.say(f"loading {model}")
     _sketch(asked, model, adapter, trust_remote_code)
     loaded = load(
         model, device=device, dtype=dtype, device_map=device_map, adapter=adapter, merge=merge,
@@ -152,6 +156,7 @@ def probe(
     checks: list[Check] = []
     unchecked: list[str] = []
     if check:
+        clock.say("checking the model on a few samples")
         checks, unchecked = examine(
             model, asked.inputs, asked.lengths, sites, batched=batch_size != 1
         )
@@ -163,6 +168,8 @@ def probe(
     clock.lap("forward")
     given, tasks, warned = _left(asked, passes.tasks, found)
     way: Select = select or ("loo" if found.rows is not None else "gcv")
+    several = [len(one.rows or one.grams or ()) for one in (found, *others.values())]
+    clock.say(f"solving {sum(several)} site x pool in {len(tasks)} cross-validation(s)")
     solved = solve_all({"": found, **others}, given, tasks, asked.targets, asked.alphas, way)
     probes = fit_probes(found, given.y, tasks[0], asked.targets, asked.alphas, way)
     clock.lap("solve")
@@ -249,7 +256,7 @@ class _Passes:
             passes=asked.passes, gpus=gpus_of(model),
         )  # fmt: skip
         if progress:
-            print(f"{plan.sentence}; {budget.sentence(lengths.values())}", flush=True)
+            print(fill(f"{plan.sentence}; {budget.sentence(lengths.values())}"), flush=True)
         if scratch:
             check_space(Path(scratch), plan.kept)
         return cls(asked, lengths, budget, plan, cells, tasks, scratch, progress)
@@ -286,7 +293,8 @@ class _Passes:
             try:
                 others[name] = self._control(name, model, found)
             except (ValueError, RuntimeError, MemoryError, OSError, FloatingPointError) as error:
-                missing.append(f"the control {name!r} is not in this run: {error}")
+                why = str(error).rstrip(".")
+                missing.append(f"the control {name!r} is not in this run: {why}")
         return others, missing
 
     def _control(self, name: str, model: Model, found: Extracted) -> Extracted:
@@ -362,11 +370,17 @@ def _ran(model: Model, passes: _Passes, solved: Sequence[Solved]) -> dict[str, A
 
 
 class _Clock:
-    """Seconds per stage."""
+    """Seconds per stage, and what is begun."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: bool) -> None:
+        self._progress = progress
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
+
+    def say(self, what: str) -> None:
+        """Say what is begun, where progress is asked for: on stderr, as the bar is."""
+        if self._progress:
+            print(f"{what} ...", file=sys.stderr, flush=True)
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()

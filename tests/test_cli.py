@@ -45,11 +45,19 @@ def test_probe_writes_a_run_and_prints_it(job, tmp_path, capsys):
     arguments = ["probe", str(job / "model"), str(job / "photos.csv"), "--out", str(out)]
     options = ["--pool", "cls", "mean:patch", "--split", "kfold", "blocks:30", "--workers", "0"]
     assert main([*arguments, *options]) == 0
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    stages = [line for line in told.splitlines() if line.endswith(" ...")]
+    assert stages == [
+        f"loading {job / 'model'} ...",
+        "checking the model on a few samples ...",
+        "solving 8 site x pool in 2 cross-validation(s) ...",
+    ]
     assert "vision.layers" in printed
     assert str(out / "map.png") in printed
-    last = printed.splitlines()[-1]
-    assert re.fullmatch(r"model reads? .*R² .*\(vision\..*; random folds\)\.", last)
+    last = printed.rpartition("\n\n")[2].replace("\n", " ").strip()
+    assert re.fullmatch(r"model (does not )?reads? .*R².* .*random folds\)\.", last)
+    said = [line for line in printed.splitlines() if not line.startswith(str(tmp_path))]
+    assert max(map(len, said)) <= 100
     info = json.loads((out / "run.json").read_text())
     assert info["counts"]["read"] == 30
     assert list(info["arguments"]["split"]) == ["kfold", "blocks30"]
@@ -76,7 +84,7 @@ def test_sites(job, capsys):
         (["--targets", "height"], "height"),
         (["--split", "blocks:30", "--folds", "1"], "a split needs at least 2 folds, got 1"),
         (["--seed", "-1"], "Seed must be between 0 and"),
-        (["--split", "kfold:30"], "too few samples (1), R2 needs two"),
+        (["--split", "kfold:30"], "too few samples (1), R² needs two"),
         (["--split", "kfold:2", "--select", "folds"], "needs at least 3 folds, and split 'kfold'"),
         (["--device", "cuda"], "no GPU for device='cuda'"),
         (["--alphas", "0", "1"], "alphas must be positive numbers; got [0.0, 1.0]"),

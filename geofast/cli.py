@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="check that a model is read rightly")
     _model_argument(doctor)
-    doctor.add_argument("--data", help="samples to take examples from, and to say noise in R2 by")
+    doctor.add_argument("--data", help="samples to take examples from, and to say noise in R² by")
     doctor.add_argument("--image", help="column of image paths")
     doctor.add_argument("--text", help="column of texts")
     _loading_options(doctor)
@@ -350,9 +350,10 @@ def _show(o: argparse.Namespace) -> None:
 
 
 def _print(run: Any, folder: Path) -> None:
-    counts = run.info.get("counts", {})
-    if counts.get("skipped"):
-        print(f"Skipped {counts['skipped']} samples, the first: {counts['why'][0]}")
+    from .report import text
+
+    for line in text.skipped(run):
+        print(text.fill(line, "  "))
     pictures = sorted(folder.glob("*.png"))
     for path in [*pictures, folder / "report.html"]:
         if path.exists():

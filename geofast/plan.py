@@ -103,7 +103,7 @@ def _require_scores(task: Task, y: torch.Tensor, targets: Sequence[str]) -> None
         part = y[task.fold == f]
         if len(part) < 2:
             msg = (
-                f"fold {f} of split {task.split!r} has too few samples ({len(part)}), R2 needs "
+                f"fold {f} of split {task.split!r} has too few samples ({len(part)}), R² needs "
                 "two; take fewer folds or more samples"
             )
             raise ValueError(msg)
@@ -112,7 +112,7 @@ def _require_scores(task: Task, y: torch.Tensor, targets: Sequence[str]) -> None
             name, value = targets[constant[0]], float(part[0, constant[0]])
             msg = (
                 f"target {name!r} is {value:g} for all {len(part)} samples of fold {f} of split "
-                f"{task.split!r}, so it has no R2; take fewer folds or another split, or leave "
+                f"{task.split!r}, so it has no R²; take fewer folds or another split, or leave "
                 "the target out"
             )
             raise ValueError(msg)
@@ -123,7 +123,8 @@ def _warnings(left_out: Mapping[str, str]) -> list[str]:
         return []
     names = [*left_out]
     some = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return [f"Groups left out: {some}; the first, because {left_out[names[0]]}."]
+    why = left_out[names[0]].rstrip(".")
+    return [f"Groups left out: {some}; the first, because {why}"]
 
 
 def with_cells(tasks: Sequence[Task]) -> tuple[torch.Tensor, list[Task]]:
@@ -188,7 +189,7 @@ def make_plan(
     if storage == "gram" and as_grams > memory:
         raise ValueError(
             f"statistics need {readable(as_grams)}, more than the machine's {readable(memory)}; "
-            "use storage='rows', which may lie on disk, or fewer sites, pools, prompts or groups"
+            "use storage='rows' (--storage), which may lie on disk, or fewer sites, pools, prompts or groups"
         )
     kind: Literal["rows", "gram"] = "gram" if storage == "gram" else "rows"
     why = f"as asked: {readable(as_grams if kind == 'gram' else as_rows)}"

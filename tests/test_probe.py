@@ -70,6 +70,8 @@ def the_studys(x, y, fold):
             scores[f"spearman_{name}"] = spearmanr(truth, guess).statistic
         by_fold.append(scores)
     columns = pd.DataFrame(by_fold).mean().to_dict()
+    of_mean = pd.DataFrame(by_fold).sem()
+    columns |= {f"r2_se_{name}": of_mean[f"r2_{name}"] for name in ("latitude", "longitude")}
     r2 = [(s["r2_latitude"] + s["r2_longitude"]) / 2 for s in by_fold]
     columns |= {"r2": np.mean(r2), "r2_se": np.std(r2, ddof=1) / len(r2) ** 0.5}
     columns["alpha"] = np.exp(np.log(alphas).mean())
@@ -252,7 +254,8 @@ def test_statistics_keep_their_folds_when_samples_are_skipped(vision):
         split=gf.KFold(2),
     )  # fmt: skip
     assert set(found.layers["group"]) == {"", "b", "c"}
-    assert "Groups left out: a (kfold)" in found.info["warnings"][0]
+    warned = found.info["warnings"][0]
+    assert re.fullmatch(r"Groups left out: a \(kfold\); the first, because .*[^.]", warned)
     good = [i for i in range(60) if i not in bad]
     with gf.capture(vision, "vision.layers.2") as rows:
         vision.forward(vision.prepare([images[i] for i in good]))
@@ -482,7 +485,8 @@ def test_group_folds_keep_groups_together(language):
 def test_storage_is_chosen_and_said(language, capsys):
     gf.probe(language, named(), progress=True)
     said = capsys.readouterr().out
-    assert "keeping pooled rows (chosen: rows need" in said
+    assert "keeping pooled rows (chosen: rows need" in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -508,7 +512,7 @@ def test_storage_is_chosen_and_said(language, capsys):
         ({"sites": []}, "sites= is empty; give names or globs"),
         ({"alphas": [float("nan")]}, "alphas must be positive numbers; got [nan]"),
         ({"alphas": []}, "alphas must be positive"),
-        ({"targets": []}, "targets= needs one column or several"),
+        ({"targets": []}, "targets= (--targets) needs one column or several"),
         ({"baselines": {"b": torch.zeros(45, 4)}}, "baseline 'b' has shape [45, 4] for 40 sampl"),
         ({"baselines": {"b": torch.full((40, 4), torch.nan)}}, "baseline 'b' has NaN"),
     ],
@@ -549,7 +553,8 @@ def test_a_constant_target_is_named(language):
 
 
 def test_images_are_no_text(language):
-    with pytest.raises(ValueError, match="reads text, not image: name the samples' text column"):
+    message = r"reads text, not image: name the samples' text column \(text=, --text\)"
+    with pytest.raises(ValueError, match=message):
         gf.probe(language, painted())
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from test_run import example_run
 
 import geofast.run
+from geofast.cli import main
 from geofast.geo import great_circle_km
 from geofast.report import figures, layer_curve, map_of_predictions, page, text
 from geofast.report.text import Table, finding
@@ -531,8 +532,133 @@ def test_folds_that_chose_the_honest_best_are_counted() -> None:
     honest["blocks15"]["chosen"] = [f"{honest['blocks15']['site']}/cls"] * 5
     assert text.honest_place(run, "kfold") == "3 of 5 folds chose vision.layers.5, cls"
     assert text.honest_place(run, "blocks15").startswith("all 5 folds chose vision.layers.")
+    assert text.majority(run, "kfold")
     assert "3 of 5 folds chose vision.layers.5, cls" in " ".join(run.summary().split())
     assert "\n3 of 5 folds chose" in layer_curve(run).axes[0].get_title(loc="left")
+
+
+def test_folds_that_do_not_agree_have_no_star(tmp_path: Path) -> None:
+    run = example_run(40, blocks=8, prompts=("a/b", "city"), splits=("kfold",))
+    run.predictions = pd.DataFrame()
+    honest = run.info["honest"]["kfold"]
+    honest["chosen"] = [f"vision.layers.{i}/cls/city" for i in range(3)]
+    assert text.honest_place(run, "kfold") == "each of 3 folds chose another layer"
+    honest["chosen"] = ["vision.layers.5/cls/a/b", "vision.layers.5/cls/city"]
+    said = "each of 2 folds chose another layer, pool or prompt"
+    assert text.honest_place(run, "kfold") == said
+    assert said in " ".join(run.summary().split())
+    two = ["vision.layers.5/cls/a/b"] * 2
+    honest["chosen"] = [*two, "vision.layers.4/cls/city", "vision.embed/cls/city"]
+    assert text.honest_place(run, "kfold") == (
+        "2 of 4 folds chose vision.layers.5, cls, prompt a/b; 1 chose vision.layers.4, cls, "
+        "prompt city; 1 chose vision.embed, cls, prompt city"
+    )
+    honest["chosen"] += ["vision.layers.6/cls/city", "vision.layers.7/cls/city"]
+    assert text.honest_place(run, "kfold").endswith("prompt city; 2 others")
+    axes = layer_curve(run).axes[0]
+    assert not [line for line in axes.lines if line.get_marker() == "*"]
+    (line,) = (x for x in axes.lines if x.get_label() == "honest best: folds chose several places")
+    assert [float(v) for v in line.get_ydata()] == [honest["r2"]] * 2
+    assert [float(v) for v in line.get_xdata()] == [-0.5, 8.5]
+    page.write_report(run, tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert "A black line is the R² of layers chosen on inner folds that differ by fold." in readme
+    assert "The star is" not in readme
+    honest["r2"] = -17.4
+    assert "honest best R² -17.400" in [t.get_text() for t in layer_curve(run).axes[0].texts]
+    honest["chosen"] = two
+    assert [line for line in layer_curve(run).axes[0].lines if line.get_marker() == "*"]
+
+
+def capsules(run: Run) -> Run:
+    """Sites as a location encoder's: parts that read the same input, and what joins them."""
+    sites = run.layers["site"]
+    for i, part in enumerate(("capsules.0", "capsules.1")):
+        sites = sites.mask(sites == f"vision.layers.{3 * i}", f"location.{part}.embed")
+        for j in (1, 2):
+            sites = sites.mask(sites == f"vision.layers.{3 * i + j}", f"location.{part}.layers.{j}")
+    run.layers["site"] = sites.replace("vision.layers.6", "location.joint")
+    run.layers = run.layers[~run.layers["site"].str.startswith("vision")]
+    run.info["honest"] = {}
+    return run
+
+
+def test_parts_side_by_side_are_not_joined_by_a_line() -> None:
+    run = capsules(example_run(40, blocks=7, pools=("mean:all",)))
+    for axes in layer_curve(run).axes:
+        curve = next(x for x in axes.lines if x.get_label() == "mean:all, mean")
+        gaps = np.flatnonzero(np.isnan(curve.get_ydata())).tolist()
+        assert gaps == [3, 7]
+        titles = {t.get_text(): float(t.get_position()[0]) for t in axes.texts}
+        assert titles == {"capsules.0": 1.0, "capsules.1": 4.0, "joint": 6.0}
+        between = [x.get_xdata()[0] for x in axes.lines if x.get_color() == "#d0d0d0"]
+        assert between == [2.5, 5.5]
+
+
+def test_labels_that_would_touch_are_left_out() -> None:
+    named = {0.0: "embed", 4.0: "joint", 5.0: "embed", 9.0: "joint"}
+    assert figures._apart_from_each_other(named, 0.28) == {0.0: "embed", 4.0: "joint", 9.0: "joint"}
+    assert figures._apart_from_each_other(named, 1.0) == named
+    run = capsules(example_run(40, blocks=7, pools=("mean:all",)))
+    figure = layer_curve(run)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [t.get_window_extent() for t in axes.get_xticklabels() if t.get_text()]
+        boxes += [t.get_window_extent() for t in axes.texts]
+        touching = [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+        assert touching == []
+
+
+def test_a_band_over_all_of_the_axis_is_left_out(tmp_path: Path) -> None:
+    run = example_run(40, blocks=4, pools=("cls",), splits=("kfold",))
+    run.predictions = pd.DataFrame()
+    (band,) = layer_curve(run).axes[0].collections
+    assert len(band.get_paths()) == 1
+    page.write_report(run, tmp_path)
+    assert "left out where they cover" not in (tmp_path / "README.md").read_text()
+    run.layers.loc[2, ["r2", "r2_se"]] = [-17.0, 33.0]
+    first, second = layer_curve(run).axes[0].collections[0].get_paths()
+    assert first.vertices[:, 0].max() == 1
+    assert second.vertices[:, 0].min() == 3
+    page.write_report(run, tmp_path)
+    said = "Bands are ± 1.96 standard errors over folds, left out where they cover the axis."
+    assert said in (tmp_path / "README.md").read_text()
+
+
+def test_every_control_has_a_style_of_its_own() -> None:
+    run = with_random_weights(example_run(40, blocks=3, splits=("kfold",)))
+    raw = run.layers[run.layers["control"] == "raw pixels"].assign(control="tokens", r2=0.1)
+    run.layers = pd.concat([run.layers, raw], ignore_index=True)
+    figure = layer_curve(run)
+    lines = {str(line.get_label()): line for line in figure.axes[0].lines}
+    controls = [lines[f"control: {name}"] for name in ("raw pixels", "random-weights", "tokens")]
+    assert [line.get_marker() for line in controls] == ["s", "x", "D"]
+    targets = [lines[f"cls, {name}"].get_linestyle() for name in ("latitude", "longitude")]
+    assert targets == ["--", ":"]
+    assert {line.get_linestyle() for line in controls} == {"-"}
+
+
+def test_samples_left_out_are_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = example_run(40, blocks=1, splits=("kfold",))
+    run.predictions = pd.DataFrame()
+    run.info["counts"] = {"read": 40, "skipped": 1, "why": ["a.csv row 1: no latitude"]}
+    assert text.skipped(run) == ["Skipped 1 sample", "a.csv row 1: no latitude"]
+    why = [f"a.csv row {i}: no latitude" for i in range(7)]
+    run.info["counts"] = {"read": 40, "skipped": 7, "why": why}
+    folder = run.save(tmp_path / "r")
+    assert main(["show", str(folder)]) == 0
+    more = "and 2 more, all of them in run.json and report.html"
+    assert capsys.readouterr().out.startswith("\n".join(["Skipped 7 samples", *why[:5], more]))
+    readme, html = ((folder / name).read_text() for name in ("README.md", "report.html"))
+    items = "\n".join(f"- {line}" for line in [*why[:5], more])
+    assert f"## Skipped 7 samples\n\n{items}\n" in readme
+    assert "".join(f"<li>{reason}</li>" for reason in why) in html
+    run.info["counts"] = {"read": 40, "skipped": 0, "why": []}
+    assert text.skipped(run) == []
+    page.write_report(run, tmp_path)
+    assert "Skipped" not in (tmp_path / "README.md").read_text()
 
 
 def test_long_prompts_have_numbers_and_a_legend(tmp_path: Path) -> None:

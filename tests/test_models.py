@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 import tiny
 import torch
 from torch import nn
 
 import geofast as gf
-from geofast.models import describe, find_towers, match_sites
+from geofast.models import describe, find_towers, match_sites, structure
 
 
 def mpt():
@@ -60,6 +61,170 @@ def test_registers_are_told_from_patches():
     )
     (tower,) = find_towers(Dinov2WithRegistersModel(config))
     assert tower.prefix == ("cls", *["register"] * 4)
+
+
+SEES = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32,
+    patch_size=8,
+)  # fmt: skip
+
+
+def test_a_token_of_the_head_that_pools_is_no_token_of_the_blocks():
+    """AIMv2's attention pooling asks with a `cls_token`; its blocks see patches alone."""
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel, ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    module = Aimv2VisionModel(Aimv2VisionConfig(**SEES)).eval()
+    assert "head.cls_token" in dict(module.named_parameters())
+    model = gf.load(module, processor=ViTImageProcessorPil(size={"height": 32, "width": 32}))
+    (tower,) = model.towers
+    assert (tower.prefix, tower.default_pool) == ((), "mean:patch")
+    assert tower.norm is module.rms_norm
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    with gf.capture(module, "vision.norm") as rows, torch.no_grad():
+        whole = module(**batch).last_hidden_state
+    torch.testing.assert_close(rows["vision.norm/mean:patch"], whole.mean(1))
+
+
+class Tokens(nn.Module):
+    """Patches, and learned tokens wherever."""
+
+    def __init__(self, where, name, count=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches = nn.Conv2d(3, 16, 8, 8)
+        self.where = where
+        self.register_parameter(name, nn.Parameter(torch.randn(1, count, 16)))
+        self.learned = getattr(self, name)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, pixel_values):
+        x = self.patches(pixel_values).flatten(2).mT
+        learned = self.learned.expand(len(x), -1, -1)
+        order = {
+            "first": [learned, x], "last": [x, learned], "among": [x[:, :1], learned, x[:, 1:]],
+        }  # fmt: skip
+        x = torch.cat(order.get(self.where, [x]), 1)
+        x = self.blocks[0](x)
+        if self.where == "between":
+            x = torch.cat([learned, x], 1)
+        x = self.blocks[1](x)
+        return self.norm(torch.cat([learned, x], 1) if self.where == "after" else x)
+
+
+def counted(module):
+    from geofast.models.model import Model, Stage
+    from geofast.models.prefix import with_counted_prefix
+
+    def stack(images):
+        arrays = [np.asarray(image.resize((32, 32)), np.float32) / 255 for image in images]
+        return {"pixel_values": torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)}
+
+    stages = (Stage(module, find_towers(module)),)
+    return with_counted_prefix(Model("mine", module, stages, "image", None, stack)).towers[0]
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "prefix", "suffix", "normed"),
+    [
+        ("first", "cls_token", ("cls", "cls"), (), True),
+        ("first", "learned_tokens", ("register", "register"), (), True),
+        ("last", "cls_token", (), ("cls", "cls"), True),  # as in Llama 4
+        ("after", "cls_token", (), (), False),  # as in CaiT: the norm would see what is no patch
+        ("nowhere", "reg_token", (), (), False),
+        ("nowhere", "learned_tokens", (), (), True),
+    ],
+)
+def test_tokens_before_the_patches_are_counted(where, name, prefix, suffix, normed):
+    tower = counted(Tokens(where, name))
+    assert (tower.prefix, tower.suffix) == (prefix, suffix)
+    assert (tower.norm is not None) == normed
+
+
+@pytest.mark.parametrize("where", ["among", "between"])
+def test_tokens_that_cannot_be_told_apart(where):
+    with pytest.raises(ValueError, match="mine has cls tokens, but its blocks do not begin with"):
+        counted(Tokens(where, "cls_token"))
+
+
+def test_without_numbers_nothing_is_counted():
+    module = Tokens("after", "cls_token").to("meta")
+    assert counted(module).prefix == ("cls", "cls")
+
+
+def jamba():
+    """Blocks with attention and blocks with Mamba take turns."""
+    from transformers import JambaConfig, JambaForCausalLM
+
+    torch.manual_seed(0)
+    config = JambaConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=64, vocab_size=100, attn_layer_period=2, attn_layer_offset=1,
+        num_experts=2, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False,
+    )  # fmt: skip
+    return JambaForCausalLM(config).eval()
+
+
+def test_blocks_of_two_classes_that_take_turns():
+    module = jamba()
+    model = gf.load(module, processor=tiny.tokenizer())
+    (tower,) = model.towers
+    assert (tower.name, tower.path, len(tower.blocks)) == ("lm", "layers", 4)
+    assert len({type(block) for block in tower.blocks}) == 2
+    assert tower.branches == ("attn", "mlp")
+    assert "some also .attn and .mlp" in structure._ranges([tower])
+    attended = [s.name for s in tower.sites() if s.name.endswith(".attn")]
+    assert attended == ["lm.layers.1.attn", "lm.layers.3.attn"]
+    batch = model.prepare(["w1 w2 w3"])
+    with gf.capture(model) as rows:
+        model.forward(batch)
+    with torch.no_grad():
+        states = module.model(**batch, output_hidden_states=True).hidden_states
+    for i, name in enumerate(("embed", "layers.0", "layers.1", "layers.2")):
+        torch.testing.assert_close(rows[f"lm.{name}/last"], states[i][:, -1])
+
+
+def test_parts_of_a_block_are_no_stack():
+    from transformers import T5Config, T5Model
+
+    small = dict(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=100)
+    found = find_towers(T5Model(T5Config(**small)))
+    assert [tower.path for tower in found] == ["encoder.block", "decoder.block"]
+
+
+def mllama():
+    from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = dict(
+        hidden_size=32, num_hidden_layers=2, num_global_layers=2, attention_heads=4,
+        intermediate_size=64, image_size=32, patch_size=8, intermediate_layers_indices=[1],
+        vision_output_dim=64, max_num_tiles=2, supported_aspect_ratios=[[1, 1], [1, 2]],
+    )  # fmt: skip
+    text = dict(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
+        vocab_size=120, num_key_value_heads=2, cross_attention_layers=[1, 3], pad_token_id=0,
+    )  # fmt: skip
+    return MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
+
+
+def test_a_language_model_with_cross_attention_now_and_then(monkeypatch):
+    module = mllama().eval()
+    model = gf.load(module, processor=tiny.tokenizer())
+    assert [(t.name, len(t.blocks)) for t in model.towers] == [("lm", 4)]
+    with gf.capture(model, ["lm.layers.0", "lm.layers.2"]) as rows:
+        model.forward(model.prepare(["w1 w2", "w3"]))
+    assert rows.n == 2
+    message = r"lm.layers.1 did not run in this forward pass \(1 sites missed\); leave it out"
+    with gf.capture(model, "lm.layers.[12]"), pytest.raises(RuntimeError, match=message):
+        model.forward(model.prepare(["w1 w2"]))
+    monkeypatch.setattr(structure, "_is_stack", lambda _, blocks: len({*map(type, blocks)}) == 1)
+    message = r"reads text, but the blocks that read it were not found, only vision_model.*layers"
+    with pytest.raises(ValueError, match=message):
+        gf.load(module, processor=tiny.tokenizer())
 
 
 def test_sites_and_globs():

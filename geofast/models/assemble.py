@@ -20,6 +20,7 @@ from .inputs import (
 )
 from .model import Model, Stage, headless
 from .phi4 import NOTE, Phi4, is_phi4
+from .prefix import with_counted_prefix
 from .processors import Part
 from .structure import Tower, find_towers
 
@@ -43,9 +44,15 @@ def assemble(
     Raises
     ------
     ValueError
-        When it reads neither images nor text, or its blocks cannot be found.
+        When it reads neither images nor text, its blocks cannot be found, or its tokens cannot be
+        told apart.
     """
-    notes = tuple(notes)
+    return with_counted_prefix(_assembled(name, module, bring, tuple(notes)))
+
+
+def _assembled(
+    name: str, module: nn.Module, bring: Callable[[Part], Any], notes: tuple[str, ...]
+) -> Model:
     body: Any = headless(module)
     if is_phi4(body):
         body, notes = Phi4(body), (*notes, NOTE)
@@ -61,6 +68,14 @@ def assemble(
     stages = (Stage(body, tuple(towers.values())),)
     reads = getattr(body, "main_input_name", None)
     if reads == "input_ids":
+        if not {"lm", "text"} & towers.keys():
+            msg = (
+                f"{name} is a {type(module).__name__}, which reads text, but the blocks that read "
+                f"it were not found, only {' and '.join(t.path for t in towers.values())}. Pass "
+                "the nn.Module itself with prepare=, its blocks named in a method geofast_towers() "
+                "that returns a tuple of geofast.models.Tower"
+            )
+            raise ValueError(msg)
         collate = text_collate(bring("tokenizer"), body)
         return Model(name, module, stages, "text", None, collate, notes=notes)
     if reads != "pixel_values":

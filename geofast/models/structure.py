@@ -1,6 +1,7 @@
 """Towers, blocks and token layouts, found by the structure of a module and not by its name.
 
-A tower is a stack of residual blocks: the largest list of modules of one class that belongs to it.
+A tower is a stack of residual blocks: the largest list of modules of one class that belongs to it,
+or of a few classes that take turns.
 The residual stream before block 0 is the site `<tower>.embed`, after block i
 `<tower>.layers.<i>`, and `<tower>.norm` is what the final norm makes of the last one. Models that
 compare images with texts have `<tower>.joint`, one vector a sample in the space that both share,
@@ -93,8 +94,8 @@ class Tower:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """Which of `attn` and `mlp` the first block has."""
-        return tuple(_branches(self.blocks[0])) if self.blocks else ()
+        """Which of `attn` and `mlp` its blocks have, or some of them."""
+        return tuple(sorted({branch for block in self.blocks for branch in _branches(block)}))
 
     @property
     def default_pool(self) -> str:
@@ -150,9 +151,10 @@ def find_towers(root: nn.Module) -> tuple[Tower, ...]:
     if not largest:
         msg = (
             f"no residual blocks found in {type(root).__name__}: looked for a ModuleList or "
-            "Sequential of two or more modules of one class, each with submodules that hold "
-            "parameters. Put the blocks of a model of your own into a ModuleList, or name them in "
-            "a method geofast_towers() that returns a tuple of geofast.models.Tower"
+            "Sequential of two or more modules of one class, or a ModuleList of a few classes that "
+            "take turns, each with submodules that hold parameters. Put the blocks of a model of "
+            "your own into a ModuleList, or name them in a method geofast_towers() that returns a "
+            "tuple of geofast.models.Tower"
         )
         raise ValueError(msg)
     found = {
@@ -212,7 +214,9 @@ def _ranges(towers: Sequence[Tower]) -> str:
             return t.name
         layers = f"{t.name}.layers.0 to .{len(t.blocks) - 1}"
         if t.branches:
-            layers += f" (each also {' and '.join('.' + branch for branch in t.branches)})"
+            alike = all(len(_branches(block)) == len(t.branches) for block in t.blocks)
+            which = " and ".join("." + branch for branch in t.branches)
+            layers += f" ({'each' if alike else 'some'} also {which})"
         last = [f"{t.name}.norm"] * (t.norm is not None) + [f"{t.name}.joint"] * bool(t.head)
         return ", ".join([f"{t.name}.embed", layers, *last])
 
@@ -225,10 +229,23 @@ def block_lists(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in root.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or path.startswith(inside or "\0"):
             continue
-        kinds = {type(child) for child in module}
-        if len(module) >= 2 and len(kinds) == 1 and all(map(_is_block, module)):
+        if len(module) >= 2 and all(map(_is_block, module)) and _is_stack(path, module):
             inside += (path + ".",)
             yield path, module
+
+
+def _is_stack(path: str, blocks: nn.ModuleList | nn.Sequential) -> bool:
+    """Whether blocks are of one class, or of some that take turns and are called alike.
+
+    Jamba's have attention or Mamba. The parts of a block of T5, which make a list too, come once.
+    """
+    kinds = {type(block) for block in blocks}
+    if len(kinds) == 1:
+        return True
+    several = isinstance(blocks, nn.ModuleList) and len(kinds) < len(blocks)
+    alone = not any(part.isdigit() for part in path.split("."))  # not one list of many
+    takes = {tuple(inspect.signature(kind.forward).parameters)[1:2] for kind in kinds}
+    return several and alone and len(takes) == 1
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -307,7 +324,7 @@ def _tower(root: nn.Module, name: str, path: str, blocks: nn.Module) -> Tower:
     # embeddings and the final norm live beside the list or one level above it.
     around = [root.get_submodule(".".join(path.split(".")[:i])) for i in range(path.count(".") + 1)]
     whole = around[-2] if len(around) > 1 else around[0]
-    prefix = _prefix(whole) if name == "vision" else ()
+    prefix = _prefix(whole, blocks) if name == "vision" else ()
     suffix = _suffix(whole) if name == "text" else ()
     norm = next((n for m in reversed(around[-2:]) if (n := _final_norm(m)) is not None), None)
     tokens = "patch" if name == "vision" else "text"
@@ -347,10 +364,13 @@ def _projector(root: nn.Module, towers: Mapping[str, Tower]) -> Tower | None:
     return None
 
 
-def _prefix(tower: nn.Module) -> tuple[str, ...]:
+def _prefix(tower: nn.Module, blocks: nn.Module) -> tuple[str, ...]:
     cls: list[str] = []
     registers: list[str] = []
+    first = next(blocks.parameters())
     for path, parameter in tower.named_parameters():
+        if parameter is first:  # AIMv2's cls is of the head, which pools what the blocks made
+            break
         leaf = path.rsplit(".", 1)[-1]
         count = parameter.shape[-2] if parameter.ndim == 3 else 1
         if leaf in ("cls_token", "class_embedding", "class_token"):

@@ -27,7 +27,7 @@ class NonFiniteError(FloatingPointError):
         self.sample = sample
         advice = "look at its input and at the model's weights"
         if dtype == torch.float16:
-            advice = "load the model with dtype=torch.float32 or bfloat16"
+            advice = "load the model with dtype=torch.float32 or bfloat16 (--dtype)"
         super().__init__(
             f"{key}: sample {sample} of the batch has NaN or infinite activations in "
             f"{str(dtype).removeprefix('torch.')}; {advice}"
@@ -242,8 +242,8 @@ class _Recorder:
         if missed:
             msg = (
                 f"{missed[0]} did not run in this forward pass ({len(missed)} sites missed); "
-                "leave it out of sites=, or if the model was compiled before, run it under "
-                "torch.compiler.set_stance('force_eager')"
+                "leave it out of sites= (--sites), or if the model was compiled before, run it "
+                "under torch.compiler.set_stance('force_eager')"
             )
             raise RuntimeError(msg)
         self._running = False

@@ -193,7 +193,7 @@ def _repeats(model: Model, given: Given) -> Check:
 def _batch(model: Model, given: Given) -> Check:
     alone = _one_by_one(model, given.examples, given.sites)
     off = _differences(_rows(model, given.examples, given.sites), alone)
-    advice = "padding or batching changes the result: use batch_size=1"
+    advice = "padding or batching changes the result: use batch_size=1 (--batch-size)"
     check = _judge(model, off, advice, given.noise)
     if check.outcome == "fail" or isinstance(given.float32, str):
         return check
@@ -224,7 +224,7 @@ def _padding(model: Model, given: Given) -> Check:
         rows.append(dict(one))
     on_the_right, on_the_left = (_differences(found, alone) for found in rows)
     noise = given.noise and {key.removesuffix("/0"): x for key, x in given.noise.items()}
-    advice = "the model reads its padding: use batch_size=1"
+    advice = "the model reads its padding: use batch_size=1 (--batch-size)"
     check = _judge(model, on_the_right, advice, noise)
     if check.outcome == "fail":
         return check
@@ -583,7 +583,7 @@ def _pooled_otherwise(
 def _dtype(model: Model, given: Given) -> Check:
     if isinstance(given.float32, str):
         return Check("", "skip", given.float32)
-    fine, advice = given.float32.r2, "too coarse: load the model with dtype=torch.float32"
+    fine, advice = given.float32.r2, "too coarse: load the model with dtype=torch.float32 (--dtype)"
     if given.known is None or fine is None:
         advice += ", or give data (--data) to see what that does to R²"
         return _judge(model, given.float32.noise, advice)

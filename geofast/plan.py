@@ -189,7 +189,8 @@ def make_plan(
     if storage == "gram" and as_grams > memory:
         raise ValueError(
             f"statistics need {readable(as_grams)}, more than the machine's {readable(memory)}; "
-            "use storage='rows' (--storage), which may lie on disk, or fewer sites, pools, prompts or groups"
+            "use storage='rows' (--storage), which may lie on disk, or fewer sites, pools, "
+            "prompts or groups"
         )
     kind: Literal["rows", "gram"] = "gram" if storage == "gram" else "rows"
     why = f"as asked: {readable(as_grams if kind == 'gram' else as_rows)}"

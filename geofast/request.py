@@ -177,7 +177,9 @@ def read_targets(samples: Samples, names: Sequence[str]) -> torch.Tensor:
     """Return the columns to regress, float64 [n, k]."""
     table = samples.table
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"targets= needs one column or several, each once; got {list(names)}")
+        raise ValueError(
+            f"targets= (--targets) needs one column or several, each once; got {list(names)}"
+        )
     for name in names:
         if name not in table or not pd.api.types.is_numeric_dtype(table[name]):
             numeric = [c for c in table if pd.api.types.is_numeric_dtype(table[c])]
@@ -222,7 +224,10 @@ def _check(options: Options, given: Given, alphas: Sequence[float]) -> None:
     if select not in (None, "loo", "gcv", "folds"):
         raise ValueError(f"select must be loo, gcv or folds; got {select!r}")
     if select == "loo" and storage == "gram":
-        raise ValueError("select='loo' needs rows: use storage='rows', or select='gcv' or 'folds'")
+        raise ValueError(
+            "select='loo' (--select) needs rows: use storage='rows' (--storage), or select='gcv' "
+            "or 'folds'"
+        )
     if not len(alphas) or not all(0 < a < float("inf") for a in alphas):
         raise ValueError(f"alphas must be positive numbers; got {list(alphas)}")
     for name, x in given.baselines.items():
@@ -284,7 +289,7 @@ def scored_tasks(
     few = [t for t in tasks if t.folds < 3]
     if select == "folds" and few:
         msg = (
-            f"select='folds' needs at least 3 folds, and split {few[0].split!r} has "
+            f"select='folds' (--select) needs at least 3 folds, and split {few[0].split!r} has "
             f"{few[0].folds}; take more folds, or select='loo' or 'gcv'"
         )
         raise ValueError(msg)

@@ -293,7 +293,7 @@ def test_infinite_activations_name_site_sample_and_dtype():
     )
     message = (
         r"^lm.layers.1/last: sample 1 of the batch has NaN or infinite activations in float16; "
-        r"load the model with dtype=torch.float32 or bfloat16$"
+        r"load the model with dtype=torch.float32 or bfloat16 \(--dtype\)$"
     )
     with gf.capture(model) as rows, pytest.raises(FloatingPointError, match=message):
         model(input_ids=ids)

@@ -154,7 +154,8 @@ def test_swapped_columns(tmp_path):
     path = text_file(tmp_path, "\n".join(["name,lat,lon", *rows]))
     message = (
         f"latitude and longitude look swapped in {path}: column 'lat' was read as latitude and "
-        "'lon' as longitude; correct the file, or for a table pass latitude='lon', longitude='lat'."
+        "'lon' as longitude; correct the file, or for a table pass latitude='lon', longitude='lat' "
+        "(--latitude lon --longitude lat)."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         read(path)
@@ -470,7 +471,7 @@ def test_places_are_inputs_of_their_own(tmp_path):
     ]
     texts = read(table, text="country")
     assert texts.as_locations().load(1) == (-33.0, 151.0)
-    with pytest.raises(ValueError, match="leave image= and text= out"):
+    with pytest.raises(ValueError, match=r"leave image= and text= out \(--image, --text"):
         read(table, location=True, text="name")
     arrays = from_arrays(None, [1, 2, 95], [3, 4, 5], country=["FR", "IT", "no"])
     assert (arrays.kind, arrays.load(1), len(arrays), len(arrays.skipped)) == (

@@ -64,7 +64,7 @@ def test_a_model_that_mixes_its_samples():
     layer.register_forward_hook(lambda _m, _a, out: out + 10 * out.mean(0, keepdim=True))
     check = outcome(model, "batch")
     assert check.outcome == "fail"
-    assert "use batch_size=1" in check.advice
+    assert "use batch_size=1 (--batch-size)" in check.advice
     assert outcome(model, "repeats").outcome == "pass"
     assert [c.outcome for c in quick(model, WORDS)] == ["pass", "fail"]
     assert [c.name for c in quick(model, WORDS, batched=False)] == ["repeats"]
@@ -148,7 +148,7 @@ def test_a_model_that_reads_its_padding():
     module.forward = lambda input_ids, attention_mask=None, **more: true(input_ids, **more)
     check = outcome(model, "padding")
     assert check.outcome == "fail"
-    assert "reads its padding: use batch_size=1" in check.advice
+    assert "reads its padding: use batch_size=1 (--batch-size)" in check.advice
     assert outcome(model, "padding", ["w1", "w2", "w3"]).outcome == "skip"
     assert outcome(model, "repeats").outcome == "pass"
 
@@ -558,7 +558,7 @@ def test_the_noise_in_r2():
     coarse.module.embeddings.register_forward_hook(lambda _m, _a, out: out + 300)
     (check,) = gf.doctor(coarse, data=painted(40), only=["dtype"]).checks
     assert check.outcome == "fail"
-    assert check.advice == "too coarse: load the model with dtype=torch.float32"
+    assert check.advice == "too coarse: load the model with dtype=torch.float32 (--dtype)"
     (check,) = gf.doctor(vision(), data=painted(40), only=["dtype"]).checks
     assert check.outcome == "skip"
 

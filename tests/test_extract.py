@@ -56,7 +56,8 @@ def test_prompts_for_images_go_into_the_model(vision):
     images = from_arrays([np.zeros((4, 4, 3), np.uint8)], [0], [0])
     assert list(worded(images, ["a", "b"])) == [""]
     assert ready(vision, images, None, None).stop.name == "vision.layers.2"
-    with pytest.raises(ValueError, match="takes no prompt beside an image; leave prompts= out"):
+    message = r"takes no prompt beside an image; leave prompts= out \(--prompt\)"
+    with pytest.raises(ValueError, match=message):
         ready(vision, images, ["a", "b"], None)
     with pytest.raises(ValueError, match="'a' is given twice"):
         worded(images, ["a", "a"])

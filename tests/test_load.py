@@ -1109,5 +1109,7 @@ def test_nothing_is_written_where_a_model_is_refused(lm, own, tmp_path, monkeypa
     before = sorted(tmp_path.iterdir())
     asked = ["probe", where, str(tmp_path / "places.csv"), "--text", "name", "--out", str(out)]
     assert main(asked) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    told, said = capsys.readouterr().err.splitlines()
+    assert told == f"loading {where} ..."
+    assert said.startswith("geofast: ")
     assert sorted(tmp_path.iterdir()) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -79,7 +80,10 @@ def read(
         msg = f"no such file or folder: {path}"
         raise FileNotFoundError(msg)
     if location and (image or text):
-        msg = f"{path}: with location=True the places are the inputs; leave image= and text= out"
+        msg = (
+            f"{path}: a location encoder is given the places: leave image= and text= out "
+            "(--image, --text), or location=True"
+        )
         raise ValueError(msg)
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -169,7 +173,7 @@ def _read_table(
     strict: bool,
 ) -> Samples:
     if image and text:
-        msg = f"{path}: give image= or text=, not both."
+        msg = f"{path}: give image= or text=, not both (--image, --text)."
         raise ValueError(msg)
     names = _load_table(path, header_only=True).columns.tolist()
     lat = _find(path, names, latitude, "latitude", LATITUDES)
@@ -458,7 +462,8 @@ def _samples(
     }
     bad = sorted(reasons)
     if bad and strict:
-        msg = f"{where[bad[0]]}: {reasons[bad[0]]}; correct or remove it, or read without strict."
+        msg = f"{where[bad[0]]}: {reasons[bad[0]]}; correct or remove it, or leave strict=True out "
+        msg += "(--strict)."
         raise ValueError(msg)
     table = table.assign(id=table["id"].astype(str), **degrees)
     skipped = tuple(Skipped(where[row], reasons[row]) for row in bad)
@@ -532,7 +537,8 @@ def _swapped(source: str, latitude: str, longitude: str) -> ValueError:
     return ValueError(
         f"latitude and longitude look swapped in {source}: column {latitude!r} was read as "
         f"latitude and {longitude!r} as longitude; correct the file, or for a table pass "
-        f"latitude={longitude!r}, longitude={latitude!r}."
+        f"latitude={longitude!r}, longitude={latitude!r} "
+        f"(--latitude {shlex.quote(longitude)} --longitude {shlex.quote(latitude)})."
     )
 
 

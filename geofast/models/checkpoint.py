@@ -88,7 +88,7 @@ def read_module(
     options = dict(source.options)
     quantised = quantisation(config)
     if device_map is not None:
-        _require(source, "is spread by device_map=", ("accelerate",))
+        _require(source, "is spread by device_map= (--device-map)", ("accelerate",))
         options["device_map"] = _checked(device_map)
     elif quantised:
         options["device_map"] = {"": str(device)}  # they cannot be moved later

@@ -180,8 +180,9 @@ def _in_a_sentence(what: str, source: Source, error: Exception) -> Exception:
 
     if isinstance(error, torch.OutOfMemoryError):
         msg = (
-            f"the {what} of {source.place} do not fit into memory: device_map='auto' spreads them "
-            "over all devices and the main memory, dtype=torch.bfloat16 halves them"
+            f"the {what} of {source.place} do not fit into memory: device_map='auto' "
+            "(--device-map auto) spreads them over all devices and the main memory, "
+            "dtype=torch.bfloat16 (--dtype bfloat16) halves them"
         )
         return RuntimeError(msg)
     if isinstance(error.__cause__, errors.GatedRepoError):
@@ -190,7 +191,7 @@ def _in_a_sentence(what: str, source: Source, error: Exception) -> Exception:
         return ValueError(untrusted(source.path))
     if "device_map" in str(error):
         why = textwrap.shorten(said(error), 200, placeholder=" ...")  # it may list every parameter
-        return ValueError(f"device_map= does not fit {source.place}: {why}")
+        return ValueError(f"device_map= (--device-map) does not fit {source.place}: {why}")
     if isinstance(error, ImportError):
         return ImportError(f"the {what} of {source.place} cannot be read: {said(error)}")
     if absent := re.search(r"Missing optional dependencies: ([^.]+)", str(error)):

@@ -45,7 +45,8 @@ def stack_images(images: list[Any]) -> Batch:
     if len(sizes) > 1:
         msg = (
             f"the image processor made images of different sizes in one batch ({sizes[0]} and "
-            f"{sizes[1]}): use batch_size=1, or a processor that resizes to a fixed size"
+            f"{sizes[1]}): use batch_size=1 (--batch-size), or a processor that resizes "
+            "to a fixed size"
         )
         raise ValueError(msg)
     return {"pixel_values": torch.stack(images)}

@@ -114,7 +114,9 @@ def load(
     source = find(text, trust_remote_code=trust_remote_code)
     source, worn = base_and_adapter(text, source, adapter)
     if merge and worn is None:
-        raise ValueError("merge=True goes with an adapter: name it by adapter=")
+        raise ValueError(
+            "merge=True (--merge-adapter) goes with an adapter: name it by adapter= (--adapter)"
+        )
     return _from_checkpoint(source, where, dtype, device_map, worn, merge)
 
 
@@ -128,7 +130,8 @@ def default_device(device: str | torch.device | None) -> torch.device:
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and not torch.cuda.is_available():
-        msg = f"there is no GPU for device={str(where)!r} that torch can use; leave device= out"
+        msg = f"there is no GPU for device={str(where)!r} that torch can use; leave device= "
+        msg += "(--device) out"
         raise RuntimeError(msg)
     return where
 

@@ -451,7 +451,9 @@ def load_location(name: str, device: torch.device, dtype: torch.dtype | None) ->
         When the file cannot be read, or the wheel of geoclip not be fetched.
     """
     if dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(f"a location encoder runs in float32 or float64; got dtype={dtype}")
+        raise ValueError(
+            f"a location encoder runs in float32 or float64; got dtype={dtype} (--dtype)"
+        )
     kind, _, path = name.partition(":")
     if name == "geoclip":
         model = geoclip()

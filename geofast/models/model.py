@@ -105,6 +105,7 @@ class Model:
             if model is not None and model.kind == kind:
                 return model
         msg = f"{self.name} reads {self.kind}, not {kind}: name the samples' {self.kind} column"
+        msg += f" ({self.kind}=, --{self.kind})" if self.kind != "location" else ""
         raise ValueError(msg)
 
     def asking(self, prompts: Sequence[str]) -> Model:
@@ -116,7 +117,7 @@ class Model:
             When the model takes no prompt beside an image.
         """
         if not self.prompts:
-            msg = f"{self.name} takes no prompt beside an image; leave prompts= out"
+            msg = f"{self.name} takes no prompt beside an image; leave prompts= out (--prompt)"
             raise ValueError(msg)
         converse: Any = self.transform
         return replace(self, transform=replace(converse, prompts=tuple(prompts)))

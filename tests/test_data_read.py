@@ -314,9 +314,9 @@ def test_the_studys_file(tmp_path):
     names = np.array(["Perú", "Chile"] * 3, dtype=object)
     study_file(path, clusters=np.array([b"0", b"39"] * 3), countries=names)
     samples = read(path)
-    assert samples.table.columns.tolist() == ["id", "latitude", "longitude", "cluster", "country"]
-    assert samples.table["cluster"].tolist() == ["0", "39"] * 3
-    assert samples.table["country"].tolist() == ["Perú", "Chile"] * 3
+    assert samples.table.columns.tolist()[3:] == ["clusters", "countries"]
+    assert samples.table["clusters"].tolist() == ["0", "39"] * 3
+    assert samples.table["countries"].tolist() == ["Perú", "Chile"] * 3
     assert samples.table["id"].tolist() == list("012345")
     assert samples.table["latitude"].dtype == np.float64
     for i in (5, 0):
@@ -396,7 +396,7 @@ def test_hdf5_that_is_none(tmp_path):
     ):
         read(tmp_path / "b.h5")
     study_file(tmp_path / "c.h5", clusters=np.array([b"0"]))
-    with pytest.raises(ValueError, match=r"c.h5 holds 6 images but 1 values of cluster"):
+    with pytest.raises(ValueError, match=r"c.h5 holds 6 images but 1 values of clusters"):
         read(tmp_path / "c.h5")
 
 

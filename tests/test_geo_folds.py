@@ -214,3 +214,15 @@ def test_parse_split_takes_folds_and_seed():
 def test_parse_split_refuses(text):
     with pytest.raises(ValueError, match=f"cannot read the split '{text}'"):
         parse_split(text)
+
+
+@pytest.mark.parametrize("text", ["blocks:15:3", "kfold:2.5", "blah", "groups:country"])
+def test_parse_split_lists_its_forms(text):
+    with pytest.raises(ValueError, match=rf"'{text}'; write kfold, kfold:10 .* or group:COLUMN"):
+        parse_split(text)
+
+
+def test_too_few_folds_are_not_blamed_on_the_split():
+    with pytest.raises(ValueError, match=r"^a split needs at least 2 folds, got 1: .*--folds"):
+        parse_split("kfold", folds=1)
+    assert parse_split("kfold:3", folds=2) == KFold(3)

@@ -46,7 +46,7 @@ def read(
     source : path
         A table (.csv, .tsv, .parquet), a folder of photographs with EXIF GPS, searched through,
         or an HDF5 file (.h5, .hdf5) with `images` (encoded bytes), `latitudes`, `longitudes` and
-        optionally `clusters`, `countries` and `landmark_ids`.
+        optionally `clusters`, `countries` and `landmark_ids`, columns by these names.
     image, text : str, optional
         Column of a table with paths of images, relative to the table's folder, or with text. By
         default an image column named image, path, file, filename or image_path, or else a text
@@ -364,7 +364,7 @@ def _degrees(parts: Sequence[Any], reference: Any, signs: str) -> float:
 
 # ---------------------------------------------------------------------------- HDF5
 
-HDF5_COLUMNS = {"clusters": "cluster", "countries": "country", "landmark_ids": "landmark_id"}
+HDF5_COLUMNS = ("clusters", "countries", "landmark_ids")
 
 
 class _Encoded:
@@ -416,9 +416,9 @@ def _hdf5_table(path: Path, file: Any) -> tuple[pd.DataFrame, int]:
         raise ValueError(msg)
     n = len(file["images"])
     columns = {"latitude": file["latitudes"][:], "longitude": file["longitudes"][:]}
-    for dataset, column in HDF5_COLUMNS.items():
-        if dataset in file:
-            columns[column] = np.array([_word(value) for value in file[dataset][:]], dtype=object)
+    for name in HDF5_COLUMNS:
+        if name in file:
+            columns[name] = np.array([_word(value) for value in file[name][:]], dtype=object)
     for column, values in columns.items():
         if len(values) != n:
             msg = f"{path} holds {n} images but {len(values)} values of {column}."

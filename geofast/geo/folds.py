@@ -7,6 +7,7 @@ have seen its neighbours; blocks and groups keep neighbours and countries out of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -271,22 +272,25 @@ def parse_split(text: str, folds: int = 5, seed: int = 42) -> Split:
     ValueError
         When the text is none of these.
     """
+    if folds < 2:
+        raise ValueError(f"a split needs at least 2 folds, got {folds}: write folds=5 (--folds 5)")
     kind, _, value = text.partition(":")
+    if kind == "group" and value:
+        return GroupKFold(value, folds, seed)
+    kinds: dict[str, Callable[[str], float]] = {"kfold": int, "blocks": float}
     try:
-        if kind == "kfold":
-            return KFold(int(value) if value else folds, seed)
-        if kind == "blocks":
-            return Blocks(float(value) if value else 15, folds, seed)
+        number = kinds[kind](value) if value else {"kfold": folds, "blocks": 15}[kind]
+    except (KeyError, ValueError) as err:
+        msg = (
+            f"cannot read the split {text!r}; write kfold, kfold:10 (folds), blocks:15 (degrees) "
+            "or group:COLUMN."
+        )
+        raise ValueError(msg) from err
+    try:
+        return KFold(int(number), seed) if kind == "kfold" else Blocks(number, folds, seed)
     except ValueError as err:
         msg = f"cannot read the split {text!r}: {err}"
         raise ValueError(msg) from err
-    if kind == "group" and value:
-        return GroupKFold(value, folds, seed)
-    msg = (
-        f"cannot read the split {text!r}; write kfold, kfold:10 (folds), blocks:15 (degrees) "
-        "or group:COLUMN."
-    )
-    raise ValueError(msg)
 
 
 def _check_folds(folds: int) -> None:

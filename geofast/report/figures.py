@@ -49,6 +49,7 @@ _INPUT_MARKS = {
     "grey circles": "o",
 }
 _GREY = "#6e6e6e"
+_PAPER = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 2}  # behind words on lines
 _CHARACTER = 0.085  # inches, of a label
 _FLOOR = -0.5  # R2 below 0 is worse than the mean; how much worse would squash the rest
 _KM_EDGES = (0, 250, 1000, 2500, 5000, 20040)  # the last one is half the Earth's circumference
@@ -59,7 +60,7 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as err:
-        msg = "figures need matplotlib: pip install 'geofast[plot]'"
+        msg = "figures need matplotlib: pip install matplotlib"
         raise ImportError(msg) from err
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -291,7 +292,9 @@ def _star(axes: Axes, x: int, r2: float, sites: int) -> None:
 def _at_the_edge(axes: Axes, x: float, words: str, side: Literal["left", "right"]) -> None:
     """Tell what lies below the axis."""
     shift = (11 if side == "left" else -11, 4)
-    axes.annotate(words, (x, _FLOOR), shift, textcoords="offset points", ha=side, fontsize=10)
+    axes.annotate(
+        words, (x, _FLOOR), shift, textcoords="offset points", ha=side, fontsize=10, bbox=_PAPER
+    )
 
 
 def _say_what_is_cut(axes: Axes, run: Run, split: str) -> None:
@@ -303,7 +306,7 @@ def _say_what_is_cut(axes: Axes, run: Run, split: str) -> None:
         words += f"; all sites are below, the highest R² is {number(best)}"
     axes.text(
         0.99, 0.12, words, transform=axes.transAxes, ha="right", fontsize=10, color=_GREY,
-        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 2},
+        bbox=_PAPER,
     )  # fmt: skip
 
 
@@ -389,7 +392,7 @@ def _r2_label(run: Run) -> str:
 
 
 def _wrapped(words: str, width: int) -> str:
-    return textwrap.fill(words.replace("prompt ", "prompt\u00a0"), width)
+    return textwrap.fill(re.sub(r"(prompt|, \d+) ", "\\1\u00a0", words), width)
 
 
 def _title(figure: Figure, sentence: str) -> None:

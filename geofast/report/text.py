@@ -288,7 +288,7 @@ def notes(run: Run, split: str) -> list[str]:
         detail = f" ({', '.join(parts)})" if parts else ""
         line = f"Control {row['control']}: highest R²"
         if has_sites(run, row.to_frame().T):
-            detail += f"; column {_control_name(row['control'])} is of the same site"
+            detail += f"; column {_control_name(row['control'])} is its R² at the same site"
             line += " of its sites"
         lines.append(f"{line} {number(row['r2'])}{detail}")
     return lines
@@ -315,13 +315,13 @@ def honest_place(run: Run, split: str) -> str:
     if votes == 1 < folds:
         one = len({name.split("/")[0] for name in chosen}) == folds
         return f"each of {folds} folds chose another layer{'' if one else ', pool or prompt'}"
-    told = [
-        f"{'all' if votes == folds else f'{votes} of'} {folds} folds chose {_place_of(run, first)}"
-    ]
-    if not majority(run, split):
-        told += [f"{n} chose {_place_of(run, name)}" for name, n in others[:2]]
-        told += [f"{left} others"] if (left := sum(n for _, n in others[2:])) else []
-    return "; ".join(told)
+    told = f"{'all' if votes == folds else f'{votes} of'} {folds} folds chose"
+    if majority(run, split) or len({tuple(name.split("/", 2)[1:]) for name in chosen}) > 1:
+        more = f"; the others, {len(others)} other places" if not majority(run, split) else ""
+        return f"{told} {_place_of(run, first)}{more}"
+    site, _, rest = _place_of(run, first).partition(", ")
+    sites = [f"{n} {name.split('/')[0]}" for name, n in others]
+    return f"{', '.join([f'{told} {site}', *sites])} ({rest})"
 
 
 def _chosen(run: Run, split: str) -> Counter[str]:

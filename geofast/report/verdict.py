@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from .numbers import number
+from .numbers import number, with_error
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ def reads(scores: Scores, twin: Scores, where: str) -> str:
 
 def _reads_nothing(scores: Scores, order: Sequence[str], where: str) -> str:
     high, low = order[0], order[-1]
+    best, worst = (with_error(s.r2, s.se or None) for s in (scores[high], scores[low]))
     if len(order) == 1:
-        return f"does not read {high}: R² {number(scores[high].r2)} ({where})"
-    told = f"R²: {high} {number(scores[high].r2)}, {low} {number(scores[low].r2)}"
+        return f"does not read {high}: R² {best} ({where})"
+    told = f"R²: {high} {best}, {low} {worst}"
     if len(order) > 2:
         return f"reads none of {len(order)} targets ({told}, {_mean(scores)} on average; {where})"
     return f"reads neither {high} nor {low} ({told}; {where})"

@@ -1,5 +1,7 @@
 """Packages that are missing, or that do not fit what is there."""
 
+import sys
+
 import pytest
 import torch
 
@@ -21,6 +23,9 @@ def misfit(tmp_path, monkeypatch):
         "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.0.7\n"
     )
     (tmp_path / "timm.py").write_text("")
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("torchvision", "timm"):
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -39,6 +44,30 @@ def test_a_torchvision_for_another_torch(tmp_path):
         raise ImportError("operator torchvision::nms does not exist")
 
 
+@pytest.mark.usefixtures("misfit")
+def test_a_torchvision_for_another_torch_where_a_configuration_needs_it(tmp_path, monkeypatch):
+    """As transformers has it: of Llama's configuration it imports torchvision, and hides why."""
+
+    def broken(*_, **__):
+        raise ModuleNotFoundError("Could not import module 'LlamaConfig'")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", broken)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RuntimeError, match=MESSAGE):
+        gf.load(tmp_path)
+
+
+def test_a_configuration_that_cannot_be_imported_for_another_reason(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ModuleNotFoundError("Could not import module 'LlamaConfig'")
+
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", broken)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModuleNotFoundError, match="Could not import module 'LlamaConfig'"):
+        gf.load(tmp_path)
+
+
 def test_without_torchvision_another_error_stays_itself(monkeypatch, tmp_path):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     source = find(str(tmp_path))
@@ -47,9 +76,9 @@ def test_without_torchvision_another_error_stays_itself(monkeypatch, tmp_path):
         raise OSError("broken")
 
 
-@pytest.mark.parametrize("name", ["open_clip", "timm"])
-def test_a_package_that_is_not_installed(name, monkeypatch):
+@pytest.mark.parametrize(("name", "package"), [("open_clip", "open_clip_torch"), ("timm", "timm")])
+def test_a_package_that_is_not_installed(name, package, monkeypatch):
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    message = rf"{name}: names a model of the package {name}: pip install 'geofast\[zoo\]'"
+    message = f"a model of the package {name}, which is not here: pip install {package}$"
     with pytest.raises(ImportError, match=message):
         gf.load(f"{name}:ViT-B-32/openai")

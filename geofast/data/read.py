@@ -249,7 +249,7 @@ def _load_parquet(path: Path, header_only: bool, text_columns: Sequence[str]) ->
     try:
         import pyarrow.parquet as parquet
     except ImportError as err:
-        msg = f"reading {path} needs pyarrow: pip install 'geofast[parquet]'"
+        msg = f"reading {path} needs pyarrow: pip install pyarrow"
         raise RuntimeError(msg) from err
     if header_only:
         return pd.DataFrame(columns=parquet.read_schema(path).names)
@@ -396,7 +396,7 @@ def _read_hdf5(path: Path, strict: bool) -> Samples:
     try:
         import h5py
     except ImportError as err:
-        msg = f"reading {path} needs h5py: pip install 'geofast[hdf5]'"
+        msg = f"reading {path} needs h5py: pip install h5py"
         raise RuntimeError(msg) from err
     try:
         with h5py.File(path, "r") as file:

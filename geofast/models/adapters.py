@@ -128,7 +128,7 @@ def put_on(module: nn.Module, base: str, adapter: Adapter, *, merge: bool) -> li
 
 def _peft(adapter: Adapter) -> Any:
     if find_spec("peft") is None:
-        raise ImportError(f"the adapter {adapter.name} needs peft: pip install 'geofast[big]'")
+        raise ImportError(f"the adapter {adapter.name} needs peft: pip install peft")
     import peft
 
     return peft

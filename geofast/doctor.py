@@ -97,9 +97,13 @@ def doctor(
     Diagnosis
         `ok`, and a table by `str`. Checks: `repeats` (two passes agree), `batch` (a batch gives
         what single inputs give), `padding` (left and right against none), `hidden_states` (hooks
-        against transformers' own), `roles` (tokens against what they depend on, and against the
-        processor's ids), `dtype` (noise against float32), `weights` (unlike a twin with random
-        weights). Differences are relative to how far the inputs are apart at the site.
+        against transformers' own; a look at the image and a call for the prompt against one call
+        for both), `roles` (tokens against what they depend on, and against the processor's ids,
+        grids and masks), `dtype` (noise against float32), `weights` (unlike a twin with random
+        weights: most matrices of every tower, and all around the blocks). Differences are relative
+        to how far the inputs are apart at the site; those of a dtype coarser than float32 may be
+        twice what it does to single inputs, where memory has room for a copy in float32, and 2 %
+        (float16) or 10 % (bfloat16) elsewhere.
 
     Raises
     ------

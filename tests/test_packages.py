@@ -1,18 +1,28 @@
 """Packages that are missing, or that do not fit what is there."""
 
+import json
 import sys
+import warnings
 
 import pytest
+import tiny
 import torch
+import transformers
 
 import geofast as gf
 from geofast.models import packages
 from geofast.models.hub import find, reading
 
+SMALL = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+    intermediate_size=64,
+)  # fmt: skip
+
 
 @pytest.fixture
 def misfit(tmp_path, monkeypatch):
     """A torchvision for another torch, as it behaves when it is imported."""
+    transformers.LlamaConfig()  # which looks for torchvision once and for all
     folder = tmp_path / "torchvision"
     folder.mkdir()
     (folder / "__init__.py").write_text(
@@ -82,3 +92,28 @@ def test_a_package_that_is_not_installed(name, package, monkeypatch):
     message = f"a model of the package {name}, which is not here: pip install {package}$"
     with pytest.raises(ImportError, match=message):
         gf.load(f"{name}:ViT-B-32/openai")
+
+
+def test_what_is_nobodys_business_is_not_said(tmp_path, capfd, caplog):
+    config = transformers.LlamaConfig(vocab_size=100, bos_token_id=1, eos_token_id=2, **SMALL)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"eos_token_id": 5000}))
+    before = warnings.filters[:]
+    capfd.readouterr()
+    gf.load(tmp_path)
+    assert (capfd.readouterr().err, caplog.messages) == ("", [])
+    assert warnings.filters == before
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    # transformers says it once, so another one is asked for.
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"eos_token_id": 5001}))
+    transformers.AutoConfig.from_pretrained(tmp_path)
+    assert "Model config: eos_token_id must be" in caplog.text
+
+
+def test_only_the_warning_that_is_meant_is_kept_quiet():
+    with packages.quietly():
+        warnings.warn("`is_gradient_checkpointing` is deprecated and", FutureWarning, stacklevel=1)
+        with pytest.raises(FutureWarning, match="something else"):  # all others are errors here
+            warnings.warn("`something else` is deprecated", FutureWarning, stacklevel=1)

@@ -17,6 +17,7 @@ from .checkpoint import DeviceMap, notes, read_config, read_module, refuse_rando
 from .hub import Source, find
 from .location import load_location
 from .model import Batch, Model, wrap
+from .packages import quietly
 from .processors import Given, OfCheckpoint
 
 
@@ -171,6 +172,7 @@ def base_and_adapter(
         raise type(error)(f"{msg}with adapter={text!r} (--adapter)") from error
 
 
+@quietly()
 def _from_checkpoint(
     source: Source,
     device: torch.device,

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -47,3 +53,32 @@ def require_torchvision_that_fits() -> None:
             f"torch {torch.__version__}, from where this torch came"
         )
         raise RuntimeError(msg) from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep off stderr what transformers and peft tell their own, and bars where no terminal is.
+
+    That is: the ids of a text's first and last token lie outside the vocabulary, which only
+    generation reads; and peft calls a property of transformers by the name that it had before.
+    """
+    from transformers.utils import logging as theirs
+
+    logger = logging.getLogger("transformers.configuration_utils")
+    bars = theirs.is_progress_bar_enabled() and not sys.stderr.isatty()
+    logger.addFilter(_matters)
+    if bars:
+        theirs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            renamed = "`is_gradient_checkpointing` is deprecated"
+            warnings.filterwarnings("ignore", renamed, FutureWarning)
+            yield
+    finally:
+        logger.removeFilter(_matters)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    return not re.match("Model config: (bos|eos)_token_id must be", record.getMessage())

@@ -16,6 +16,7 @@ from .checkpoint import auto_class, default_dtype, quantisation, read_config
 from .hub import find, said
 from .load import base_and_adapter, default_device
 from .model import Model
+from .packages import quietly
 from .processors import OfCheckpoint
 from .structure import block_lists
 
@@ -31,6 +32,7 @@ def has_skeleton(model: str | Path | nn.Module | Model) -> TypeGuard[str | Path]
     return isinstance(model, str | Path) and str(model).partition(":")[0] not in _OF_LIBRARIES
 
 
+@quietly()
 def skeleton(
     model: str | Path,
     *,

@@ -164,7 +164,7 @@ def test_statistics_alone_find_the_same(vision, run):
     assert "mae_latitude" not in found.layers
     pd.testing.assert_frame_equal(found.layers, both.layers[found.layers.columns], rtol=1e-5)
     assert found.info["honest"]["kfold"]["site"] == both.info["honest"]["kfold"]["site"]
-    with pytest.raises(ValueError, match="select='loo' needs rows"):
+    with pytest.raises(ValueError, match=r"select='loo' \(--select\) needs rows"):
         gf.probe(vision, painted(), storage="gram", select="loo")
 
 

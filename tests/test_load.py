@@ -568,7 +568,7 @@ def test_adapters_that_do_not_go_on(lm, adapter, tmp_path):
         gf.load(lm, adapter=tmp_path / "bloom")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         gf.load(lm, adapter=tmp_path / "none")
-    with pytest.raises(ValueError, match="merge=True goes with an adapter"):
+    with pytest.raises(ValueError, match=r"merge=True \(--merge-adapter\) goes with an adapter"):
         gf.load(lm, merge=True)
     with pytest.raises(ValueError, match="is loaded already: leave adapter and merge out"):
         gf.load(gf.load(lm), adapter=adapter, merge=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from .hub import find
 from .inputs import stack_images
 from .model import Batch, Model, Stage
 from .packages import optional
+from .prefix import with_counted_prefix
 from .structure import find_towers
 
 _OF_A_FOLDER = ("hf-hub:", "local-dir:")
@@ -86,7 +87,7 @@ def load_open_clip(name: str, device: torch.device, dtype: torch.dtype | None) -
     model = partial(Model, f"open_clip:{called}", module, notes=notes, untrained=untrained)
     text = model((_side(module, "text"),), "text", None, _Tokenize(tokenizer))
     image = model((_side(module, "image"),), "image", _Transform(transform), _stack, text)
-    return _with_prefix_of_blocks(image, getattr(module.visual, "trunk", None))
+    return with_counted_prefix(image)
 
 
 def load_timm(name: str, device: torch.device, dtype: torch.dtype | None) -> Model:
@@ -131,7 +132,7 @@ def load_timm(name: str, device: torch.device, dtype: torch.dtype | None) -> Mod
     model = Model(
         f"timm:{called}", module, (stage,), "image", _Transform(transform), _stack, untrained=build
     )
-    return _with_prefix_of_blocks(model, module)
+    return with_counted_prefix(model)
 
 
 def _short(name: str) -> str:
@@ -243,42 +244,6 @@ def _side(module: nn.Module, kind: str) -> Stage:
         raise ValueError(msg)
     # What the call returns: most of these projections are no module.
     return Stage(body, (replace(tower, head=body),))
-
-
-def _with_prefix_of_blocks(model: Model, trunk: Any) -> Model:
-    """See which tokens stand before the patches: CaiT's cls comes in after the blocks.
-
-    `trunk` is the module of timm, or None for another's.
-    """
-    (stage,) = model.stages
-    (tower,) = stage.towers
-    if trunk is None or not tower.prefix:
-        return model
-    patches = getattr(getattr(trunk, "patch_embed", None), "num_patches", None)
-    before = _shape(model, "vision.embed")
-    if len(before) == 3 and before[1] - len(tower.prefix) == patches:
-        return model
-    last = f"vision.layers.{len(tower.blocks) - 1}"
-    if len(before) == 4 or before[1] == patches == _shape(model, last)[1]:
-        bare = replace(tower, prefix=(), norm=None)  # the norm would see them too
-        return replace(model, stages=(replace(stage, towers=(bare,)),))
-    msg = (
-        f"{model.name} has {' and '.join(tower.prefix)} tokens, but its blocks do not begin with "
-        "them and the patches: its tokens cannot be told apart"
-    )
-    raise ValueError(msg)
-
-
-def _shape(model: Model, name: str) -> torch.Size:
-    from PIL import Image
-
-    seen: list[torch.Size] = []
-    sites = model.sites(name)
-    batch = model.prepare([Image.new("RGB", (224, 224))])
-    with ExitStack() as hooks:
-        hooks.callback(sites[0].watch(lambda hidden: seen.append(hidden.shape)).remove)
-        model.until(sites).forward(batch)
-    return seen[0]
 
 
 @dataclass(frozen=True)

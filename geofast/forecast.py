@@ -19,6 +19,7 @@ from .extract import Example, first, lengths_like
 from .geo import Split
 from .geo.folds import KFold
 from .models import DeviceMap, Model, load
+from .models.describe import site_range
 from .models.load import default_device
 from .models.location import of_places
 from .models.skeleton import has_skeleton, skeleton, weight_bytes
@@ -108,7 +109,7 @@ class Forecast:
                 groups.append((tower, shape, []))
             groups[-1][2].append(name)
         return [
-            f"{_range(names):44}{f'{shape[0]:,} x {shape[1]:,}':>18}   "
+            f"{site_range(names):44}{f'{shape[0]:,} x {shape[1]:,}':>18}   "
             + ", ".join(self.pools[tower])
             for tower, shape, names in groups
         ]
@@ -117,10 +118,6 @@ class Forecast:
 def _tower(site: str, towers: Iterable[str]) -> str:
     """Return the one of `towers` that a site is of; GeoCLIP's are location.capsules.0 and so on."""
     return max((t for t in towers if f"{site}.".startswith(f"{t}.")), key=len)
-
-
-def _range(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
 
 
 def _time(seconds: float) -> str:

@@ -71,8 +71,21 @@ def test_probe_writes_a_run_and_prints_it(job, tmp_path, capsys):
 def test_sites(job, capsys):
     assert main(["sites", str(job / "model")]) == 0
     printed = capsys.readouterr().out
-    assert "vision.layers.2.attn" in printed
-    assert "1 cls, then patch" in printed
+    assert "vision.embed to vision.layers.2 (4) " in printed
+    assert "vision.layers.0.attn to vision.layers.2.attn (3) " in printed
+    assert "1 cls, then patch\n" in printed
+    assert "model: image in, float32\n" in printed
+    assert len(printed.splitlines()) == 8
+
+
+def test_sites_of_a_model_that_talks(tmp_path, capsys):
+    folder = families.save(families.llava, tmp_path / "llava")
+    assert main(["sites", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "llava: image with a prompt or text in, float32\n" in printed
+    assert "projector: at 'multi_modal_projector'; tokens: patch\n" in printed
+    assert "'language_model.layers'; tokens: image and text\n" in printed
+    assert "lm.embed to lm.layers." in printed
 
 
 @pytest.mark.parametrize(

@@ -339,7 +339,7 @@ def test_models_say_what_they_take(encoder):
     assert model.kind == "location"
     table = describe(model)
     assert "location in, float32" in table
-    assert re.search(r"location\S*\.layers\.0 +1024|location\.layers\.0 +32", table)
+    assert re.search(r"location\S*\.layers\.0( to \S+ \(\d+\))? +(1024|32) ", table)
     with pytest.raises(ValueError, match="reads location, not text"):
         model.reading("text")
 

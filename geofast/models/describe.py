@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ def describe(model: Model) -> str:
 
     Towers for inputs of the other kind follow, where the model has two.
     """
-    lines = [f"{model.name}: {model.kind} in, {str(model.dtype).removeprefix('torch.')}"]
+    takes = model.kind + " with a prompt" * bool(model.prompts)
+    takes += f" or {model.other.kind}" if model.other else ""
+    lines = [f"{model.name}: {takes} in, {str(model.dtype).removeprefix('torch.')}"]
     lines += model.notes
     listed: set[str] = set()
     for view in (model, model.other):
@@ -25,7 +29,7 @@ def describe(model: Model) -> str:
             continue
         shapes = _shapes(view)
         for tower in view.towers:
-            lines += _lines(tower, shapes)
+            lines += _lines(view, tower, shapes)
         listed |= {t.name for t in view.towers}
     return "\n".join(lines)
 
@@ -45,16 +49,21 @@ def _shapes(model: Model) -> dict[str, str]:
     return shapes
 
 
-def _lines(tower: Tower, shapes: dict[str, str]) -> list[str]:
-    prefix = [f"{tower.prefix.count(r)} {r}" for r in dict.fromkeys(tower.prefix)]
-    roles = ", ".join([*prefix, f"then {tower.tokens}" if prefix else tower.tokens])
+def _lines(view: Model, tower: Tower, shapes: dict[str, str]) -> list[str]:
+    where = f"{len(tower.blocks)} blocks at" if tower.blocks else "at"
     lines = [
-        f"\n{tower.name}: {len(tower.blocks)} blocks at {tower.path!r}; tokens: {roles}",
-        f"{'site':28}{'tokens x width':>18}   default pool",
+        f"\n{tower.name}: {where} {tower.path!r}; tokens: {_tokens(view, tower)}",
+        f"{'site':52}{'tokens x width':>18}   default pool",
     ]
+    kinds: dict[str, list[str]] = {}
     for site in tower.sites():
-        shape = shapes.get(site.name, "did not run")
-        lines.append(f"{site.name:28}{shape:>18}   {tower.default_pool}")
+        last = site.name.rpartition(".")[2]
+        kinds.setdefault("stream" if last == "embed" or last.isdecimal() else last, []).append(
+            site.name
+        )
+    for names in kinds.values():
+        for shape, alike in groupby(names, lambda name: shapes.get(name, "did not run")):
+            lines.append(f"{site_range([*alike]):52}{shape:>18}   {tower.default_pool}")
     if tower.blocks:
         lines += [
             f"no .{branch}: the blocks have no module that returns that branch"
@@ -62,6 +71,23 @@ def _lines(tower: Tower, shapes: dict[str, str]) -> list[str]:
             if branch not in tower.branches
         ]
     return lines
+
+
+def _tokens(view: Model, tower: Tower) -> str:
+    """Say what the tokens of a tower are; those with places of their own are counted."""
+    image = "image and " if view.kind == "image" and tower.image_token is not None else ""
+    before, after = (
+        [f"{roles.count(r)} {r}" for r in dict.fromkeys(roles)]
+        for roles in (tower.prefix, tower.suffix)
+    )
+    return ", then ".join(
+        [part for part in (", ".join(before), image + tower.tokens, *after) if part]
+    )
+
+
+def site_range(names: Sequence[str]) -> str:
+    """Name sites that are alike: the first, the last and how many there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
 
 
 def _example(kind: str) -> Any:

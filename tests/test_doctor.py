@@ -12,7 +12,9 @@ from test_probe import named, painted, pixels
 from torch import nn
 
 import geofast as gf
-from geofast.checks import CHECKS, Check, _told_by_the_processor, _unlike_random
+from geofast.checks import CHECKS, Check
+from geofast.checks.roles import _told_by_the_processor
+from geofast.checks.weights import _unlike_random
 from geofast.doctor import Diagnosis, example, quick
 from geofast.models.inputs import text_collate
 from geofast.models.twin import random_twin

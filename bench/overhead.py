@@ -34,7 +34,7 @@ def stopwatch():
 
         return run
 
-    recorder = sys.modules["geofast.capture"]._Recorder  # gf.capture is the function
+    recorder = sys.modules["geofast.capture"].Recorder  # gf.capture is the function
     with ExitStack() as stack:
         for name in HOOKS:
             plain = getattr(recorder, name)

@@ -94,7 +94,7 @@ def capture(
             _refuse_two_towers(stage, wanted)
             names = {t.name for t in stage.towers}
             if here := [site for site in wanted if site.tower in names]:
-                _Recorder(stage, here, pools, rows).attach(hooks)
+                Recorder(stage, here, pools, rows).attach(hooks)
         yield rows
 
 
@@ -128,7 +128,7 @@ def pools_by_tower(
     return by_tower
 
 
-class _Recorder:
+class Recorder:
     """The hooks of one `capture`, and the state of the forward pass under way."""
 
     def __init__(
@@ -157,7 +157,7 @@ class _Recorder:
         for name in {site.tower for site in self._sites}:
             # What a projector is given, its vision tower was given before.
             tower = self._towers["vision" if name == "projector" else name]
-            for module in _around(self._body, (*tower.blocks, tower.head)[0]):
+            for module in modules_around(self._body, (*tower.blocks, tower.head)[0]):
                 note = partial(self._note_mask, tower.name)
                 handle = module.register_forward_pre_hook(note, with_kwargs=True)
                 hooks.callback(handle.remove)
@@ -249,7 +249,7 @@ class _Recorder:
         self._running = False
 
 
-def _around(body: nn.Module, block: nn.Module | None) -> list[nn.Module]:
+def modules_around(body: nn.Module, block: nn.Module | None) -> list[nn.Module]:
     """Return the modules from `body` down to `block`, which is left out."""
     path = next((name for name, module in body.named_modules() if module is block), "")
     parts = path.split(".")

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from .capture import _around, _Recorder
+from .capture import Recorder, modules_around
 from .models import Model, Site, Stage, Tower
 from .models.layout import Call, Layout, as_tokens
 from .models.places import find_grids, image_places, patch_places, projected_places
@@ -100,10 +100,10 @@ class _Heard:
     @property
     def around(self) -> list[nn.Module]:
         """The modules from the one that was called down to the tower's blocks."""
-        return _around(self.stage.body, self.tower.blocks[0])
+        return modules_around(self.stage.body, self.tower.blocks[0])
 
 
-class _Listener(_Recorder):
+class _Listener(Recorder):
     """Hooks that keep what is known of the tokens, in place of rows."""
 
     def __init__(

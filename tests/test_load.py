@@ -164,7 +164,7 @@ def test_a_pass_over_two_devices_lays_out_each(monkeypatch):
 
     monkeypatch.setattr(capture, "pool", pool)
     monkeypatch.setattr(capture, "_require_tokens", lambda *_: None)
-    monkeypatch.setattr(capture._Recorder, "_check_finite", lambda *_: None)
+    monkeypatch.setattr(capture.Recorder, "_check_finite", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self)
     with capture.capture(module.model), torch.no_grad():
         module.model(input_ids=torch.tensor([[3, 4]]))
@@ -1111,3 +1111,17 @@ def test_nothing_is_written_where_a_model_is_refused(lm, own, tmp_path, monkeypa
     assert told == f"loading {where} ..."
     assert said.startswith("geofast: ")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_where_a_checkpoint_of_the_hub_came_from():
+    from types import SimpleNamespace
+
+    from geofast.models.hub import Source
+    from geofast.models.load import _whence
+
+    config = SimpleNamespace(_commit_hash="0123abcd")
+    on_the_hub = Source("some/model", "some/model")
+    assert _whence(on_the_hub, config, None) == "some/model@0123abcd"
+    assert _whence(on_the_hub, SimpleNamespace(), None) == "some/model"
+    file = Source("some/model", "a.gguf", gguf="a.gguf")
+    assert _whence(file, config, None) == "some/model:a.gguf@0123abcd"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..models import Model, Stage, Tower
-from ..models.model import _evaluating
+from ..models.model import evaluating
 from .compare import Check, Given
 
 
@@ -21,7 +21,7 @@ def check_hidden_states(model: Model, given: Given) -> Check:
     if "prompts" in batch:  # twice the same: what the first does to the image shows in the second
         batch["prompts"] *= 2
     mine = _raw(model, partial(model.forward, batch))
-    with _evaluating(model.module), torch.inference_mode():
+    with evaluating(model.module), torch.inference_mode():
         if unlike := _unlike_whole(model, batch, mine):
             return _misplaced(unlike)
         for stage, arguments in _calls(model, batch):

@@ -52,6 +52,8 @@ class Model:
     untrained: Callable[[], nn.Module] | None = None
     """Builds `module` anew, with the random weights that its library draws; None where the class
     of `module` and its config do."""
+    source: str = ""
+    """Where `load` found it: an absolute path, or an id of the Hub with `@` and its commit."""
 
     @property
     def body(self) -> nn.Module:
@@ -156,7 +158,7 @@ class Model:
 
         `before` is called with the number of each prompt, where a batch has several.
         """
-        with _evaluating(self.module), ExitStack() as hooks:
+        with evaluating(self.module), ExitStack() as hooks:
             if self.stop is not None:
                 hooks.callback(self.stop.watch(_reached).remove)
                 hooks.enter_context(suppress(_ReachedError))
@@ -202,7 +204,8 @@ def headless(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run a module and its parts in eval mode, and leave each in the mode that it was in."""
     # Module by module: a model may keep some of its parts in eval mode while it trains others.
     training = [m for m in module.modules() if m.training]
     for m in training:

@@ -177,6 +177,7 @@ def probe(
     layers = layers_table(solved, tasks, given.y, asked.targets)
     info = {
         **_asked_for(asked, passes, way, data=given.samples.source),
+        "sources": {"model": loaded.source, "data": _absolute(given.samples.source)},
         **_ran(model, passes, solved),
         "final_alpha": FINAL_ALPHA[way].format(split=tasks[0].split),
         "counts": {
@@ -355,6 +356,11 @@ def _asked_for(asked: Request, passes: _Passes, select: Select, data: str) -> di
         },
         "seeds": {s.name: s.seed for s in asked.splits if hasattr(s, "seed")},
     }  # fmt: skip
+
+
+def _absolute(source: str) -> str:
+    """Return the whole path of a file or folder; what is in memory has none."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _ran(model: Model, passes: _Passes, solved: Sequence[Solved]) -> dict[str, Any]:

@@ -40,15 +40,16 @@ def job(tmp_path_factory):
     return folder
 
 
-def test_probe_writes_a_run_and_prints_it(job, tmp_path, capsys):
+def test_probe_writes_a_run_and_prints_it(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(job)
     out = tmp_path / "run"
-    arguments = ["probe", str(job / "model"), str(job / "photos.csv"), "--out", str(out)]
+    arguments = ["probe", "model", "photos.csv", "--out", str(out)]
     options = ["--pool", "cls", "mean:patch", "--split", "kfold", "blocks:30", "--workers", "0"]
     assert main([*arguments, *options]) == 0
     printed, told = capsys.readouterr()
     stages = [line for line in told.splitlines() if line.endswith(" ...")]
     assert stages == [
-        f"loading {job / 'model'} ...",
+        "loading model ...",
         "checking the model on a few samples ...",
         "solving 8 site x pool in 2 cross-validation(s) ...",
     ]
@@ -60,6 +61,8 @@ def test_probe_writes_a_run_and_prints_it(job, tmp_path, capsys):
     assert max(map(len, said)) <= 100
     info = json.loads((out / "run.json").read_text())
     assert info["counts"]["read"] == 30
+    assert (info["model"], info["data"]) == ("model", "photos.csv")
+    assert info["sources"] == {"model": str(job / "model"), "data": str(job / "photos.csv")}
     assert list(info["arguments"]["split"]) == ["kfold", "blocks30"]
     assert len(pd.read_csv(out / "layers.csv")) == 4 * 2 * 2
     assert main(["show", str(out)]) == 0

@@ -109,8 +109,8 @@ def load(
         if extra := [name for name in named if name not in ("device", "dtype")]:
             raise ValueError(f"{' and '.join(extra)} goes with a checkpoint of transformers")
         if library == "location":
-            return load_location(of_library, where, dtype)
-        return zoo.load(library, of_library, where, dtype)
+            return replace(load_location(of_library, where, dtype), source=str(model))
+        return replace(zoo.load(library, of_library, where, dtype), source=str(model))
     text = str(model).removeprefix("hf:")
     source = find(text, trust_remote_code=trust_remote_code)
     source, worn = base_and_adapter(text, source, adapter)
@@ -191,4 +191,14 @@ def _from_checkpoint(
         name += f" + {adapter.name}" + (" (merged)" if merge else "")
     model = assemble(name, module, OfCheckpoint(source), remarks)
     refuse_random(source, model, absent)
-    return model
+    return replace(model, source=_whence(source, config, adapter))
+
+
+def _whence(source: Source, config: Any, adapter: Adapter | None) -> str:
+    """Say where the weights came from, so that others find the same."""
+    place, commit = source.place, getattr(config, "_commit_hash", None)
+    if Path(place).exists():
+        place = str(Path(place).resolve())
+    elif commit:
+        place += f"@{commit}"
+    return place if adapter is None else f"{place} + {adapter.folder.resolve()}"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -34,7 +35,7 @@ def stopwatch():
 
         return run
 
-    recorder = sys.modules["geofast.capture"].Recorder  # gf.capture is the function
+    recorder = import_module("geofast.capture").Recorder  # gf.capture is the function
     with ExitStack() as stack:
         for name in HOOKS:
             plain = getattr(recorder, name)

@@ -1,26 +1,28 @@
 """Where does a model keep the place? Probing of every layer, in one forward pass."""
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: F401 - before the core, so that both share one OpenMP runtime
-
-from . import data
-from ._core import __version__
-from .capture import capture
-from .doctor import doctor
-from .forecast import Forecast, plan
-from .geo import Blocks, GroupKFold, KFold
-from .gram import Gram
-from .models import Model, load
-from .pooling import Pool
-from .probe import probe
-from .ridge import ALPHAS, Solution, cross_validate, fit, solve
-from .rows import Rows
-from .run import Probe, Run, open
-from .tokens import tokens
-
 if TYPE_CHECKING:
+    from . import data
+    from ._core import __version__
+    from .capture import capture
+    from .doctor import doctor
     from .estimator import RidgeCV
+    from .forecast import Forecast, plan
+    from .geo import Blocks, GroupKFold, KFold
+    from .gram import Gram
+    from .models.load import load
+    from .models.model import Model
+    from .pooling import Pool
+    from .probe import probe
+    from .ridge.solution import ALPHAS, Solution
+    from .ridge.solve import cross_validate, fit, solve
+    from .rows import Rows
+    from .run import Probe, Run, open
+    from .tokens import tokens
 
 __all__ = [
     "ALPHAS",
@@ -50,15 +52,46 @@ __all__ = [
     "tokens",
 ]
 
+_OF_MODULE = {
+    "_core": ["__version__"],
+    "capture": ["capture"],
+    "doctor": ["doctor"],
+    "estimator": ["RidgeCV"],
+    "forecast": ["Forecast", "plan"],
+    "geo": ["Blocks", "GroupKFold", "KFold"],
+    "gram": ["Gram"],
+    "models": ["Model", "load"],
+    "pooling": ["Pool"],
+    "probe": ["probe"],
+    "ridge": ["ALPHAS", "Solution", "cross_validate", "fit", "solve"],
+    "rows": ["Rows"],
+    "run": ["Probe", "Run", "open"],
+    "tokens": ["tokens"],
+}
+_MODULE_OF = {name: module for module, names in _OF_MODULE.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    # scikit-learn takes two seconds to import; only the estimator needs it.
-    if name == "RidgeCV":
-        from .estimator import RidgeCV
-
-        return RidgeCV
-    raise AttributeError(f"module 'geofast' has no attribute {name!r}")
+    # torch takes two seconds to import: `geofast --help` and a mistyped option need none of it.
+    if name == "data":
+        return import_module(".data", __name__)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'geofast' has no attribute {name!r}")
+    import_module("torch")  # before the core, so that both share one OpenMP runtime
+    value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    return value
 
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """A package in which `probe` is the function, whoever imports the module of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -80,14 +80,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"geofast: {message}; see {self.prog} --help\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    from . import __version__
+class _Version(argparse.Action):
+    """Prints the version; nothing is imported until then."""
 
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from ._core import __version__
+
+        print(f"geofast {__version__}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="geofast",
         description="Where does a model keep the place? Probe every layer in one pass.",
     )
-    parser.add_argument("--version", action="version", version=f"geofast {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 

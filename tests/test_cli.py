@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import families
@@ -131,7 +132,7 @@ def test_an_error_is_one_line_and_leaves_nothing(job, tmp_path, capsys, change, 
 def test_what_a_model_cannot_do_is_told_before_its_weights_are_loaded(
     job, tmp_path, capsys, monkeypatch, change, message
 ):
-    monkeypatch.setattr(sys.modules["geofast.probe"], "load", stop)
+    monkeypatch.setattr(import_module("geofast.probe"), "load", stop)
     out = tmp_path / "run"
     arguments = ["probe", str(job / "model"), str(job / "photos.csv"), "--out", str(out)]
     assert main([*arguments, *change]) == 1
@@ -235,7 +236,7 @@ def test_an_out_that_cannot_be_is_refused_before_anything_is_read(
 def test_a_full_disk_is_told_before_the_pass(job, tmp_path, capsys, monkeypatch, storage, needed):
     free = [needed - 1]
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
-    monkeypatch.setattr(sys.modules["geofast.probe"], "extract", stop)
+    monkeypatch.setattr(import_module("geofast.probe"), "extract", stop)
     arguments = ["probe", str(job / "model"), str(job / "photos.csv"), "--storage", storage]
     arguments += ["--sites", "vision.layers.2", "--out", str(tmp_path / "below" / "run")]
     assert main(arguments) == 1

@@ -1,6 +1,6 @@
 """Controls: a raw image and a bag of tokens, as they are and in a probe."""
 
-import sys
+from importlib import import_module
 
 import families
 import numpy as np
@@ -228,7 +228,7 @@ def test_a_control_that_fails_after_the_pass_costs_nothing_else(
     table = whole.table[["latitude", "longitude"]].assign(image=[f"{i}.png" for i in range(60)])
     table.to_csv(tmp_path / "t.csv")
     alone = gf.probe(vision, tmp_path / "t.csv", storage=storage, workers=0)
-    probing = sys.modules["geofast.probe"]
+    probing = import_module("geofast.probe")
 
     def gone(model):
         (tmp_path / "20.png").unlink()

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import import_module
 from types import SimpleNamespace
 
 import families
@@ -150,7 +151,7 @@ def test_the_layout_of_tokens_is_where_they_are():
 
 def test_a_pass_over_two_devices_lays_out_each(monkeypatch):
     """Rows of a block that lies elsewhere than the one before it need roles of their own there."""
-    capture = sys.modules["geofast.capture"]
+    capture = import_module("geofast.capture")
     module = tiny.llama()
     module.model.layers[1].register_forward_hook(lambda _m, _a, out: out.to("meta"))
     module.model.layers[2].forward = lambda hidden, **_: hidden

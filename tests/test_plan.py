@@ -1,6 +1,6 @@
 """Which cross-validations a probe does, and what it leaves out."""
 
-import sys
+from importlib import import_module
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ KFOLD = gf.KFold()
 
 
 def plan_of(storage, memory, monkeypatch, n=2, cells=5, passes=1, gpus=0):
-    monkeypatch.setattr(sys.modules["geofast.plan"], "_memory", lambda: memory)
+    monkeypatch.setattr(import_module("geofast.plan"), "_memory", lambda: memory)
     model = gf.load(tiny.dinov2(), prepare=lambda _: {})
     samples = from_arrays([np.zeros((28, 28, 3), np.uint8)] * n, np.zeros(n), np.zeros(n))
     return make_plan(

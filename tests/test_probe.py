@@ -1,7 +1,7 @@
 import errno
 import os
 import re
-import sys
+from importlib import import_module
 
 import numpy as np
 import pandas as pd
@@ -312,7 +312,7 @@ def test_prompts_and_order(language):
 def test_rows_on_disk_are_those_in_memory(language, monkeypatch, tmp_path, prompts):
     options = {"prompts": prompts, "storage": "rows", "batch_size": 7}
     inside = gf.probe(language, named(), **options)
-    monkeypatch.setattr(sys.modules["geofast.plan"], "_MEMORY_SHARE", 0)
+    monkeypatch.setattr(import_module("geofast.plan"), "_MEMORY_SHARE", 0)
     outside = gf.probe(language, named(), scratch=tmp_path, **options)
     assert "pooled rows on disk" in outside.info["storage"]
     pd.testing.assert_frame_equal(outside.layers, inside.layers, check_exact=True)
@@ -326,9 +326,9 @@ def test_no_room_for_rows_is_told_before_the_pass(language, monkeypatch, tmp_pat
     def full(*_):
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(sys.modules["geofast.plan"], "_MEMORY_SHARE", 0)
+    monkeypatch.setattr(import_module("geofast.plan"), "_MEMORY_SHARE", 0)
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(sys.modules["geofast.probe"], "extract", None)
+    monkeypatch.setattr(import_module("geofast.probe"), "extract", None)
     needed = f"{4 * 40 * 4 * 32:,} bytes of pooled rows in {tmp_path}"
     with pytest.raises(OSError, match=needed):
         gf.probe(language, named(), storage="rows", scratch=tmp_path)

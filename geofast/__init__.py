@@ -52,6 +52,7 @@ __all__ = [
     "tokens",
 ]
 
+_PACKAGES = ("data", "geo", "models", "report", "ridge")
 _OF_MODULE = {
     "_core": ["__version__"],
     "capture": ["capture"],
@@ -73,8 +74,8 @@ _MODULE_OF = {name: module for module, names in _OF_MODULE.items() for name in n
 
 def __getattr__(name: str) -> Any:
     # torch takes two seconds to import: `geofast --help` and a mistyped option need none of it.
-    if name == "data":
-        return import_module(".data", __name__)
+    if name in _PACKAGES:
+        return import_module(f".{name}", __name__)
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'geofast' has no attribute {name!r}")
     import_module("torch")  # before the core, so that both share one OpenMP runtime

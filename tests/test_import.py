@@ -44,6 +44,15 @@ def test_what_needs_no_model_imports_no_torch(tmp_path, words):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("name", ["data", "geo", "models", "report", "ridge"])
+def test_a_room_is_there_when_it_is_asked_for(tmp_path, name):
+    script = f"import geofast; print(geofast.{name}.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == f"geofast.{name}"
+
+
 @pytest.mark.parametrize("name", ["capture", "doctor", "plan", "probe", "tokens"])
 def test_a_function_keeps_its_name_from_the_module_that_has_the_same(tmp_path, name):
     script = f"import importlib, geofast\nimportlib.import_module('geofast.{name}')\n"

@@ -13,6 +13,8 @@ import torch
 from .model import Model
 from .structure import Tower
 
+_NARROWEST = 36  # column of sites
+
 
 def describe(model: Model) -> str:
     """List the sites with shape, token roles and default pool, from one example run.
@@ -51,19 +53,23 @@ def _shapes(model: Model) -> dict[str, str]:
 
 def _lines(view: Model, tower: Tower, shapes: dict[str, str]) -> list[str]:
     where = f"{len(tower.blocks)} blocks at" if tower.blocks else "at"
-    lines = [
-        f"\n{tower.name}: {where} {tower.path!r}; tokens: {_tokens(view, tower)}",
-        f"{'site':52}{'tokens x width':>18}   default pool",
-    ]
     kinds: dict[str, list[str]] = {}
     for site in tower.sites():
         last = site.name.rpartition(".")[2]
         kinds.setdefault("stream" if last == "embed" or last.isdecimal() else last, []).append(
             site.name
         )
-    for names in kinds.values():
-        for shape, alike in groupby(names, lambda name: shapes.get(name, "did not run")):
-            lines.append(f"{site_range([*alike]):52}{shape:>18}   {tower.default_pool}")
+    rows = [
+        (site_range([*alike]), shape)
+        for names in kinds.values()
+        for shape, alike in groupby(names, lambda name: shapes.get(name, "did not run"))
+    ]
+    wide = max(_NARROWEST, *(len(names) for names, _ in rows))
+    lines = [
+        f"\n{tower.name}: {where} {tower.path!r}; tokens: {_tokens(view, tower)}",
+        f"{'site':{wide}}{'tokens x width':>18}   default pool",
+        *(f"{names:{wide}}{shape:>18}   {tower.default_pool}" for names, shape in rows),
+    ]
     if tower.blocks:
         lines += [
             f"no .{branch}: the blocks have no module that returns that branch"

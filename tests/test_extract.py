@@ -103,13 +103,21 @@ def test_positions_that_begin_after_the_paddings(tmp_path):
 
 
 def test_a_limit_that_the_tokenizer_states():
-    module, tokenizer = tiny.llama().base_model, tiny.tokenizer()
-    assert text_collate(tokenizer, module).context == 64
+    """It holds where a model has no positions of its own; Bloom knows distances alone."""
+    module, tokenizer = tiny.bloom().base_model, tiny.tokenizer()
     tokenizer.model_max_length = 10
     with pytest.raises(ValueError, match="has 11 tokens; the model takes 10"):
         text_collate(tokenizer, module)(["w1 " * 11])
-    tokenizer.model_max_length = 128
-    assert text_collate(tokenizer, module).context == 64
+
+
+@pytest.mark.parametrize("stated", [10, 128, int(1e30)])
+def test_the_positions_of_a_model_go_before_what_its_tokenizer_states(stated):
+    tokenizer = tiny.tokenizer()
+    tokenizer.model_max_length = stated
+    assert text_collate(tokenizer, tiny.llama().base_model).context == 64
+    assert text_collate(tokenizer, families.xlm_roberta()[0]).context == 64
+    text = families.clip()[0].text_model
+    assert text_collate(tokenizer, text).context == text.config.max_position_embeddings
 
 
 def photos(*sides, seed=0):

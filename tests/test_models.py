@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from torch import nn
 
 import geofast as gf
@@ -153,6 +154,59 @@ def test_tokens_that_cannot_be_told_apart(where):
 def test_without_numbers_nothing_is_counted():
     module = Tokens("after", "cls_token").to("meta")
     assert counted(module).prefix == ("cls", "cls")
+
+
+def test_images_are_of_the_side_that_the_config_says():
+    """Neither processor resizes; CLIP's would set smaller images into black margins."""
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        ViTConfig,
+        ViTImageProcessorPil,
+        ViTModel,
+    )
+
+    torch.manual_seed(0)
+    small = ViTModel(ViTConfig(**SEES)).eval()
+    large = CLIPVisionModel(CLIPVisionConfig(**SEES | {"image_size": 256, "patch_size": 16})).eval()
+    crop = CLIPImageProcessorPil(do_resize=False, crop_size={"height": 256, "width": 256})
+    for module, processor in ((small, ViTImageProcessorPil(do_resize=False)), (large, crop)):
+        (tower,) = gf.load(module, processor=processor).towers
+        assert (tower.prefix, tower.suffix) == (("cls",), ())
+
+
+def test_margins_that_a_processor_adds_are_no_tokens_of_their_own():
+    from transformers import DonutImageProcessorPil, DonutSwinConfig, DonutSwinModel
+
+    torch.manual_seed(0)
+    config = DonutSwinConfig(
+        image_size=(128, 64), patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2],
+        window_size=4,
+    )  # fmt: skip
+    sides = {"height": 128, "width": 64}
+    for shape in ([128, 64], [64, 64]):  # set into the middle, square images have margins
+        config.image_size = shape
+        module = DonutSwinModel(config).eval()
+        model = gf.load(module, processor=DonutImageProcessorPil(size=sides))
+        assert {(t.prefix, t.suffix, t.default_pool) for t in model.towers} == {
+            ((), (), "mean:patch")
+        }
+
+
+def test_a_model_that_cannot_take_its_images_is_loaded_all_the_same():
+    from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
+
+    module = ViTModel(ViTConfig(**SEES)).eval()
+    model = gf.load(module, processor=ViTImageProcessorPil(size={"height": 64, "width": 64}))
+    assert model.towers[0].prefix == ("cls",)
+    with gf.capture(model), pytest.raises(ValueError, match="doesn't match model"):
+        model.forward(model.prepare([Image.new("RGB", (32, 32))]))
+
+
+@pytest.mark.parametrize(("count", "prefix"), [(16, ("register",) * 16), (17, ())])
+def test_so_many_tokens_without_a_name_are_registers(count, prefix):
+    assert counted(Tokens("first", "learned_tokens", count)).prefix == prefix
 
 
 def jamba():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -118,17 +117,17 @@ def text_collate(tokenizer: Any, body: nn.Module, *, fixed: bool = False) -> Tok
 
 
 def context_of(tokenizer: Any, body: nn.Module) -> float:
-    """Return how many tokens `body` takes at most; infinity, or nearly, where nothing says."""
+    """Return how many tokens `body` takes at most; nearly infinite where nothing says."""
     whole: Any = getattr(body, "config", None)
     config = getattr(whole, "text_config", whole)
     positions = getattr(config, "max_position_embeddings", None) or -1
-    limits = [positions if positions > 0 else inf]  # XLNet has none, says -1
-    limits.append(tokenizer.model_max_length)  # 1e30 where nobody set it
+    limits = [positions] if positions > 0 else []  # XLNet has none, says -1
     for path, table in body.named_modules():
         # RoBERTa's positions begin after the one that is the padding's.
         if isinstance(table, nn.Embedding) and "position" in path and table.padding_idx is not None:
             limits.append(table.num_embeddings - table.padding_idx - 1)
-    return min(limits)
+    # What a tokenizer states is a habit, not what the model can take; 1e30 where nobody set it.
+    return min(limits, default=tokenizer.model_max_length)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import torch
 
 from .model import Model
 from .structure import Tower
 
 _SIDE = 224
+"""Of an image, in pixels, where the config does not say."""
+_MOST = 16
+"""More tokens than these, of which no name tells, are no registers."""
 
 
 def with_counted_prefix(model: Model) -> Model:
@@ -19,7 +23,8 @@ def with_counted_prefix(model: Model) -> Model:
 
     Names of parameters tell a `cls` token from a `register`, but not where it comes in: CaiT's does
     so after the blocks, Llama 4's stands after the patches. Tokens before the patches that no name
-    tells of are registers. A model on the meta device, which has no numbers, stays as it is.
+    tells of are registers, if they are few. A model on the meta device, which has no numbers, stays
+    as it is, as does one that cannot take an image of the side that its config says.
 
     Raises
     ------
@@ -36,8 +41,13 @@ def with_counted_prefix(model: Model) -> Model:
 
 
 def _counted(model: Model, tower: Tower) -> Tower:
-    one, other = (_hidden(model, tower, "vision.embed", seed) for seed in range(2))
-    if one is None or other is None:  # a capture says that it does not run
+    try:
+        batch = model.prepare([_image(model)])
+    except Exception:  # of whatever processor; a capture says why it does not run
+        return tower
+    batches = [_noise(batch, seed) for seed in range(2)]
+    one, other = (_hidden(model, tower, "vision.embed", b) for b in batches)
+    if one is None or other is None:
         return tower
     named, same = tower.prefix, _unchanged(one, other)
     before, after = (int(s.int().cumprod(0).sum()) for s in (same, same.flip(0)))
@@ -45,12 +55,15 @@ def _counted(model: Model, tower: Tower) -> Tower:
     if before == len(named) or before == len(same) > 0:
         return tower
     if not named:
-        return replace(tower, prefix=("register",) * before)
+        return replace(tower, prefix=("register",) * before) if before <= _MOST else tower
     if before == 0 and after == len(named):
         return replace(tower, prefix=(), suffix=named)
-    end = _hidden(model, tower, f"vision.layers.{len(tower.blocks) - 1}", 0)
-    if not same.any() and end is not None and len(same) in (0, end.shape[1]):
-        return replace(tower, prefix=(), norm=None)  # the norm would see them too
+    if not same.any():
+        end = _hidden(model, tower, f"vision.layers.{len(tower.blocks) - 1}", batches[0])
+        if end is None:
+            return tower
+        if len(same) in (0, end.shape[1]):
+            return replace(tower, prefix=(), norm=None)  # the norm would see them too
     msg = (
         f"{model.name} has {' and '.join(dict.fromkeys(named))} tokens, but its blocks do not "
         "begin with them and the patches: its tokens cannot be told apart"
@@ -63,20 +76,43 @@ def _unchanged(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one == other).all(2).all(0) if one.ndim == 3 else torch.zeros(0, dtype=torch.bool)
 
 
-def _hidden(model: Model, tower: Tower, name: str, seed: int) -> torch.Tensor | None:
-    """Return the hidden states of an image of noise, [sequences, tokens, dim] or as they are.
-
-    None where the site does not run.
-    """
+def _image(model: Model) -> Any:
+    """Return a black image of the side that the config says: some processors do not resize."""
     from PIL import Image
 
-    pixels = np.random.default_rng(seed).integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8)
+    config: Any = getattr(model.module, "config", None)
+    config = getattr(config, "vision_config", None) or config
+    size = getattr(config, "image_size", None)
+    height, width = size if isinstance(size, Sequence) and len(size) == 2 else (size, size)
+    sides = [side if isinstance(side, int) and side > 0 else _SIDE for side in (width, height)]
+    return Image.new("RGB", (sides[0], sides[1]))
+
+
+def _noise(batch: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return the batch with noise for pixels, the margins that a processor adds included."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = {
+        key: torch.rand(x.shape, generator=generator).to(x)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for key, x in (batch["image"] if "prompts" in batch else batch).items()
+    }
+    return {**batch, "image": pixels} if "prompts" in batch else pixels
+
+
+def _hidden(model: Model, tower: Tower, name: str, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the hidden states of a batch, [sequences, tokens, dim] or as they are.
+
+    None where the site does not run, or the model does not take the batch.
+    """
     seen: list[torch.Tensor] = []
     sites = model.sites(name)
-    batch = model.prepare([Image.fromarray(pixels)])
     with ExitStack() as hooks:
         hooks.callback(sites[0].watch(lambda hidden: seen.append(hidden.cpu())).remove)
-        model.until(sites).forward(batch)
+        try:
+            model.until(sites).forward(batch)
+        except Exception:  # of whatever model; a capture says why it does not run
+            return None
     if seen and tower.tokens_first and seen[0].ndim == 3:
         return seen[0].transpose(0, 1)
     return seen[0] if seen else None

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,6 @@ __all__ = [
     "tokens",
 ]
 
-_PACKAGES = ("data", "geo", "models", "report", "ridge")
 _OF_MODULE = {
     "_core": ["__version__"],
     "capture": ["capture"],
@@ -74,11 +74,11 @@ _MODULE_OF = {name: module for module, names in _OF_MODULE.items() for name in n
 
 def __getattr__(name: str) -> Any:
     # torch takes two seconds to import: `geofast --help` and a mistyped option need none of it.
-    if name in _PACKAGES:
-        return import_module(f".{name}", __name__)
-    if name not in _MODULE_OF:
+    if name not in _MODULE_OF and (name.startswith("__") or not find_spec(f"{__name__}.{name}")):
         raise AttributeError(f"module 'geofast' has no attribute {name!r}")
     import_module("torch")  # before the core, so that both share one OpenMP runtime
+    if name not in _MODULE_OF:
+        return import_module(f".{name}", __name__)
     value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     return value
 

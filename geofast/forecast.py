@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ._folder import check_space
 from .batching import Budget, Lengths, numbers
 from .capture import Pools, pools_by_tower
 from .data import Samples
@@ -24,7 +23,7 @@ from .models.load import default_device
 from .models.location import of_places
 from .models.skeleton import has_skeleton, skeleton, weight_bytes
 from .models.twin import ADAPTED
-from .plan import Plan, Task, make_plan, readable, with_cells
+from .plan import Plan, Task, check_disk, make_plan, readable, with_cells
 from .pooling import Pool
 from .request import Options, Request
 from .ridge import ALPHAS, Select
@@ -225,8 +224,7 @@ def _forecast(
         cells=int(cells.max()) + 1, storage=options["storage"], select=options["select"],
         passes=asked.passes, gpus=[where] if where.type == "cuda" else [],
     )  # fmt: skip
-    if scratch:
-        check_space(Path(scratch), kept.kept)
+    check_disk(kept, scratch)
     batch = min(budget.fit(example.tokens), len(samples))
     if progress:
         print("measuring how fast this machine is ...", file=sys.stderr, flush=True)

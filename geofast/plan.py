@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,6 +14,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from ._folder import check_space
 from .data import Samples
 from .geo import Split
 from .models import Model
@@ -215,12 +218,26 @@ def make_plan(
     what = {"gram": "statistics (Gram matrices)", "rows": "pooled rows"}[kind]
     where = " on disk" if on_disk else " on the GPU" if stay else ""
     prompts = max(len(inputs), len(model.prompts))
+    asked = f", {prompts} prompts" if prompts > 1 else ""
     sentence = (
-        f"{model.name}: {len(widths)} site x pool, {len(samples)} samples, {prompts} "
-        f"prompt(s); keeping {what}{where} ({why})"
+        f"{model.name}: {len(widths)} site x pool, {len(samples)} samples{asked}; "
+        f"keeping {what}{where} ({why})"
     )
     size = as_grams if kind == "gram" else as_rows
     return Plan(kind, on_disk, floats, size, 0 if on_disk else size // passes, stay, sentence)
+
+
+def check_disk(plan: Plan, scratch: str | Path | None) -> None:
+    """Refuse what the disk has no room for, the run in `scratch` and rows that lie on disk.
+
+    Raises
+    ------
+    OSError
+        When there is too little room.
+    """
+    needed = (plan.size if plan.on_disk else 0) + (plan.kept if scratch else 0)
+    if needed:
+        check_space(Path(scratch or tempfile.gettempdir()), needed)
 
 
 def gpus_of(model: Model) -> list[torch.device]:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from . import _ops
-from ._folder import check_space
 from .batching import Budget, Lengths
 from .capture import Pools
 from .checks import Check
@@ -28,7 +27,7 @@ from .models import DeviceMap, Model, load
 from .models.location import of_places
 from .models.skeleton import NumbersNeededError, has_skeleton, skeleton
 from .models.twin import random_twin
-from .plan import Plan, Task, gpus_of, make_plan, with_cells, without_skipped
+from .plan import Plan, Task, check_disk, gpus_of, make_plan, with_cells, without_skipped
 from .report.text import fill
 from .request import Given, Options, Request
 from .ridge import ALPHAS, Select
@@ -177,7 +176,7 @@ def probe(
     layers = layers_table(solved, tasks, given.y, asked.targets)
     info = {
         **_asked_for(asked, passes, way, data=given.samples.source),
-        "sources": {"model": loaded.source, "data": _absolute(given.samples.source)},
+        "sources": {"model": loaded.source, "data": given.samples.place},
         **_ran(model, passes, solved),
         "final_alpha": FINAL_ALPHA[way].format(split=tasks[0].split),
         "counts": {
@@ -258,8 +257,7 @@ class _Passes:
         )  # fmt: skip
         if progress:
             print(fill(f"{plan.sentence}; {budget.sentence(lengths.values())}"), flush=True)
-        if scratch:
-            check_space(Path(scratch), plan.kept)
+        check_disk(plan, scratch)
         return cls(asked, lengths, budget, plan, cells, tasks, scratch, progress)
 
     @property
@@ -293,8 +291,8 @@ class _Passes:
         for name in self.asked.controls:
             try:
                 others[name] = self._control(name, model, found)
-            except (ValueError, RuntimeError, MemoryError, OSError, FloatingPointError) as error:
-                why = str(error).rstrip(".")
+            except Exception as error:  # whatever it is: the pass that is over is worth more
+                why = f"{type(error).__name__}: {error}".rstrip(".")
                 missing.append(f"the control {name!r} is not in this run: {why}")
         return others, missing
 
@@ -356,11 +354,6 @@ def _asked_for(asked: Request, passes: _Passes, select: Select, data: str) -> di
         },
         "seeds": {s.name: s.seed for s in asked.splits if hasattr(s, "seed")},
     }  # fmt: skip
-
-
-def _absolute(source: str) -> str:
-    """Return the whole path of a file or folder; what is in memory has none."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
 
 
 def _ran(model: Model, passes: _Passes, solved: Sequence[Solved]) -> dict[str, Any]:

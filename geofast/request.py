@@ -102,7 +102,16 @@ class Request:
         inputs = worded(samples, options["prompts"])
         tasks, warned = scored_tasks(given, splits, options["group"], targets, options["select"])
         return cls(
-            options, given, inputs, splits, targets, alphas, controls, tasks, warned, lengths={}
+            options,
+            given,
+            inputs,
+            splits,
+            targets,
+            alphas,
+            controls,
+            tasks,
+            warned,
+            lengths={},
         )
 
     def of_model(self, model: Model) -> tuple[Model, Request]:

@@ -80,14 +80,16 @@ class Rows(Mapping[str, torch.Tensor]):
         need = n + batch
         if store is None:
             store = self._store[key] = self._allocate(max(self._capacity, need), dim, device)
-        elif store.shape[1] != dim:
-            msg = f"rows of {key!r} have width {store.shape[1]}; a batch came with width {dim}"
+            return store[n:need]
+        fit, width = store.shape  # len() of a tensor is slow: it is Python, in every hook
+        if width != dim:
+            msg = f"rows of {key!r} have width {width}; a batch came with width {dim}"
             raise ValueError(msg)
-        elif need > len(store):
+        if need > fit:
             if self._room is not None:
-                msg = f"rows on disk cannot grow: {need} rows came where {len(store)} fit"
+                msg = f"rows on disk cannot grow: {need} rows came where {fit} fit"
                 raise ValueError(msg)
-            grown = self._allocate(max(2 * len(store), need), dim, device)
+            grown = self._allocate(max(2 * fit, need), dim, device)
             grown[:n] = store[:n]
             store = self._store[key] = grown
         return store[n:need]

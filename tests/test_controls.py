@@ -243,6 +243,15 @@ def test_a_control_that_fails_after_the_pass_costs_nothing_else(
     assert "the control 'random-weights' is not in this run" in told
     assert "20.png" in told
 
+    def broken(model):
+        raise TypeError("__init__() missing 1 required positional argument")
+
+    monkeypatch.setattr(probing, "random_twin", broken)
+    samples = whole.take(np.arange(30))
+    run = gf.probe(vision, samples, controls="random-weights", storage=storage, workers=0)
+    (told,) = [w for w in run.info["warnings"] if "control" in w]
+    assert "TypeError: __init__() missing 1" in told
+
 
 def test_a_twin_sees_the_samples_that_went_through(vision):
     """Not one that the model skipped, in the folds that were dealt."""

@@ -44,7 +44,7 @@ def test_what_needs_no_model_imports_no_torch(tmp_path, words):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("name", ["data", "geo", "models", "report", "ridge"])
+@pytest.mark.parametrize("name", ["data", "geo", "models", "pooling", "ridge", "rows", "_core"])
 def test_a_room_is_there_when_it_is_asked_for(tmp_path, name):
     script = f"import geofast; print(geofast.{name}.__name__)"
     done = subprocess.run(
@@ -63,3 +63,10 @@ def test_a_function_keeps_its_name_from_the_module_that_has_the_same(tmp_path, n
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert done.stdout.split() == ["True", "True"]
+
+
+def test_what_is_not_there_is_no_attribute():
+    assert not hasattr(gf, "latitudes")
+    assert not hasattr(gf, "__wrapped__")
+    with pytest.raises(ImportError, match="cannot import name 'latitudes'"):
+        exec("from geofast import latitudes")

@@ -1,6 +1,7 @@
 """Which cross-validations a probe does, and what it leaves out."""
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 
 import geofast as gf
 from geofast.data import from_arrays
-from geofast.plan import make_plan, make_tasks, with_cells, without_skipped
+from geofast.plan import check_disk, make_plan, make_tasks, with_cells, without_skipped
 
 TARGETS = ("latitude", "longitude")
 KFOLD = gf.KFold()
@@ -57,6 +58,24 @@ def test_statistics_lie_on_gpus_that_have_room(monkeypatch):
     plan = plan_of("gram", 4 * GRAMS, monkeypatch, gpus=1)
     assert not plan.stay
     assert "on the CPU, because more than 50% of the under 1 MB that are free on" in plan.sentence
+
+
+def test_the_disk_must_have_room_for_rows_and_run(monkeypatch, tmp_path):
+    free = [0]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    kept = plan_of("rows", 4 * ROWS, monkeypatch)
+    check_disk(kept, None)  # it stays in memory, and nobody says where it will be saved
+    on_disk = plan_of("rows", 4 * ROWS - 4, monkeypatch)
+    both = plan_of("rows", 4 * ROWS - 4, monkeypatch, passes=2)
+    for plan, place, needed in (
+        (kept, tmp_path, ROWS), (on_disk, tmp_path, ROWS), (on_disk, None, ROWS),
+        (both, None, 2 * ROWS),
+    ):  # fmt: skip
+        free[0] = needed
+        check_disk(plan, place)
+        free[0] -= 1
+        with pytest.raises(OSError, match="make room"):
+            check_disk(plan, place)
 
 
 def test_a_twin_leaves_as_many_rows_again(monkeypatch):

@@ -6,6 +6,7 @@ import os
 import shlex
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def read(
         known = ", ".join([*TABLES, *PARQUETS, *HDF5S])
         msg = f"cannot tell what {path} is from its ending; geofast reads {known} and folders."
         raise ValueError(msg)
+    found = replace(found, place=str(path.resolve()))
     return found.as_locations() if location else found
 
 

@@ -96,9 +96,11 @@ class Samples:
     """One per row: a path, encoded bytes, a PIL image, a uint8 array [height, width, 3], a str, or
     (latitude, longitude) in degrees."""
     source: str
-    """Where the samples came from."""
+    """What the samples came from, as reports call it."""
     skipped: tuple[Skipped, ...] = ()
     """What was read and left out, in order."""
+    place: str = ""
+    """The absolute path that was read; empty for what was in memory."""
 
     def __post_init__(self) -> None:
         head = tuple(self.table.columns[:3])

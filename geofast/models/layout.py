@@ -36,7 +36,7 @@ class Layout:
 
     @property
     def samples(self) -> int:
-        return len(self.roles) if self.starts is None else len(self.starts) - 1
+        return self.roles.shape[0] if self.starts is None else len(self.starts) - 1
 
 
 @dataclass

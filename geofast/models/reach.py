@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ def reaching(model: Model, inputs: Sequence[Any], tensors: Mapping[str, torch.Te
     return [name for name in tensors if name in fixed]
 
 
-def _spoilt(model: Model, inputs: Sequence[Any], tensors: Iterable[torch.Tensor]) -> set[str]:
+def _spoilt(model: Model, inputs: Sequence[Any], tensors: Collection[torch.Tensor]) -> set[str]:
     """Return the sites that are NaN somewhere while `tensors` are."""
     found: set[str] = set()
 
@@ -47,7 +47,12 @@ def _spoilt(model: Model, inputs: Sequence[Any], tensors: Iterable[torch.Tensor]
     with _nan(tensors), ExitStack() as hooks:
         for site in model.every_site:
             hooks.callback(site.watch(partial(look, site.name)).remove)
-        model.forward(model.prepare(inputs))
+        try:
+            model.forward(model.prepare(inputs))
+        except (ValueError, RuntimeError, IndexError):
+            if not tensors:
+                raise
+            return {site.name for site in model.every_site}  # NaN got so far that it cannot go on
     return found
 
 

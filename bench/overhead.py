@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
-SHARE = 0.02  # of the bare forward, inside the hooks
+SHARE = 0.01  # of the bare forward, inside the hooks
 MEGABYTES = 32  # above the bare forward's peak
 HOOKS = ("_start", "_note_mask", "_read", "_finish")
 

@@ -118,7 +118,7 @@ def _gram(blocks: Iterator[torch.Tensor], storage: Storage, kept: torch.Tensor) 
     gram: Gram | None = None
     done = 0
     for x in blocks:
-        gram = gram or Gram(x.shape[1], y.shape[1], int(storage.cell.max()) + 1)
+        gram = gram or Gram(x.shape[1], y.shape[1], storage.count)
         part = slice(done, done + len(x))
         gram.update(x, y[part], cell[part])
         done += len(x)

@@ -53,6 +53,13 @@ class Storage:
     """Float32 [prompts, m] on disk, for rows too large for memory."""
     stay: bool = False
     """Keep statistics where their layer lives until the pass is over."""
+    cells: int | None = None
+    """How many cells there are; None where the last has a sample."""
+
+    @property
+    def count(self) -> int:
+        """Number of cells."""
+        return int(self.cell.max()) + 1 if self.cells is None else self.cells
 
 
 def extract(
@@ -191,8 +198,7 @@ class _Pass:
         for key in rows:
             x = rows[key]
             if key not in grams:
-                cells = int(self.storage.cell.max()) + 1
-                grams[key] = Gram(x.shape[1], y.shape[1], cells, device=x.device)
+                grams[key] = Gram(x.shape[1], y.shape[1], self.storage.count, device=x.device)
             grams[key].update(x, y, cell)
         rows.clear()
         kept += pending

@@ -236,6 +236,9 @@ class _Passes:
     budget: Budget
     plan: Plan
     cells: torch.Tensor
+    """int64 [n]: the cell of every sample."""
+    count: int
+    """Number of cells."""
     tasks: list[Task]
     scratch: str | Path | None
     progress: bool
@@ -247,18 +250,19 @@ class _Passes:
         """Try one sample, and settle what comes of it; says so with `progress`."""
         options = asked.options
         cells, tasks = with_cells(asked.tasks)
+        count = int(cells.max()) + 1
         example = try_one(model, asked.inputs, asked.lengths, options["sites"], options["pool"])
         lengths = asked.lengths or lengths_like(example, len(asked.given.samples))
         budget = Budget.of(model.device, options["batch_size"])
         plan = make_plan(
             model, asked.inputs, example.widths, targets=len(asked.targets),
-            cells=int(cells.max()) + 1, storage=options["storage"], select=options["select"],
+            cells=count, storage=options["storage"], select=options["select"],
             passes=asked.passes, gpus=gpus_of(model),
         )  # fmt: skip
         if progress:
             print(fill(f"{plan.sentence}; {budget.sentence(lengths.values())}"), flush=True)
         check_disk(plan, scratch)
-        return cls(asked, lengths, budget, plan, cells, tasks, scratch, progress)
+        return cls(asked, lengths, budget, plan, cells, count, tasks, scratch, progress)
 
     @property
     def workers(self) -> int:
@@ -272,7 +276,7 @@ class _Passes:
         if self.plan.on_disk:
             folder, floats = Path(self.scratch or tempfile.gettempdir()), self.plan.floats
             room = on_disk(folder, floats * len(asked.inputs)).view(len(asked.inputs), floats)
-        place = Storage(self.plan.kind, asked.given.y, self.cells, room, self.plan.stay)
+        place = Storage(self.plan.kind, asked.given.y, self.cells, room, self.plan.stay, self.count)
         return extract(
             model, asked.inputs, place, sites=options["sites"], pool=options["pool"],
             lengths=self.lengths, budget=self.budget, workers=self.workers,

@@ -273,3 +273,18 @@ def test_a_twin_sees_the_samples_that_went_through(vision):
     (x,) = rows.values()
     expected = gf.cross_validate(x, y, fold, select="gcv").r2.mean().item()
     assert grams["r2"].iloc[1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_twins_statistics_have_every_cell(vision):
+    """The last one too, where the model skipped all its samples."""
+    whole = painted()
+    splits = [gf.KFold(), gf.Blocks(15)]
+    fold = np.stack([split.assign(whole.table) for split in splits], 1)
+    last = (fold == max(map(tuple, fold.tolist()))).all(1)
+    images = [b"no image" if gone else whole.load(i) for i, gone in enumerate(last)]
+    samples = from_arrays(images, whole.table["latitude"], whole.table["longitude"])
+    run = gf.probe(
+        vision, samples, controls="random-weights", storage="gram", split=splits, workers=0
+    )
+    assert run.info["counts"]["skipped"] == last.sum() > 0
+    assert len(run.layers.query("control == 'random-weights'")) == len(run.layers) / 2

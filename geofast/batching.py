@@ -30,6 +30,8 @@ class Budget:
     """Samples in the largest batch that went through."""
     cut: int = 0
     """Samples that batches were cut to when memory ran out; 0: it did not."""
+    rows: int = 0
+    """Rows that are added to statistics at once since memory ran out there; 0: it did not."""
 
     @classmethod
     def of(cls, device: torch.device, samples: int | None) -> Budget:
@@ -70,12 +72,12 @@ class Budget:
     @property
     def warnings(self) -> list[str]:
         """What to tell about memory that ran out."""
-        if not self.cut:
-            return []
-        return [
-            f"batches were cut to {self.cut} samples ({self.tokens:,} tokens) after out-of-memory; "
-            "nothing was lost"
-        ]
+        told = []
+        if self.cut:
+            told = [f"batches were cut to {self.cut} samples ({self.tokens:,} tokens)"]
+        if self.rows:
+            told += [f"statistics were added to by at most {self.rows} rows at once"]
+        return [f"{one} after out-of-memory; nothing was lost" for one in told]
 
 
 @dataclass(frozen=True)

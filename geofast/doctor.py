@@ -18,17 +18,11 @@ from .data import SampleError, Samples, read
 from .data.stream import batches
 from .geo.folds import KFold
 from .models import DeviceMap, Model, load
+from .models.example import examples_of
 from .models.location import of_places
 
-_TEXTS = (
-    "Paris",
-    "The city of Buenos Aires",
-    "What are the latitude and longitude of the city of Reykjavik, in Iceland?",
-)
-_PLACES = ((48.8584, 2.2945), (-34.6, -58.38), (64.15, -21.94))
-_SIZES = ((224, 224), (180, 320), (400, 240))  # height and width: square, wide, tall
 _WIDTH = 100  # of a terminal
-_FEW = 3  # samples that a probe examines
+_FEW = 3  # samples that are examined
 _MOST = 200  # samples in which R2 is told
 _LEAST = 20
 
@@ -212,25 +206,9 @@ def _first(model: Model, inputs: Mapping[str, Samples]) -> list[Any]:
     return few
 
 
-def example(kind: str) -> list[Any]:
-    """Return three inputs of `kind` and of different sizes."""
-    if kind == "text":
-        return list(_TEXTS)
-    if kind == "location":
-        return list(_PLACES)
-    from PIL import Image
-
-    images = []
-    for i, (height, width) in enumerate(_SIZES):
-        y, x = np.mgrid[:height, :width]
-        waves = [128 + 127 * np.sin(x / (7 + 5 * c + 3 * i) + y * (c + i) / 40) for c in range(3)]
-        images.append(Image.fromarray(np.stack(waves, -1).astype(np.uint8)))
-    return images
-
-
 def _given(view: Model, examples: Sequence[Any] | None, samples: Samples | None) -> Given:
     if samples is None or samples.kind != view.kind:
-        return Given(example(view.kind) if examples is None else examples)
+        return Given(examples_of(view.kind) if examples is None else examples)
     chosen = np.unique(np.linspace(0, len(samples) - 1, _MOST).round().astype(int))
     first: list[Any] = []
     inputs, good = [], []
@@ -241,7 +219,7 @@ def _given(view: Model, examples: Sequence[Any] | None, samples: Samples | None)
             view.collate([ready])
         except (SampleError, ValueError):  # a probe counts it as skipped, and says why
             continue
-        first += [item] if len(first) < len(_SIZES) else []
+        first += [item] if len(first) < _FEW else []
         inputs.append(ready)
         good.append(i)
     if len(inputs) < _LEAST:

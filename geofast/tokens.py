@@ -14,6 +14,7 @@ from torch import nn
 
 from .capture import Recorder, modules_around
 from .models import Model, Site, Stage, Tower
+from .models.example import examples_of
 from .models.layout import Call, Layout, as_tokens
 from .models.places import find_grids, image_places, patch_places, projected_places
 from .pooling import ROLES, role_bit
@@ -203,8 +204,6 @@ def explain(model: Model, given: str | None = None) -> str:
 def _examples(model: Model, given: str | None) -> list[tuple[Model, Any, str]]:
     from PIL import Image
 
-    from .doctor import example
-
     if given is not None and isfile(given):  # Path.is_file raises for a text too long for a name
         with Image.open(given) as opened:
             image = opened.convert("RGB")
@@ -219,7 +218,7 @@ def _examples(model: Model, given: str | None) -> list[tuple[Model, Any, str]]:
         model = model.asking([_QUESTION])
     found = []
     for view in [model, model.other] if model.other and not model.prompts else [model]:
-        one = example(view.kind)[1]
+        one = examples_of(view.kind)[1]
         called = repr(one)
         if view.kind == "image":
             called = f"an image of {one.width} x {one.height} pixels"

@@ -15,7 +15,8 @@ import geofast as gf
 from geofast.checks import CHECKS, Check
 from geofast.checks.roles import _told_by_the_processor
 from geofast.checks.weights import _unlike_random
-from geofast.doctor import Diagnosis, example, quick
+from geofast.doctor import Diagnosis, quick
+from geofast.models.example import examples_of
 from geofast.models.inputs import text_collate
 from geofast.models.twin import random_twin
 
@@ -425,7 +426,7 @@ def test_padding_that_is_taken_for_patches(order, tmp_path, monkeypatch):
     from geofast.models import layout
 
     model = replace(gf.load(families.save(families.siglip2, tmp_path)), other=None)
-    examples = [example("image")[i] for i in order]
+    examples = [examples_of("image")[i] for i in order]
     counts = ", ".join(str([16, 15, 15][i]) for i in order)
     padding = ", ".join(str([0, 1, 1][i]) for i in order)
     check = outcome(model, "roles", examples)
@@ -736,4 +737,4 @@ def test_the_twin_is_drawn_as_the_class_draws():
 
 
 def test_the_examples_differ_in_size():
-    assert len({image.size for image in example("image")}) == 3
+    assert len({image.size for image in examples_of("image")}) == 3

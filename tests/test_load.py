@@ -229,6 +229,15 @@ def test_what_no_site_depends_on_may_be_absent(family, part, tmp_path):
     assert_same(rows_of(model, inputs), rows_of(whole, inputs))
 
 
+def test_what_is_absent_is_tried_with_an_image_that_the_model_takes(tmp_path):
+    """Its processor does not resize."""
+    from transformers import ViTImageProcessorPil
+
+    folder = without(families.vit, tmp_path, "pooler")
+    ViTImageProcessorPil(do_resize=False).save_pretrained(folder)
+    assert gf.load(folder).kind == "image"
+
+
 def test_a_whole_checkpoint_is_loaded_without_a_pass(lm, monkeypatch):
     monkeypatch.setattr(gf.Model, "forward", lambda *_: pytest.fail("a forward pass"))
     gf.load(lm)

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -62,6 +65,17 @@ def test_registers_are_told_from_patches():
     )
     (tower,) = find_towers(Dinov2WithRegistersModel(config))
     assert tower.prefix == ("cls", *["register"] * 4)
+
+
+def test_models_know_nothing_of_what_is_built_on_them():
+    """Of the package around them they take what tokens may be, and the weights of a demo."""
+    room = Path(gf.models.__file__).parent
+    taken = {
+        name
+        for path in room.glob("*.py")
+        for name in re.findall(r"^ *from \.\.(\w*)", path.read_text(), re.MULTILINE)
+    }
+    assert taken == {"pooling", "data"}
 
 
 SEES = dict(
@@ -172,8 +186,10 @@ def test_images_are_of_the_side_that_the_config_says():
     large = CLIPVisionModel(CLIPVisionConfig(**SEES | {"image_size": 256, "patch_size": 16})).eval()
     crop = CLIPImageProcessorPil(do_resize=False, crop_size={"height": 256, "width": 256})
     for module, processor in ((small, ViTImageProcessorPil(do_resize=False)), (large, crop)):
-        (tower,) = gf.load(module, processor=processor).towers
+        model = gf.load(module, processor=processor)
+        (tower,) = model.towers
         assert (tower.prefix, tower.suffix) == (("cls",), ())
+        assert f"{1 + (16 if module is small else 256)} x 32   cls" in describe(model)
 
 
 def test_margins_that_a_processor_adds_are_no_tokens_of_their_own():

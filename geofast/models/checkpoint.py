@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .example import example_for
 from .hub import Source, reading, said, untrusted
 from .model import Model
 from .packages import require_torchvision_that_fits
@@ -263,8 +264,6 @@ def refuse_random(source: Source, model: Model, absent: Mapping[str, torch.Tenso
     RuntimeError
         When there are any of `absent`, which `read_module` returned.
     """
-    from ..doctor import example
-
     # A buffer of integers is no weight: the class has computed it from the configuration.
     random = {
         key: t for key, t in absent.items() if t.is_floating_point() or isinstance(t, nn.Parameter)
@@ -273,7 +272,7 @@ def refuse_random(source: Source, model: Model, absent: Mapping[str, torch.Tenso
         key
         for view in (model, model.other)
         if view is not None and random
-        for key in reaching(view, example(view.kind)[1:2], random)
+        for key in reaching(view, [example_for(view)], random)
     }
     with reading("weights", source):
         if read:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 
+from .example import example_for
 from .model import Model
 from .structure import Tower
 
@@ -47,7 +47,7 @@ def _shapes(model: Model) -> dict[str, str]:
     with ExitStack() as hooks:
         for site in model.every_site:
             hooks.callback(site.watch(partial(note, site.name)).remove)
-        model.forward(model.prepare([_example(model.kind)]))
+        model.forward(model.prepare([example_for(model)]))
     return shapes
 
 
@@ -94,13 +94,3 @@ def _tokens(view: Model, tower: Tower) -> str:
 def site_range(names: Sequence[str]) -> str:
     """Name sites that are alike: the first, the last and how many there are."""
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
-
-
-def _example(kind: str) -> Any:
-    if kind == "text":
-        return "Paris"
-    if kind == "location":
-        return (48.8584, 2.2945)
-    from PIL import Image
-
-    return Image.new("RGB", (224, 224), "grey")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from .example import example_for
 from .model import Model
 from .structure import Tower
 
-_SIDE = 224
-"""Of an image, in pixels, where the config does not say."""
 _MOST = 16
 """More tokens than these, of which no name tells, are no registers."""
 
@@ -42,7 +41,7 @@ def with_counted_prefix(model: Model) -> Model:
 
 def _counted(model: Model, tower: Tower) -> Tower:
     try:
-        batch = model.prepare([_image(model)])
+        batch = model.prepare([example_for(model)])
     except Exception:  # of whatever processor; a capture says why it does not run
         return tower
     batches = [_noise(batch, seed) for seed in range(2)]
@@ -74,18 +73,6 @@ def _counted(model: Model, tower: Tower) -> Tower:
 def _unchanged(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Say which tokens are the same in two images; of packed patches or a grid of them, none."""
     return (one == other).all(2).all(0) if one.ndim == 3 else torch.zeros(0, dtype=torch.bool)
-
-
-def _image(model: Model) -> Any:
-    """Return a black image of the side that the config says: some processors do not resize."""
-    from PIL import Image
-
-    config: Any = getattr(model.module, "config", None)
-    config = getattr(config, "vision_config", None) or config
-    size = getattr(config, "image_size", None)
-    height, width = size if isinstance(size, Sequence) and len(size) == 2 else (size, size)
-    sides = [side if isinstance(side, int) and side > 0 else _SIDE for side in (width, height)]
-    return Image.new("RGB", (sides[0], sides[1]))
 
 
 def _noise(batch: Mapping[str, Any], seed: int) -> dict[str, Any]:

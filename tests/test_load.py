@@ -383,13 +383,15 @@ def write_gguf(path, module):
     w.close()
 
 
-def test_a_gguf_file(tmp_path, plain):
+def test_a_gguf_file(tmp_path, plain, capfd):
     pytest.importorskip("accelerate")
     module = tiny.llama()
     before = module.model.layers[0].mlp.up_proj.weight.detach().clone()
     write_gguf(tmp_path / "tiny.gguf", module)
     assert not torch.equal(before, module.model.layers[0].mlp.up_proj.weight)
+    capfd.readouterr()
     model = gf.load(tmp_path / "tiny.gguf")
+    assert capfd.readouterr().err == ""  # no bar, where no terminal is
     assert (model.name, model.kind, model.dtype) == ("tiny.gguf", "text", torch.float32)
     assert model.notes == ("weights are dequantised from tiny.gguf, computed in float32",)
     assert type(model.module.model.layers[0].mlp.up_proj) is nn.Linear

@@ -18,7 +18,7 @@ from .hub import Source, find
 from .location import load_location
 from .model import Batch, Model, wrap
 from .packages import quietly
-from .processors import Given, OfCheckpoint
+from .processors import OfCheckpoint, OfProcessor
 
 
 def load(
@@ -151,7 +151,7 @@ def _from_module(module: nn.Module, prepare: Any, processor: Any) -> Model:
     name = type(module).__name__ + (" + adapter" if wears_one(module) else "")
     if prepare is not None:
         return replace(wrap(module, prepare), name=name)
-    return assemble(name, module, Given(processor))
+    return assemble(name, module, OfProcessor(processor))
 
 
 def base_and_adapter(

@@ -64,8 +64,10 @@ def quietly() -> Iterator[None]:
     """
     from transformers.utils import logging as theirs
 
+    gguf: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     logger = logging.getLogger("transformers.configuration_utils")
     bars = theirs.is_progress_bar_enabled() and not sys.stderr.isatty()
+    bar_of_gguf, gguf.tqdm = gguf.tqdm, theirs.tqdm  # its own does not ask whether bars are enabled
     logger.addFilter(_matters)
     if bars:
         theirs.disable_progress_bar()
@@ -76,6 +78,7 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logger.removeFilter(_matters)
+        gguf.tqdm = bar_of_gguf
         if bars:
             theirs.enable_progress_bar()
 

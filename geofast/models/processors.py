@@ -64,8 +64,8 @@ def _without_videos(source: Source) -> Any:
 
 
 @dataclass(frozen=True)
-class Given:
-    """Takes the parts of what the user gives."""
+class OfProcessor:
+    """Takes the parts of the processor that the user gives."""
 
     processor: Any
 

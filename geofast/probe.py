@@ -169,8 +169,10 @@ def probe(
     way: Select = select or ("loo" if found.rows is not None else "gcv")
     several = [len(one.rows or one.grams or ()) for one in (found, *others.values())]
     clock.say(f"solving {sum(several)} site x pool in {len(tasks)} cross-validation(s)")
-    solved = solve_all({"": found, **others}, given, tasks, asked.targets, asked.alphas, way)
+    all_found = {"": found, **others}
+    solved, unsolved = solve_all(all_found, given, tasks, asked.targets, asked.alphas, way)
     probes = fit_probes(found, given.y, tasks[0], asked.targets, asked.alphas, way)
+    far = far_out(found, given.samples)
     clock.lap("solve")
 
     layers = layers_table(solved, tasks, given.y, asked.targets)
@@ -189,8 +191,8 @@ def probe(
         "honest": honest_best(solved, layers, asked.targets),
         "checks": [asdict(c) for c in checks],
         "warnings": [
-            *model.notes, *unchecked, *missing, *passes.budget.warnings, *warned,
-            *far_out(found, given.samples), *at_the_edge(solved, asked.alphas),
+            *model.notes, *unchecked, *missing, *unsolved, *passes.budget.warnings, *warned, *far,
+            *at_the_edge(solved, asked.alphas),
         ],
     }  # fmt: skip
     return Run(

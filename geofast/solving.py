@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -51,55 +51,61 @@ def solve_all(
     targets: Sequence[str],
     alphas: Sequence[float],
     select: Select,
-) -> list[Solved]:
+) -> tuple[list[Solved], list[str]]:
     """Solve what was `found`, by the name of the control, and the baselines, in every task.
+
+    Also a warning of every control that cannot be solved somewhere: it lacks those places alone.
 
     Raises
     ------
-    ValueError
-        When something cannot be solved; says which site, split and group.
+    ValueError, RuntimeError
+        When the model's own cannot be solved; says which site, split and group.
     """
-    solved = []
-    for t, task in enumerate(tasks):
-        inner = task.folds >= 3
-        sources = [("input", name, "", name, x) for name, x in given.baselines.items()]
-        for control, one in found.items():
-            sources += [(*_parts(name), control, x) for name, x in (one.rows or {}).items()]
-            for name, gram in (one.grams or {}).items():
-                solution = solve(
-                    gram, alphas, folds=task.fold_of_cell, select=_of_grams(select), inner=inner
-                )
-                solved.append(Solved(*_parts(name), control, t, gram.dim, solution, None))
-        for site, pool, prompt, control, x in sources:
+    sources: list[tuple[str, str, str, str, torch.Tensor | Gram]]
+    sources = [("input", name, "", name, x) for name, x in given.baselines.items()]
+    for control, one in found.items():
+        both: dict[str, torch.Tensor | Gram] = {**(one.rows or {}), **(one.grams or {})}
+        sources += [(*_parts(name), control, x) for name, x in both.items()]
+    solved: list[Solved] = []
+    failed: dict[str, list[str]] = {}
+    for site, pool, prompt, control, x in sources:
+        for t, task in enumerate(tasks):  # one after the other, so that rows on disk are read once
             try:
-                solution, member = _solve_rows(x, given.y, task.fold, alphas, select, inner)
-            except ValueError as error:
+                solution, member = _solve(x, given.y, task, alphas, select)
+            except (ValueError, RuntimeError, MemoryError) as error:
                 who = f", group {task.group!r}" if task.group else ""
                 where = f"{key(site, pool, prompt)}, split {task.split!r}{who}"
-                add_sentence(error, f"While solving {where}, targets {', '.join(targets)}.")
-                raise
-            solved.append(Solved(site, pool, prompt, control, t, x.shape[1], solution, member))
-    return solved
+                if not control:
+                    add_sentence(error, f"While solving {where}, targets {', '.join(targets)}.")
+                    raise
+                failed.setdefault(control, []).append(f"{where}: {error}".rstrip("."))
+                continue
+            d = x.dim if isinstance(x, Gram) else x.shape[1]
+            solved.append(Solved(site, pool, prompt, control, t, d, solution, member))
+    return sorted(solved, key=lambda s: s.task), [_missing(*item) for item in failed.items()]
 
 
-def _solve_rows(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    fold: torch.Tensor,
-    alphas: Sequence[float],
-    select: Select,
-    inner: bool,
+def _missing(control: str, where: Sequence[str]) -> str:
+    several = f"{len(where)} places, the first " if len(where) > 1 else ""
+    return f"the control {control!r} could not be solved at {several}{where[0]}"
+
+
+def _solve(
+    x: torch.Tensor | Gram, y: torch.Tensor, task: Task, alphas: Sequence[float], select: Select
 ) -> tuple[Solution, torch.Tensor | None]:
-    member = None
-    if bool((fold < 0).any()):
-        member = (fold >= 0).nonzero()[:, 0]
-        x, y, fold = x[member], y[member], fold[member]
-    return cross_validate(x, y, fold, alphas, select=select, inner=inner), member
-
-
-def _of_grams(select: Select) -> Literal["gcv", "folds"]:
-    assert select != "loo"  # refused before the model was loaded
-    return select
+    inner, member = task.folds >= 3, None
+    if isinstance(x, Gram):
+        assert select != "loo"  # refused before the model was loaded
+        solution = solve(x, alphas, folds=task.fold_of_cell, select=select, inner=inner)
+    else:
+        fold = task.fold
+        if bool((fold < 0).any()):
+            member = (fold >= 0).nonzero()[:, 0]
+            x, y, fold = x[member], y[member], fold[member]
+        solution = cross_validate(x, y, fold, alphas, select=select, inner=inner)
+    if not bool(solution.coef.isfinite().all()):
+        raise ValueError("the features are too large for float64: scale them down")
+    return solution, member
 
 
 def _parts(name: str) -> tuple[str, str, str]:

@@ -288,3 +288,59 @@ def test_a_twins_statistics_have_every_cell(vision):
     )
     assert run.info["counts"]["skipped"] == last.sum() > 0
     assert len(run.layers.query("control == 'random-weights'")) == len(run.layers) / 2
+
+
+@pytest.mark.parametrize("storage", ["rows", "gram"])
+@pytest.mark.parametrize("width", [4, 300])
+def test_a_control_that_cannot_be_solved_costs_nothing_else(vision, storage, width, monkeypatch):
+    whole = painted()
+    options = dict(storage=storage, workers=0, group="zone", sites="vision.layers.*")
+    alone = gf.probe(vision, whole, **options)
+    fine = torch.from_numpy(np.random.default_rng(0).normal(size=(60, width)))
+    more = dict(controls="pixels", baselines={"huge": fine * 1e200, "fine": fine})
+
+    def spoilt(*args):
+        found = raw_inputs(*args)
+        for x in (found.rows or {}).values():
+            x[:] = torch.nan
+        for gram in (found.grams or {}).values():
+            gram.matrix[:] = torch.nan
+        return found
+
+    monkeypatch.setattr(import_module("geofast.probe"), "raw_inputs", spoilt)
+    run = gf.probe(vision, whole, **more, **options)
+    own = run.layers[run.layers["control"] == ""]
+    assert own["r2:fine"].notna().all()
+    pd.testing.assert_frame_equal(own[alone.layers.columns].reset_index(drop=True), alone.layers)
+    assert set(run.layers["control"]) == {"", "fine"}
+    told = [w for w in run.info["warnings"] if "could not be solved" in w]
+    for name, said in zip(("huge", "pixels"), told, strict=True):
+        assert said.startswith(
+            f"the control {name!r} could not be solved at 3 places, the first input/{name}, "
+            "split 'kfold': "
+        )
+
+
+def test_a_control_lacks_that_group_alone_which_cannot_be_solved(vision, monkeypatch):
+    whole = painted()
+
+    def spoilt(*args):
+        found = raw_inputs(*args)
+        found.rows["input/pixels"][np.flatnonzero(whole.table["zone"] == "north")[3]] = torch.nan
+        return found
+
+    monkeypatch.setattr(import_module("geofast.probe"), "raw_inputs", spoilt)
+    run = gf.probe(vision, whole, controls="pixels", group="zone", workers=0)
+    assert list(run.layers.query("control == 'pixels'")["group"]) == ["south"]
+    (told,) = [w for w in run.info["warnings"] if "could not be solved" in w]
+    assert told.startswith("the control 'pixels' could not be solved at 2 places, the first input")
+
+
+def test_what_of_the_model_itself_cannot_be_solved_stops_the_run(vision, monkeypatch):
+    def refuse(*_args, **_options):
+        raise torch.linalg.LinAlgError("no eigenvalues")
+
+    monkeypatch.setattr("geofast.solving.cross_validate", refuse)
+    said = r"no eigenvalues\. While solving vision\.embed/cls, split 'kfold', targets latitude"
+    with pytest.raises(RuntimeError, match=said):
+        gf.probe(vision, painted(), workers=0)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import pytest
 import tiny
 import torch
 
@@ -71,7 +74,7 @@ def test_rows_of_zeros_and_statistics_are_not_warned_of() -> None:
     assert far_out(Extracted(np.arange(40), None, {}), samples()) == []
 
 
-def test_a_run_has_the_warning() -> None:
+def test_a_run_has_the_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """A last token whose embedding is long, as a first token's row is."""
     model = tiny.llama()
     model.get_input_embeddings().weight.data[2 + 90] *= 1e4
@@ -80,6 +83,14 @@ def test_a_run_has_the_warning() -> None:
     loaded = gf.load(model, prepare=text_collate(tiny.tokenizer(), model.base_model))
     assert "as long as" not in str(gf.probe(loaded, words).info["warnings"])
     words = replace(words, inputs=["w90", *names[1:]])
-    said = str(gf.probe(loaded, words).info["warnings"])
+
+    def slow(*args: Any) -> list[str]:
+        time.sleep(0.5)
+        return far_out(*args)
+
+    monkeypatch.setattr(import_module("geofast.probe"), "far_out", slow)
+    run = gf.probe(loaded, words, alphas=[1.0])
+    assert run.info["seconds"]["solve"] > 0.5  # the time that it takes is told
+    said = str(run.info["warnings"])
     assert "1 of 40 samples has a row more than 20 times as long as the median" in said
     assert "arrays, id 0 ('w90')" in said

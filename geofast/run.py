@@ -366,6 +366,36 @@ def open(path: str | Path) -> Run:
     return run
 
 
+def beside(layers: pd.DataFrame) -> pd.DataFrame:
+    """Give the R2 of every control at each place of a table of layers.
+
+    Parameters
+    ----------
+    layers
+        As `Run.layers`.
+
+    Returns
+    -------
+    DataFrame
+        The index of `layers`, and a column a control: its R2 in the same group and split, at the
+        same site, pool and prompt, or where it has no such sites, as a raw input has not, its
+        highest. Missing in the rows of controls.
+    """
+    own = layers["control"] == ""
+    sites = set(layers["site"][own])
+    out = pd.DataFrame(index=layers.index)
+    for control, rows in layers[~own].groupby("control", sort=False):
+        raw = rows[~rows["site"].isin(sites)]
+        values = pd.Series(float("nan"), index=layers.index)
+        for table, first in ((rows, 0), (raw, 2), (raw, 3)):
+            keys = ["site", "pool", "prompt", "group", "split"][first:]
+            highest = table.groupby(keys)["r2"].max()
+            here = highest.reindex(pd.MultiIndex.from_frame(layers[keys])).to_numpy()
+            values = values.fillna(pd.Series(here, index=layers.index))
+        out[str(control)] = values.where(own)
+    return out
+
+
 def _tidy(layers: pd.DataFrame) -> pd.DataFrame:
     """Check the key columns and give them one form: text without NaN, whole layers or none."""
     missing = [c for c in ("site", "pool", "split", "r2") if c not in layers.columns]

@@ -12,9 +12,8 @@ import torch
 from .data import Samples
 from .geo import fold_scores, great_circle_km
 from .plan import Task
-from .report.text import beside
 from .request import Given
-from .run import key
+from .run import beside, key
 from .solving import Solved
 
 

@@ -17,7 +17,7 @@ from geofast.geo import great_circle_km
 from geofast.report import figures, layer_curve, map_of_predictions, page, text
 from geofast.report.text import Table, finding
 from geofast.report.verdict import Score, reads
-from geofast.run import Run
+from geofast.run import Run, beside
 
 PALETTE = {"vermillion": "#D55E00", "blue": "#0072B2", "grey": "#6e6e6e"}
 
@@ -368,7 +368,7 @@ def test_raw_inputs_with_prompts_stand_beside_their_prompt() -> None:
         ["0.200", "0.110"],
         ["0.200", "0.220"],
     ]
-    found = text.beside(run.layers)
+    found = beside(run.layers)
     assert list(found.columns) == ["raw pixels", "tokens"]
     assert found[run.layers["control"] != ""].isna().all(axis=None)
 
@@ -392,6 +392,33 @@ def test_a_summary_with_prompts_and_controls_fits_a_terminal(tower: str) -> None
     run.layers["control"] = run.layers["control"].replace({"raw pixels": "pixels"})
     assert max(map(len, run.summary().splitlines())) <= 100
     assert "\n2: The city of {name}\n" in run.summary()
+
+
+def test_columns_that_do_not_fit_a_terminal_are_named() -> None:
+    run = example_run(60, pools=("cls", "mean:patch", "max:patch"))
+    raw = run.layers[run.layers["control"] != ""]
+    more = [raw.assign(control=f"features-{i}") for i in range(9)]
+    group = run.layers[run.layers["control"] == ""].assign(group="Asia")
+    run.layers = pd.concat([run.layers, group, *more], ignore_index=True)
+    said = run.summary()
+    assert max(map(len, said.splitlines())) <= 100
+    table = text.summary_table(run, "kfold")
+    assert len(table.headers) == 6 + 10
+    shown = [name for name in table.headers if name in said.splitlines()[3]]
+    assert shown[:7] == ["pool", "best site", "R² ± se", "lat", "lon", "median km", "raw pixels"]
+    hidden = len(table.headers) - len(shown)
+    named = f" {hidden} more columns in layers.csv: {', '.join(table.headers[-hidden:])} "
+    assert named in " ".join(said.split())
+    assert len(said.split("more columns in layers.csv: ")) == 1 + 2 + 2  # splits, and their groups
+    assert "layers.csv" not in example_run(60).summary()
+
+
+def test_one_column_that_does_not_fit() -> None:
+    words = ["a" * 40, "b" * 40]
+    table = Table([*words, "R²", "twelve chars"], [["x", "y", "0.5", "0.6"]], 2)
+    assert table.text().splitlines()[-1] == "One more column in layers.csv: twelve chars"
+    assert table.text().splitlines()[0].split() == [*words, "R²"]
+    assert "twelve chars" in table.markdown()
 
 
 def test_layer_table_has_a_row_per_site_and_a_column_per_pool() -> None:

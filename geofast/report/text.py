@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ..run import beside
 from .numbers import km, number, with_error
 from .verdict import Score, denied, reads, score
 
@@ -32,15 +33,21 @@ class Table:
     left: int
 
     def text(self) -> str:
-        """As aligned plain text."""
+        """As aligned plain text in 100 columns; of the last that do not fit, the names alone."""
         widths = [max(map(len, column)) for column in zip(self.headers, *self.cells, strict=True)]
+        shown = len(widths)
+        while sum(widths[:shown]) + 2 * (shown - 1) > WIDTH and shown > self.left + 1:
+            shown -= 1
         lines = []
         for row in (self.headers, ["-" * w for w in widths], *self.cells):
             padded = [
                 c.ljust(w) if i < self.left else c.rjust(w)
-                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+                for i, (c, w) in enumerate(zip(row[:shown], widths[:shown], strict=True))
             ]
             lines.append("  ".join(padded).rstrip())
+        if hidden := self.headers[shown:]:
+            several = f"{len(hidden)} more columns" if len(hidden) > 1 else "One more column"
+            lines.append(fill(f"{several} in layers.csv: {', '.join(hidden)}"))
         return "\n".join(lines)
 
     def markdown(self) -> str:
@@ -192,36 +199,6 @@ def best_controls(run: Run, split: str) -> list[pd.Series[Any]]:
 def has_sites(run: Run, rows: pd.DataFrame) -> bool:
     """Tell whether a control's rows are of the model's own sites, and not of a raw input."""
     return not set(run.layers["site"][run.layers["control"] == ""]).isdisjoint(rows["site"])
-
-
-def beside(layers: pd.DataFrame) -> pd.DataFrame:
-    """Give the R2 of every control at each place of a table of layers.
-
-    Parameters
-    ----------
-    layers
-        As `Run.layers`.
-
-    Returns
-    -------
-    DataFrame
-        The index of `layers`, and a column a control: its R2 in the same group and split, at the
-        same site, pool and prompt, or where it has no such sites, as a raw input has not, its
-        highest. Missing in the rows of controls.
-    """
-    own = layers["control"] == ""
-    sites = set(layers["site"][own])
-    out = pd.DataFrame(index=layers.index)
-    for control, rows in layers[~own].groupby("control", sort=False):
-        raw = rows[~rows["site"].isin(sites)]
-        values = pd.Series(float("nan"), index=layers.index)
-        for table, first in ((rows, 0), (raw, 2), (raw, 3)):
-            keys = ["site", "pool", "prompt", "group", "split"][first:]
-            highest = table.groupby(keys)["r2"].max()
-            here = highest.reindex(pd.MultiIndex.from_frame(layers[keys])).to_numpy()
-            values = values.fillna(pd.Series(here, index=layers.index))
-        out[str(control)] = values.where(own)
-    return out
 
 
 # ---------------------------------------------------------------- tables

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -20,6 +21,25 @@ _KEPT_BYTES = 64 << 20
 def backend(device: torch.device) -> ModuleType:
     """Return the module whose operations run on `device`."""
     return _core if device.type == "cpu" else _reference
+
+
+def grams(
+    xs: Sequence[torch.Tensor],
+    shifts: Sequence[torch.Tensor],
+    z: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    outs: Sequence[torch.Tensor],
+    *,
+    products: str,
+) -> None:
+    """Do what `gram` does for every x, shift and out, all of one dtype and shape."""
+    ops = backend(outs[0].device)
+    if hasattr(ops, "grams"):
+        ops.grams(xs, shifts, z, order, offsets, outs, products=products)
+        return
+    for x, shift, out in zip(xs, shifts, outs, strict=True):
+        ops.gram(x, shift, z, order, offsets, out, products=products)
 
 
 _CPU = torch.device("cpu")

@@ -15,21 +15,24 @@ from torch import nn
 from .models import Model, Site, Stage, Tower, find_towers, match_sites
 from .models.layout import Call, Layout, as_tokens, lay_out
 from .pooling import ROLES, Pool, parse_pools, pool, role_bit
-from .rows import Rows
+from .rows import Blame, Rows
 
 Pools = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 
 class NonFiniteError(FloatingPointError):
-    """A pooled value is NaN or infinite; `sample` is its place in the batch."""
+    """A pooled value is NaN or infinite; `sample` is its place in the batch.
 
-    def __init__(self, key: str, sample: int, dtype: torch.dtype) -> None:
-        self.sample = sample
+    What a GPU pooled is looked at later: `sample` is then its place among the rows so far.
+    """
+
+    def __init__(self, key: str, place: int, dtype: torch.dtype, first: int | None = None) -> None:
+        self.sample = place + (first or 0)
         advice = "look at its input and at the model's weights"
         if dtype == torch.float16:
             advice = "load the model with dtype=torch.float32 or bfloat16 (--dtype)"
         super().__init__(
-            f"{key}: sample {sample} of the batch has NaN or infinite activations in "
+            f"{key}: {_sample(place, first)} has NaN or infinite activations in "
             f"{str(dtype).removeprefix('torch.')}; {advice}"
         )
 
@@ -96,6 +99,7 @@ def capture(
             if here := [site for site in wanted if site.tower in names]:
                 Recorder(stage, here, pools, rows).attach(hooks)
         yield rows
+        rows.verify()
 
 
 def _refuse_two_towers(stage: Stage, sites: Sequence[Site]) -> None:
@@ -190,7 +194,7 @@ class Recorder:
                 f"{site.name} ran twice in one forward pass; its rows would be mixed"
             )
         tokens = as_tokens(site, self._towers[site.tower], hidden.detach(), self._call)
-        layout = self._layout(site, tokens)
+        layout, is_new = self._layout(site, tokens)
         batch, dim = layout.samples, tokens.shape[-1]
         if self._samples not in (None, batch):
             msg = f"{site.name} saw {batch} samples where the sites before it saw {self._samples}"
@@ -203,39 +207,43 @@ class Recorder:
             self._rows.reserve(k, p.width(dim), batch, hidden.device)
             for k, p in zip(keys, pools, strict=True)
         ]
-        # Pool where the tokens are; at most [batch, dim] travels to the host.
-        where = hidden.device
-        out = [r if r.device == where else torch.empty_like(r, device=where) for r in room]
-        if tokens.stride(-1) != 1:
-            tokens = tokens.contiguous()
-        pool(tokens, layout.roles, pools, out, layout.starts)
-        for r, o in zip(room, out, strict=True):
-            if r is not o:
-                r.copy_(o)
-        self._check_finite(keys, room, hidden.dtype)
+        for pool_, role in _roles_of(pools) if is_new else ():
+            sign = torch.where(_lacking(layout, role).any(), math.nan, 0.0)
+            self._check(keys[0], room[0], sign, partial(_refuse_lack, pool_, role, site, layout))
+        with self._rows.aside.beside(hidden, layout.roles):
+            # Pool where the tokens are; at most [batch, dim] travels to the host.
+            where = hidden.device
+            out = [r if r.device == where else torch.empty_like(r, device=where) for r in room]
+            if tokens.stride(-1) != 1:
+                tokens = tokens.contiguous()
+            pool(tokens, layout.roles, pools, out, layout.starts)
+            for r, o in zip(room, out, strict=True):
+                if r is not o:
+                    r.copy_(o, non_blocking=True)
+            for key, o in zip(keys, out, strict=True):
+                # One operation where all is well; only a sum that is not finite is looked into.
+                self._check(key, o, o.sum(), partial(_require_finite, key, hidden.dtype))
         self._keys += keys
         self._seen.add(site.name)
         # Here and not when the model is done: a forward pass may stop at the deepest site.
         if len(self._seen) == len(self._sites):
             self._rows.commit(self._keys, batch)
 
-    def _layout(self, site: Site, tokens: torch.Tensor) -> Layout:
+    def _layout(self, site: Site, tokens: torch.Tensor) -> tuple[Layout, bool]:
+        """Return the layout of the tokens, and whether no site before had it."""
         # The blocks of a tower may lie on several devices, each with its roles.
         kind = (site.tower, site.is_vector, tokens.device, *tokens.shape[:2])
-        if kind not in self._layouts:
-            layout = lay_out(site, self._towers[site.tower], tokens, self._call)
-            _require_tokens(self._pools[site.tower], layout, site)
-            self._layouts[kind] = layout
-        return self._layouts[kind]
+        is_new = kind not in self._layouts
+        if is_new:
+            self._layouts[kind] = lay_out(site, self._towers[site.tower], tokens, self._call)
+        return self._layouts[kind], is_new
 
-    def _check_finite(self, keys: list[str], room: list[torch.Tensor], dtype: torch.dtype) -> None:
-        for key, rows in zip(keys, room, strict=True):
-            # One operation where all is well; only a sum that is not finite is looked into.
-            if math.isfinite(float(rows.sum())):
-                continue
-            if not torch.isfinite(rows).all():
-                bad = int((~torch.isfinite(rows).all(1)).nonzero()[0])
-                raise NonFiniteError(key, bad, dtype)
+    def _check(self, key: str, rows: torch.Tensor, sign: torch.Tensor, blame: Blame) -> None:
+        """Have `blame` say what is wrong with the batch's rows where `sign` is not finite."""
+        if not sign.is_cpu:  # nobody waits for a GPU here
+            self._rows.watch(key, len(rows), sign, blame)
+        elif not math.isfinite(float(sign)):
+            blame(rows, None)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         missed = [s.name for s in self._sites if s.name not in self._seen]
@@ -260,18 +268,37 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
-def _require_tokens(pools: Sequence[Pool], layout: Layout, site: Site) -> None:
-    for p in pools:
-        for _, role in p.parts:
-            has = ((layout.roles >> role_bit(role)) & 1).bool()
-            if layout.starts is None:
-                empty = ~has.any(1)
-            else:
-                ends = torch.nn.functional.pad(has[0].cumsum(0), (1, 0))[list(layout.starts)]
-                empty = ends.diff() == 0
-            if empty.any():
-                first = int(empty.nonzero()[0])
-                there = [r for r in ROLES[1:] if (layout.roles >> role_bit(r) & 1).any()]
-                msg = f"sample {first} of the batch has no {role} token"
-                msg += f"; here are {', '.join(there)} tokens" if there else ""
-                raise ValueError(f"pool {p.name!r} at {site.name}: {msg}")
+def _require_finite(key: str, dtype: torch.dtype, rows: torch.Tensor, first: int | None) -> None:
+    bad = (~rows.isfinite().all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise NonFiniteError(key, bad[0], dtype, first)
+
+
+def _roles_of(pools: Sequence[Pool]) -> list[tuple[Pool, str]]:
+    """Return every role that pools ask for, with the first that does."""
+    asked = {role: pool for pool in reversed(pools) for _, role in reversed(pool.parts)}
+    return [(pool, role) for role, pool in reversed(asked.items())]
+
+
+def _lacking(layout: Layout, role: str) -> torch.Tensor:
+    """Which samples have no token of `role`: bool [samples]."""
+    has = ((layout.roles >> role_bit(role)) & 1).bool()
+    if layout.starts is None:
+        return ~has.any(1)
+    ends = torch.nn.functional.pad(has[0].cumsum(0), (1, 0))[list(layout.starts)]
+    return ends.diff() == 0
+
+
+def _refuse_lack(
+    pool: Pool, role: str, site: Site, layout: Layout, rows: torch.Tensor, first: int | None
+) -> None:
+    sample = int(_lacking(layout, role).nonzero()[0])
+    there = [r for r in ROLES[1:] if (layout.roles >> role_bit(r) & 1).any()]
+    msg = f"{_sample(sample, first)} has no {role} token"
+    msg += f"; here are {', '.join(there)} tokens" if there else ""
+    raise ValueError(f"pool {pool.name!r} at {site.name}: {msg}")
+
+
+def _sample(place: int, first: int | None) -> str:
+    """Name the sample at a place in the batch, whose first row is number `first` if it is over."""
+    return f"sample {place} of the batch" if first is None else f"sample {first + place}"

@@ -9,7 +9,8 @@ Sums are unnormalised, so that merging is addition.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,7 @@ class Gram:
             )
         self.matrix = out.zero_()
         self.shift: torch.Tensor | None = None
+        self._target_shift: tuple[float, ...] | None = None  # its end, where no device holds it
 
     def update(self, x: ArrayLike, y: ArrayLike, cell: ArrayLike | None = None) -> Gram:
         """Add a batch of rows, of torch or NumPy.
@@ -90,7 +92,20 @@ class Gram:
             When shapes disagree, `x` is on another device, or `cell` is missing, not int64 [n] or
             out of range.
         """
-        x, y = torch.as_tensor(x), torch.as_tensor(y)
+        update([self], [x], y, cell)
+        return self
+
+    def _begin(self, x: torch.Tensor, mean: tuple[float, ...]) -> tuple[float, ...]:
+        """Have a shift, from the rows and the targets' `mean` if there is none; return its end."""
+        if self.shift is None:
+            self._target_shift = mean
+            first = x[:_SHIFT_ROWS].double().mean(0)
+            self.shift = torch.cat([first, first.new_tensor(mean)])
+        elif self._target_shift is None:
+            self._target_shift = tuple(self.shift[self.dim :].tolist())
+        return self._target_shift
+
+    def _require_fit(self, x: torch.Tensor, y: torch.Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.dim or y.shape != (len(x), self.targets):
             msg = (
                 f"expected rows [n, {self.dim}] and targets [n, {self.targets}]; got "
@@ -100,28 +115,6 @@ class Gram:
         if x.device != self.matrix.device:
             msg = f"rows are on {x.device} and this Gram is on {self.matrix.device}"
             raise ValueError(f"{msg}: make it with device={str(x.device)!r}, or move the rows")
-        if cell is None and self.cells > 1:
-            raise ValueError(f"this Gram has {self.cells} cells: say the cell of every row, cell=")
-        cell = torch.zeros(len(x), dtype=torch.int64) if cell is None else torch.as_tensor(cell)
-        _check_int64("cell", cell, len(x), "row")
-        if not len(x):
-            return self
-        y = y.to(x.device, torch.float64)
-        if int(cell.max()) >= self.cells:
-            raise ValueError(
-                f"cell {int(cell.max())} is out of range: this Gram has {self.cells} cells"
-            )
-        if self.shift is None:
-            first = x[:_SHIFT_ROWS].double()
-            self.shift = torch.cat([first.mean(0), y[:_SHIFT_ROWS].mean(0)])
-        c, e = self.shift.split([self.dim, self.targets])
-        z = torch.cat([y.new_ones(len(x), 1), y - e], 1)
-        cell = cell.cpu()  # where it mostly is; the offsets of cells are read there
-        order = torch.argsort(cell, stable=True)
-        offsets = torch.searchsorted(cell[order], torch.arange(self.cells + 1))
-        order = order.to(x.device)
-        _ops.backend(x.device).gram(x, c, z, order, offsets, self.matrix, products=self.products)
-        return self
 
     def cpu(self) -> Gram:
         """Return the statistics on the CPU, where they are solved; themselves if they are there."""
@@ -185,6 +178,47 @@ class Gram:
         cross = sums[:, :, None] * delta
         n = self.count[:, None, None]
         return (self.matrix + cross + cross.mT + n * delta[:, None] * delta).tril()
+
+
+def update(
+    grams: Sequence[Gram], rows: Sequence[ArrayLike], y: ArrayLike, cell: ArrayLike | None = None
+) -> None:
+    """Add a batch to many Grams: `rows[i]` [n, d_i] to `grams[i]`.
+
+    As `Gram.update` for each. On a GPU one launch serves all of one width, and the host waits for
+    nothing when `y` and `cell` are on the CPU.
+    """
+    x, y = [torch.as_tensor(r) for r in rows], torch.as_tensor(y)
+    for gram, r in zip(grams, x, strict=True):
+        gram._require_fit(r, y)
+    cell = _cells(cell, len(y), min(gram.cells for gram in grams))
+    if not len(y):
+        return
+    y, order = y.double(), torch.argsort(cell, stable=True)
+    mean = tuple(y[:_SHIFT_ROWS].mean(0).tolist())
+    together = defaultdict(list)
+    for gram, r in zip(grams, x, strict=True):
+        e = gram._begin(r, mean)
+        together[r.device, r.dtype, gram.dim, gram.cells, gram.products, e].append((gram, r))
+    for (device, _, dim, cells, products, e), members in together.items():
+        ends = torch.arange(cells + 1, device=cell.device)
+        offsets = torch.searchsorted(cell[order], ends)
+        z = torch.cat([y.new_ones(len(y), 1), y - y.new_tensor(e)], 1)
+        shifts = [gram.shift[:dim] for gram, _ in members if gram.shift is not None]
+        _ops.grams(
+            [r for _, r in members], shifts, z.to(device), order.to(device), offsets,
+            [gram.matrix for gram, _ in members], products=products,
+        )  # fmt: skip
+
+
+def _cells(cell: ArrayLike | None, n: int, count: int) -> torch.Tensor:
+    if cell is None and count > 1:
+        raise ValueError(f"this Gram has {count} cells: say the cell of every row, cell=")
+    found = torch.zeros(n, dtype=torch.int64) if cell is None else torch.as_tensor(cell)
+    _check_int64("cell", found, n, "row")
+    if n and int(found.max()) >= count:
+        raise ValueError(f"cell {int(found.max())} is out of range: this Gram has {count} cells")
+    return found
 
 
 def _check_int64(name: str, value: torch.Tensor, n: int, each: str) -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from . import _ops
+from .streams import Aside
+
+Blame = Callable[[torch.Tensor, int | None], None]
+"""Raises when the rows of a batch are not sound; it is given them and the number of the first, None
+while the batch is under way."""
 
 _CPU = torch.device("cpu")
 _BLOCK = 1 << 24  # bytes written at once where space cannot be reserved by a call
@@ -30,6 +37,9 @@ class Rows(Mapping[str, torch.Tensor]):
         float32, or float64 for rows that are pooled in it throughout.
     stay
         Keep rows on the device where they are pooled, instead of on the CPU.
+
+    Rows that are pooled on a GPU and kept on the CPU travel while the model goes on: they are there
+    when `verify` returns, which `capture` calls at its end.
     """
 
     def __init__(
@@ -46,6 +56,9 @@ class Rows(Mapping[str, torch.Tensor]):
         self._room = room
         self._store: dict[str, torch.Tensor] = {}
         self._count: dict[str, int] = {}
+        self._watched: list[_Watched] = []
+        self.aside = Aside()
+        """Where rows are pooled and used on a GPU; joined when a batch is committed."""
         self.label = ""
         """Ends the keys of what is captured from now on: which prompt it was."""
 
@@ -58,6 +71,8 @@ class Rows(Mapping[str, torch.Tensor]):
         if key not in self._store:
             like = [k for k in self._store if k.startswith(key)] or [*self._store]
             raise KeyError(f"{key}; there is {', '.join(like[:5]) or 'nothing yet'}")
+        if self._watched:
+            self.verify()
         return self._store[key][: self._count[key]]
 
     def __iter__(self) -> Iterator[str]:
@@ -89,6 +104,7 @@ class Rows(Mapping[str, torch.Tensor]):
             if self._room is not None:
                 msg = f"rows on disk cannot grow: {need} rows came where {fit} fit"
                 raise ValueError(msg)
+            self.aside.join()
             grown = self._allocate(max(2 * fit, need), dim, device)
             grown[:n] = store[:n]
             store = self._store[key] = grown
@@ -96,6 +112,7 @@ class Rows(Mapping[str, torch.Tensor]):
 
     def commit(self, keys: Iterable[str], batch: int) -> None:
         """Count the last `batch` reserved rows of `keys`."""
+        self.aside.join()
         for key in keys:
             self._count[key] += batch
 
@@ -106,6 +123,24 @@ class Rows(Mapping[str, torch.Tensor]):
     def rewind(self, mark: Mapping[str, int]) -> None:
         """Forget the rows that were committed since `mark`, and keep their room."""
         self._count = {key: mark.get(key, 0) for key in self._count}
+        self._watched = [w for w in self._watched if w.row < self._count.get(w.key, 0)]
+
+    def watch(self, key: str, batch: int, sign: torch.Tensor, blame: Blame) -> None:
+        """Look into the `batch` rows of `key` that were reserved last if `sign` is not finite.
+
+        `sign` is one number on a GPU, which `verify` is the first to wait for; `blame` gets the
+        rows and the number of the first.
+        """
+        self._watched.append(_Watched(key, self._count[key], batch, sign, blame))
+
+    def verify(self) -> None:
+        """Wait for the rows that are on their way, and raise what `blame` says of unsound ones."""
+        watched, self._watched = self._watched, []
+        for device in {w.sign.device for w in watched}:
+            here = [w for w in watched if w.sign.device == device]
+            finite = torch.stack([w.sign for w in here]).isfinite().tolist()
+            for w in itertools.compress(here, (not f for f in finite)):
+                w.blame(self._store[w.key][w.row : w.row + w.batch], w.row)
 
     def clear(self) -> None:
         """Forget all rows and keep their room."""
@@ -121,10 +156,21 @@ class Rows(Mapping[str, torch.Tensor]):
     def _allocate(self, n: int, dim: int, device: torch.device) -> torch.Tensor:
         if self._stay and device.type != "cpu":
             return torch.empty(n, dim, dtype=self._dtype, device=device)
+        if self._room is None and device.type == "cuda":
+            # Only from pinned memory does a copy not wait.
+            return torch.empty(n, dim, dtype=self._dtype, pin_memory=True)
         if self._room is None:
             return _ops.empty(n, dim, dtype=self._dtype)
         part, self._room = self._room.tensor_split([n * dim])
         return part.view(n, dim)
+
+
+class _Watched(NamedTuple):
+    key: str
+    row: int
+    batch: int
+    sign: torch.Tensor
+    blame: Blame
 
 
 def on_disk(folder: Path, count: int) -> torch.Tensor:

@@ -114,7 +114,8 @@ class _Listener(Recorder):
         self._stage, self._heard, self._asked = stage, heard, asked
 
     def _read(self, site: Site, hidden: torch.Tensor) -> None:
-        layout = self._layout(site, as_tokens(site, self._towers[site.tower], hidden, self._call))
+        tokens = as_tokens(site, self._towers[site.tower], hidden, self._call)
+        layout, _ = self._layout(site, tokens)
         prompt = self._asked[-1] if site.tower == "lm" else ""
         self._heard.append(_Heard(site, self._stage, prompt, hidden.shape, self._call, layout))
         self._seen.add(site.name)

@@ -165,7 +165,7 @@ def test_a_pass_over_two_devices_lays_out_each(monkeypatch):
 
     monkeypatch.setattr(capture, "pool", pool)
     monkeypatch.setattr(capture, "_require_tokens", lambda *_: None)
-    monkeypatch.setattr(capture.Recorder, "_check_finite", lambda *_: None)
+    monkeypatch.setattr(capture.Recorder, "_check", lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self)
     with capture.capture(module.model), torch.no_grad():
         module.model(input_ids=torch.tensor([[3, 4]]))
@@ -1125,15 +1125,57 @@ def test_nothing_is_written_where_a_model_is_refused(lm, own, tmp_path, monkeypa
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_where_a_checkpoint_of_the_hub_came_from():
-    from types import SimpleNamespace
-
-    from geofast.models.hub import Source
+def test_where_a_checkpoint_of_the_hub_came_from(monkeypatch):
     from geofast.models.load import _whence
 
+    def whence(text, config):
+        return _whence(hub.find(text), config, None, False)
+
     config = SimpleNamespace(_commit_hash="0123abcd")
-    on_the_hub = Source("some/model", "some/model")
-    assert _whence(on_the_hub, config, None) == "some/model@0123abcd"
-    assert _whence(on_the_hub, SimpleNamespace(), None) == "some/model"
-    file = Source("some/model", "a.gguf", gguf="a.gguf")
-    assert _whence(file, config, None) == "some/model:a.gguf@0123abcd"
+    for folder in (None, "/cache/models--some--model/snapshots/0123abcd"):
+        monkeypatch.setattr(hub, "_ask", lambda *_, folder=folder: (True, folder))
+        assert whence("some/model", config) == "some/model@0123abcd"
+        assert whence("some/model", SimpleNamespace()) == "some/model"
+        assert whence("some/model:a.gguf", config) == "some/model:a.gguf@0123abcd"
+
+
+@old
+def test_where_a_folder_and_its_adapter_are(lm, adapter, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.chdir(lm.parent)
+    assert gf.load("lm").source == str(lm)
+    assert gf.load("lm", adapter="tuned").source == f"{lm} + {adapter}"
+    assert gf.load("tuned", merge=True).source == f"{lm} + {adapter} (merged)"
+    fetched = lm.parent / "models--some--tuned" / "snapshots" / "0123abcd"
+    shutil.copytree(adapter, fetched)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(fetched))
+    for folder in (None, str(fetched)):  # there and fetched, or of the cache because nobody answers
+        monkeypatch.setattr(hub, "_ask", lambda *_, folder=folder: (True, folder))
+        assert gf.load(lm, adapter="some/tuned").source == f"{lm} + some/tuned@0123abcd"
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("open_clip:ViT-B-32/openai", "open_clip:ViT-B-32/openai"),
+        ("open_clip:ViT-B-32/mine.pt", "open_clip:ViT-B-32/{here}/mine.pt"),
+        ("open_clip:hf-hub:some/model", "open_clip:hf-hub:some/model"),
+        ("open_clip:local-dir:mine", "open_clip:local-dir:{here}/mine"),
+        ("timm:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("timm:local-dir:mine", "timm:local-dir:{here}/mine"),
+        ("location:geoclip", "location:geoclip"),
+        ("location:satclip:mine.pt", "location:satclip:{here}/mine.pt"),
+    ],
+)
+def test_where_a_model_of_another_library_is(name, source, tmp_path, monkeypatch):
+    made, asked = gf.load(tiny.llama(), processor=tiny.tokenizer()), []
+    load = import_module("geofast.models.load")
+    monkeypatch.setattr(load.zoo, "load", lambda *what: (asked.append(what[1]), made)[1])
+    monkeypatch.setattr(load, "load_location", lambda *what: (asked.append(what[0]), made)[1])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine.pt").touch()
+    (tmp_path / "some" / "model").mkdir(parents=True)  # which is not meant by hf-hub:
+    monkeypatch.chdir(tmp_path)
+    assert gf.load(name).source == source.format(here=tmp_path)
+    assert asked == [name.partition(":")[2]]  # as it was given

@@ -19,10 +19,9 @@ from .geo import Split
 from .geo.folds import KFold
 from .models import DeviceMap, Model, load
 from .models.describe import site_range
-from .models.load import default_device
+from .models.load import Loading, default_device
 from .models.location import of_places
 from .models.skeleton import has_skeleton, skeleton, weight_bytes
-from .models.twin import ADAPTED
 from .plan import Plan, Task, check_disk, make_plan, readable, with_cells
 from .pooling import Pool
 from .request import Options, Request
@@ -168,8 +167,9 @@ def plan(
     Parameters
     ----------
     model, data, sites, pool, prompts, split, group, alphas, select, storage, targets, baselines
-        As for `probe`, and so are all others. `device_map`, `merge` and `check` change nothing
-        here; the weights of an adapter are not counted.
+        As for `probe`, and so are all others. What does not go together is refused as there;
+        else `device_map`, `merge` and `check` change nothing here, and the weights of an adapter
+        are not counted.
     progress
         Say on stderr when the machine's speed is measured, which takes a few seconds.
 
@@ -189,16 +189,16 @@ def plan(
         "baselines": baselines, "controls": controls, "batch_size": batch_size,
         "workers": workers, "strict": strict,
     }  # fmt: skip
+    loading: Loading = {
+        "device": device, "dtype": dtype, "device_map": device_map, "adapter": adapter,
+        "merge": merge, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     asked = Request.of(data, options, location=of_places(model))
-    if adapter is not None and not merge and "random-weights" in asked.controls:
-        raise ValueError(f"{model} has no twin of random weights: {ADAPTED}")
     if has_skeleton(model):
-        made = skeleton(
-            model, device=device, dtype=dtype, adapter=adapter, trust_remote_code=trust_remote_code
-        )
+        made = skeleton(model, twin="random-weights" in asked.controls, **loading)
         where = default_device(device)
     else:
-        made = load(model, device=device, dtype=dtype)
+        made = load(model, **loading)
         where = made.device
     made, asked = asked.of_model(made)
     return _forecast(made, asked, where, scratch, progress=progress)

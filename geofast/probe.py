@@ -24,6 +24,7 @@ from .extract import Extracted, Storage, extract, lengths_like, try_one
 from .geo import Split
 from .geo.folds import KFold
 from .models import DeviceMap, Model, load
+from .models.load import Loading
 from .models.location import of_places
 from .models.skeleton import NumbersNeededError, has_skeleton, skeleton
 from .models.twin import random_twin
@@ -142,14 +143,15 @@ def probe(
         "baselines": baselines, "controls": controls, "batch_size": batch_size,
         "workers": workers, "strict": strict,
     }  # fmt: skip
+    loading: Loading = {
+        "device": device, "dtype": dtype, "device_map": device_map, "adapter": adapter,
+        "merge": merge, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     asked = Request.of(data, options, location=of_places(model))  # before the model is loaded
     if isinstance(model, str | Path):
         clock.say(f"loading {model}")
-    _sketch(asked, model, adapter, trust_remote_code)
-    loaded = load(
-        model, device=device, dtype=dtype, device_map=device_map, adapter=adapter, merge=merge,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    _sketch(asked, model, loading)
+    loaded = load(model, **loading)
     model, asked = asked.of_model(loaded)
     clock.lap("load")
     checks: list[Check] = []
@@ -206,12 +208,7 @@ def probe(
     )
 
 
-def _sketch(
-    asked: Request,
-    model: str | Path | nn.Module | Model,
-    adapter: str | Path | None,
-    trust_remote_code: bool,
-) -> None:
+def _sketch(asked: Request, model: str | Path | nn.Module | Model, loading: Loading) -> None:
     """Refuse what the model cannot do before its weights are loaded, which may take minutes.
 
     Without them a checkpoint is there in less than a second, 0.04 s of DINOv2-S; of GGUF files,
@@ -220,7 +217,7 @@ def _sketch(
     if not has_skeleton(model) or str(model).endswith(".gguf"):
         return
     try:
-        bare = skeleton(model, adapter=adapter, trust_remote_code=trust_remote_code)
+        bare = skeleton(model, twin="random-weights" in asked.controls, **loading)
     except NumbersNeededError:
         return
     asked.read_by(bare)

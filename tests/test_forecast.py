@@ -1,5 +1,7 @@
 """What `plan` says before weights are loaded, against what a run does."""
 
+import inspect
+import json
 import re
 import time
 
@@ -272,8 +274,72 @@ def test_a_twin_is_counted(tmp_path):
     assert both.storage.size == 2 * alone.storage.size
     assert str(both).count("half of it the twin's") == 2
     assert "the twin's" not in str(alone)
-    with pytest.raises(ValueError, match="no twin of random weights: an adapter is on"):
-        gf.plan(folder, photos(), controls="random-weights", adapter=folder)
+
+
+@pytest.mark.parametrize("job", [gf.plan, gf.probe])
+@pytest.mark.parametrize("way", ["quantised", "adapted", "an adapter itself"])
+def test_without_a_twin_no_weight_is_read(tmp_path, monkeypatch, job, way):
+    """There is none to read: whatever comes later than the refusal raises another error."""
+    folder, adapter = without_weights(save(families.llama, tmp_path / "lm")), tmp_path / "tuned"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(folder), "peft_type": "LORA"})
+    )
+    options, said = {}, r"^lm \+ tuned has no twin of random weights: an adapter is on; merge it"
+    if way == "adapted":
+        options = {"adapter": adapter}
+    elif way == "an adapter itself":
+        folder = adapter
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        (folder / "config.json").write_text(json.dumps(config))
+        said = "^lm has no twin of random weights: its weights are quantised"
+    with pytest.raises(ValueError, match=said):
+        job(folder, words(), controls="random-weights", **options)
+
+
+def test_a_merged_adapter_leaves_a_twin(tmp_path):
+    folder, adapter = without_weights(save(families.llama, tmp_path / "lm")), tmp_path / "tuned"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(folder), "peft_type": "LORA"})
+    )
+    options = {"adapter": adapter, "merge": True, "controls": "random-weights"}
+    told = gf.plan(folder, words(), **options)
+    assert (told.model, told.twin) == ("lm + tuned (merged)", True)
+
+
+@pytest.mark.parametrize("job", [gf.plan, gf.probe])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"merge": True}, r"merge=True \(--merge-adapter\) goes with an adapter"),
+        ({"device": "cpu", "device_map": "auto"}, "give device= or device_map=, not both"),
+        ({"device_map": "everywhere"}, "'auto' or a mapping from parts to devices; got 'everyw"),
+    ],
+)
+def test_a_plan_refuses_what_a_probe_refuses(tmp_path, job, options, said):
+    folder = without_weights(save(families.llama, tmp_path / "lm"))
+    with pytest.raises(ValueError, match=said):
+        job(folder, words(), **options)
+
+
+@pytest.mark.parametrize("job", [gf.plan, gf.probe])
+def test_a_model_that_is_there_takes_nothing_that_loads_one(job):
+    module = tiny.llama()
+    model = gf.load(module, prepare=text_collate(tiny.tokenizer(), module.base_model))
+    with pytest.raises(ValueError, match="is loaded already: leave adapter and merge out"):
+        job(model, words(), adapter="some/adapter", merge=True)
+    with pytest.raises(ValueError, match="is loaded already: leave device_map and trust_remote_co"):
+        job(model, words(), device_map="auto", trust_remote_code=True)
+    with pytest.raises(ValueError, match="adapter goes with a checkpoint of transformers"):
+        job("timm:vit_tiny_patch16_224", photos(), adapter="some/adapter")
+
+
+def test_plan_and_probe_take_the_same():
+    plan, probe = (inspect.signature(job).parameters for job in (gf.plan, gf.probe))
+    assert plan == probe
 
 
 def test_the_prediction_is_near_a_run(tmp_path):

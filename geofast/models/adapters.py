@@ -26,6 +26,8 @@ class Adapter:
     folder: Path
     base: str
     """What it was trained on, as it says itself."""
+    origin: str
+    """Where it is found again: an absolute path, or its id on the Hub with `@` and its commit."""
 
 
 def find_adapter(text: str) -> Adapter | None:
@@ -48,7 +50,8 @@ def find_adapter(text: str) -> Adapter | None:
         folder = Path(snapshot_download(text, allow_patterns=["adapter_*"]))
     if not (base := _read(folder / _CONFIG).get("base_model_name_or_path")):
         raise ValueError(f"{_CONFIG} of {text} does not say what base_model_name_or_path is")
-    return Adapter(source.name, folder, base)
+    commit = f"@{folder.name}" if source.repository and folder.parent.name == "snapshots" else ""
+    return Adapter(source.name, folder, base, source.origin + commit)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -25,6 +25,8 @@ _PACKAGES = {
     "awq": ("gptqmodel", "accelerate"),
 }
 """What transformers needs to run a checkpoint that was quantised so."""
+QUANTISED = "its weights are quantised"
+"""Why weights cannot be changed where they are."""
 
 
 def read_config(source: Source) -> Any:
@@ -94,7 +96,7 @@ def read_module(
     quantised = quantisation(config)
     if device_map is not None:
         _require(source, "is spread by device_map= (--device-map)", ("accelerate",))
-        options["device_map"] = _checked(device_map)
+        options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     elif quantised:
         options["device_map"] = {"": str(device)}  # they cannot be moved later
     if quantised:
@@ -111,12 +113,19 @@ def read_module(
     return module, {key: state[key] for key in absent if key in state}
 
 
-def _checked(device_map: DeviceMap) -> Any:
+def require_device_map(device_map: DeviceMap) -> None:
+    """Refuse what is neither `auto` nor a mapping to devices.
+
+    Raises
+    ------
+    ValueError
+        Naming what is wrong with it.
+    """
     if isinstance(device_map, str):
         if device_map != "auto":
             msg = f"device_map= is 'auto' or a mapping from parts to devices; got {device_map!r}"
             raise ValueError(msg)
-        return device_map
+        return
     for part, place in device_map.items():
         try:
             if place != "disk":
@@ -124,7 +133,6 @@ def _checked(device_map: DeviceMap) -> Any:
         except RuntimeError as error:
             msg = f"device_map= sends {part!r} to {place!r}, which is no device; write cpu, disk, "
             raise ValueError(msg + "cuda:0") from error
-    return dict(device_map)
 
 
 def _require(source: Source, why: str, packages: tuple[str, ...]) -> None:
@@ -160,7 +168,7 @@ def _method(quantised: Mapping[str, Any]) -> str:
 def pinned(module: nn.Module) -> str | None:
     """Say why the weights of `module` cannot be changed where they are; None where they can."""
     if quantisation(getattr(module, "config", None)):
-        return "its weights are quantised"
+        return QUANTISED
     if any(p.is_meta for p in module.parameters()):
         return "parts of it are fetched from the disk or main memory when they run"
     return None

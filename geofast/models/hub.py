@@ -33,6 +33,8 @@ class Source:
     """Whether it has the file that was asked for: an adapter alone has no config.json."""
     cached: bool = False
     """Whether it is what was fetched before, because the Hub was not reached."""
+    repository: str | None = None
+    """Its id on the Hub; None of what lies in a folder of one's own."""
     trust_remote_code: bool = False
     """Run the Python files that come with the checkpoint."""
 
@@ -46,6 +48,13 @@ class Source:
             if Path(self.path).is_dir()
             else f"{self.path}:{self.gguf}"
         )
+
+    @property
+    def origin(self) -> str:
+        """Where the same is found again: its id on the Hub, or an absolute path."""
+        if self.repository is None:
+            return str(Path(self.place).resolve())
+        return f"{self.repository}:{self.gguf}" if self.gguf else self.repository
 
     @property
     def options(self) -> dict[str, Any]:
@@ -91,7 +100,9 @@ def find(text: str, *, trust_remote_code: bool = False, file: str = "config.json
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {path}")
     complete, folder = _ask(path, gguf or file)
-    source = Source(path, gguf or path, gguf, complete, trust_remote_code=trust_remote_code)
+    source = Source(
+        path, gguf or path, gguf, complete, trust_remote_code=trust_remote_code, repository=path
+    )
     return replace(source, path=folder, cached=True) if folder else source
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -13,12 +13,33 @@ from torch import nn
 from . import zoo
 from .adapters import Adapter, base_of, find_adapter, put_on, refuse_one_inside, wears_one
 from .assemble import assemble
-from .checkpoint import DeviceMap, notes, read_config, read_module, refuse_random
+from .checkpoint import (
+    DeviceMap,
+    notes,
+    read_config,
+    read_module,
+    refuse_random,
+    require_device_map,
+)
 from .hub import Source, find
 from .location import load_location
 from .model import Batch, Model, wrap
 from .packages import quietly
 from .processors import OfCheckpoint, OfProcessor
+
+LIBRARIES = ("open_clip", "timm", "location")
+"""What names of models begin with that transformers does not load."""
+
+
+class Loading(TypedDict):
+    """How `load` and `skeleton` are asked for a model that is named."""
+
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+    device_map: DeviceMap | None
+    adapter: str | Path | None
+    merge: bool
+    trust_remote_code: bool
 
 
 def load(
@@ -83,42 +104,73 @@ def load(
         When weights, tokenizer or image processor are missing, broken or do not fit the
         configuration.
     """
-    given = {
-        "prepare": prepare, "processor": processor, "device": device, "dtype": dtype,
-        "device_map": device_map, "adapter": adapter, "merge": merge or None,
-        "trust_remote_code": trust_remote_code or None,
+    loading: Loading = {
+        "device": device, "dtype": dtype, "device_map": device_map, "adapter": adapter,
+        "merge": merge, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    named = [name for name, value in given.items() if value is not None]
+    require_fitting(model, {"prepare": prepare, "processor": processor, **loading})
+    if isinstance(model, Model):
+        return model
+    where = default_device(device)
+    if isinstance(model, nn.Module):
+        return _from_module(model.to(where if device else None, dtype), prepare, processor)
+    library, _, of_library = str(model).partition(":")
+    if library in LIBRARIES:
+        if library == "location":
+            made = load_location(of_library, where, dtype)
+        else:
+            made = zoo.load(library, of_library, where, dtype)
+        return replace(made, source=f"{library}:{_lasting(library, of_library)}")
+    source, worn = find_checkpoint(model, loading)
+    return _from_checkpoint(source, where, dtype, device_map, worn, merge)
+
+
+def require_fitting(model: str | Path | nn.Module | Model, given: Mapping[str, Any]) -> None:
+    """Refuse arguments of `load` that do not go with such a model, or with each other.
+
+    Raises
+    ------
+    ValueError
+        Naming the arguments.
+    """
+    named = [name for name, value in given.items() if value is not None and value is not False]
     if isinstance(model, Model):
         if named:
             raise ValueError(f"{model.name} is loaded already: leave {' and '.join(named)} out")
-        return model
-    if device is not None and device_map is not None:
+        return
+    if "device" in named and "device_map" in named:
         raise ValueError("give device= or device_map=, not both: the latter says where parts go")
-    where = default_device(device)
     if isinstance(model, nn.Module):
         if extra := [n for n in named if n not in ("prepare", "processor", "device", "dtype")]:
             raise ValueError(f"{' and '.join(extra)} goes with a checkpoint, not with an nn.Module")
-        return _from_module(model.to(where if device else None, dtype), prepare, processor)
+        return
     for name in ("prepare", "processor"):
         if name in named:
             msg = f"{name}= goes with an nn.Module; a checkpoint brings its own processor"
             raise ValueError(msg)
-    library, _, of_library = str(model).partition(":")
-    if library in ("open_clip", "timm", "location"):
+    if str(model).partition(":")[0] in LIBRARIES:
         if extra := [name for name in named if name not in ("device", "dtype")]:
             raise ValueError(f"{' and '.join(extra)} goes with a checkpoint of transformers")
-        if library == "location":
-            return replace(load_location(of_library, where, dtype), source=str(model))
-        return replace(zoo.load(library, of_library, where, dtype), source=str(model))
+    elif "device_map" in named:
+        require_device_map(given["device_map"])
+
+
+def find_checkpoint(model: str | Path, loading: Loading) -> tuple[Source, Adapter | None]:
+    """Find what `load` is to read: the checkpoint, and the adapter to put on it.
+
+    Raises
+    ------
+    FileNotFoundError, PermissionError, ConnectionError, ValueError
+        See `load`.
+    """
     text = str(model).removeprefix("hf:")
-    source = find(text, trust_remote_code=trust_remote_code)
-    source, worn = base_and_adapter(text, source, adapter)
-    if merge and worn is None:
+    source = find(text, trust_remote_code=loading["trust_remote_code"])
+    source, worn = base_and_adapter(text, source, loading["adapter"])
+    if loading["merge"] and worn is None:
         raise ValueError(
             "merge=True (--merge-adapter) goes with an adapter: name it by adapter= (--adapter)"
         )
-    return _from_checkpoint(source, where, dtype, device_map, worn, merge)
+    return source, worn
 
 
 def default_device(device: str | torch.device | None) -> torch.device:
@@ -185,20 +237,33 @@ def _from_checkpoint(
     if not source.gguf:
         refuse_one_inside(source)
     module, absent = read_module(source, config, device, dtype, device_map)
-    name, remarks = source.name, notes(source, module)
+    remarks = notes(source, module)
     if adapter is not None:
-        remarks += put_on(module, name, adapter, merge=merge)
-        name += f" + {adapter.name}" + (" (merged)" if merge else "")
+        remarks += put_on(module, source.name, adapter, merge=merge)
+    name = called(source, adapter, merge=merge)
     model = assemble(name, module, OfCheckpoint(source), remarks)
     refuse_random(source, model, absent)
-    return replace(model, source=_whence(source, config, adapter))
+    return replace(model, source=_whence(source, config, adapter, merge))
 
 
-def _whence(source: Source, config: Any, adapter: Adapter | None) -> str:
+def called(source: Source, adapter: Adapter | None, *, merge: bool) -> str:
+    """Return what reports call a checkpoint with an adapter on, or without one."""
+    more = "" if adapter is None else f" + {adapter.name}" + " (merged)" * merge
+    return source.name + more
+
+
+def _whence(source: Source, config: Any, adapter: Adapter | None, merge: bool) -> str:
     """Say where the weights came from, so that others find the same."""
-    place, commit = source.place, getattr(config, "_commit_hash", None)
-    if Path(place).exists():
-        place = str(Path(place).resolve())
-    elif commit:
-        place += f"@{commit}"
-    return place if adapter is None else f"{place} + {adapter.folder.resolve()}"
+    commit = getattr(config, "_commit_hash", None)
+    base = f"{source.origin}@{commit}" if source.repository and commit else source.origin
+    return base + ("" if adapter is None else f" + {adapter.origin}" + " (merged)" * merge)
+
+
+def _lasting(library: str, name: str) -> str:
+    """Return the name of a model of another library, the path in it made absolute."""
+    own = library == "open_clip" and not name.startswith(("hf-hub:", "local-dir:"))
+    mark = "/" if own else ":"
+    before, _, after = name.partition(mark)
+    path = Path(after).expanduser()
+    local = path.is_file() if own else before in ("local-dir", "satclip")
+    return f"{before}{mark}{path.resolve()}" if local else name

@@ -53,8 +53,8 @@ class Model:
     """Builds `module` anew, with the random weights that its library draws; None where the class
     of `module` and its config do."""
     source: str = ""
-    """Where `load` found it: an absolute path, an id of the Hub with `@` and its commit, or what it
-    was given, of open_clip, timm and location encoders."""
+    """Where `load` found it: an absolute path, or an id of the Hub with `@` and its commit; of
+    open_clip, timm and location encoders what it was given, a path in it made absolute."""
 
     @property
     def body(self) -> nn.Module:

@@ -12,15 +12,14 @@ import torch
 from torch import nn
 
 from .assemble import assemble
-from .checkpoint import auto_class, default_dtype, quantisation, read_config
-from .hub import find, said
-from .load import base_and_adapter, default_device
+from .checkpoint import DeviceMap, auto_class, default_dtype, quantisation, read_config
+from .hub import said
+from .load import LIBRARIES, Loading, called, default_device, find_checkpoint, require_fitting
 from .model import Model
 from .packages import quietly
 from .processors import OfCheckpoint
 from .structure import block_lists
-
-_OF_LIBRARIES = ("open_clip", "timm", "location")
+from .twin import require_twin_of
 
 
 class NumbersNeededError(RuntimeError):
@@ -29,7 +28,7 @@ class NumbersNeededError(RuntimeError):
 
 def has_skeleton(model: str | Path | nn.Module | Model) -> TypeGuard[str | Path]:
     """Whether `skeleton` takes what `load` takes: a checkpoint of transformers that is named."""
-    return isinstance(model, str | Path) and str(model).partition(":")[0] not in _OF_LIBRARIES
+    return isinstance(model, str | Path) and str(model).partition(":")[0] not in LIBRARIES
 
 
 @quietly()
@@ -38,24 +37,42 @@ def skeleton(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
     adapter: str | Path | None = None,
+    merge: bool = False,
     trust_remote_code: bool = False,
+    twin: bool = False,
 ) -> Model:
     """Make the `Model` that `load` would make of a checkpoint, from its configuration alone.
 
     Processors and tokenizers are read; no weight is. It runs on the meta device.
 
+    Parameters
+    ----------
+    model
+        A checkpoint of transformers, for which `has_skeleton` is true.
+    device, dtype, device_map, adapter, merge, trust_remote_code
+        What `load` takes.
+    twin
+        Refuse a model that has no twin of random weights.
+
     Raises
     ------
     FileNotFoundError, PermissionError, ConnectionError, ValueError
-        As `load`.
+        As `load`; ValueError when it has no twin, too.
     RuntimeError
         As `load`; NumbersNeededError when the model's class does not work without numbers.
     """
-    text = str(model).removeprefix("hf:")
-    found = find(text, trust_remote_code=trust_remote_code)
-    source, worn = base_and_adapter(text, found, adapter)
+    loading: Loading = {
+        "device": device, "dtype": dtype, "device_map": device_map, "adapter": adapter,
+        "merge": merge, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    require_fitting(model, loading)
+    source, worn = find_checkpoint(model, loading)
     config = read_config(source)
+    name = called(source, worn, merge=merge)
+    if twin:
+        require_twin_of(name, config, adapted=worn is not None and not merge)
     chosen: Any = dtype or default_dtype(default_device(device))
     if chosen == "auto":
         chosen = getattr(config, "dtype", None) or torch.float32
@@ -70,7 +87,6 @@ def skeleton(
             "gf.plan the loaded model"
         )
         raise NumbersNeededError(msg) from error
-    name = source.name if worn is None else f"{source.name} + {worn.name}"
     return assemble(name, module.eval(), OfCheckpoint(source))
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from .adapters import wears_one
-from .checkpoint import pinned
+from .checkpoint import QUANTISED, pinned, quantisation
 from .model import Model
 
-ADAPTED = "an adapter is on; merge it (merge=True, --merge-adapter) or leave it out"
-"""Why a model that wears an adapter has no twin."""
+_ADAPTED = "an adapter is on; merge it (merge=True, --merge-adapter) or leave it out"
 
 
 def random_twin(model: Model, seed: int = 0) -> Model:
@@ -61,13 +60,28 @@ def require_twin(model: Model) -> None:
     ValueError
         See `random_twin`.
     """
-    if why := _no_twin(model):
-        raise ValueError(f"{model.name} has no twin of random weights: {why}")
+    _refuse(model.name, _no_twin(model))
+
+
+def require_twin_of(name: str, config: Any, *, adapted: bool) -> None:
+    """Refuse, before its weights are loaded, a checkpoint that `random_twin` cannot copy.
+
+    Raises
+    ------
+    ValueError
+        When it is quantised, or will have an adapter on (`adapted`).
+    """
+    _refuse(name, _ADAPTED if adapted else QUANTISED if quantisation(config) else None)
+
+
+def _refuse(name: str, why: str | None) -> None:
+    if why:
+        raise ValueError(f"{name} has no twin of random weights: {why}")
 
 
 def _no_twin(model: Model) -> str | None:
     if wears_one(model.module):
-        return ADAPTED
+        return _ADAPTED
     drawn = model.untrained is not None or _of_transformers(model.module)
     return pinned(model.module) or (None if drawn else _undrawn(model))
 

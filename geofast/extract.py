@@ -195,45 +195,16 @@ class _Pass:
             return
         index = torch.tensor(pending)
         y, cell = self.storage.targets[index], self.storage.cell[index]
-        for key in rows:
-            x = rows[key]
-            try:
+        for device, keys in self._by_device(rows).items():
+            xs = [rows[key] for key in keys]
+            for key, x in zip(keys, xs, strict=True):
                 if key not in grams:
-                    grams[key] = Gram(x.shape[1], y.shape[1], self.storage.count, device=x.device)
-                self._add(grams[key], x, y, cell)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                msg = (
-                    f"the statistics of {key} do not fit into the memory of {x.device}: keep rows "
-                    "instead, storage='rows' (--storage), or take fewer sites, pools or groups"
-                )
-                raise RuntimeError(msg) from error
+                    grams[key] = self._gram(key, x, y.shape[1])
+            with rows.aside.beside(*xs):
+                self._add(keys, [grams[key] for key in keys], xs, y, cell)
         rows.clear()
         kept += pending
         pending.clear()
-
-    def _add(self, gram: Gram, x: torch.Tensor, y: torch.Tensor, cell: torch.Tensor) -> None:
-        """Add rows to statistics, fewer at a time where memory runs out."""
-        cell, done = cell.clone(), 0
-        while done < len(x):
-            part = slice(done, done + (self.budget.rows or len(x)))
-            before = gram.count.to("cpu", copy=True)
-            try:
-                gram.update(x[part], y[part], cell[part])
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or len(x[part]) == 1:
-                    raise
-            else:
-                done = part.stop
-                continue
-            # Not inside of `except`, see `_runs`. Cells are added one after the other: those that
-            # were, by their counts, have all their rows of this part, and are not added again.
-            added = (gram.count.cpu() > before).nonzero()
-            cell[part][torch.isin(cell[part], added)] = -1
-            self.budget.rows = len(x[part]) // 2
-            torch.cuda.empty_cache()
-
 
 # ------ one batch
 

@@ -37,6 +37,14 @@ class NonFiniteError(FloatingPointError):
         )
 
 
+class NoTokenError(ValueError):
+    """A sample has no token of a role that a pool takes; `sample` as in `NonFiniteError`."""
+
+    def __init__(self, message: str, sample: int) -> None:
+        self.sample = sample
+        super().__init__(message)
+
+
 @contextmanager
 def capture(
     model: Model | nn.Module,
@@ -296,7 +304,7 @@ def _refuse_lack(
     there = [r for r in ROLES[1:] if (layout.roles >> role_bit(r) & 1).any()]
     msg = f"{_sample(sample, first)} has no {role} token"
     msg += f"; here are {', '.join(there)} tokens" if there else ""
-    raise ValueError(f"pool {pool.name!r} at {site.name}: {msg}")
+    raise NoTokenError(f"pool {pool.name!r} at {site.name}: {msg}", sample + (first or 0))
 
 
 def _sample(place: int, first: int | None) -> str:

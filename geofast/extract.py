@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from .accumulate import Statistics
 from .batching import Budget, Lengths, longest_first, numbers, out_of_memory, token_counts
-from .capture import NonFiniteError, Pools, capture
+from .capture import NonFiniteError, NoTokenError, Pools, capture
 from .data import SampleError, Samples, Skipped
 from .data.stream import Batch, batches
 from .gram import Gram
@@ -132,7 +133,7 @@ class _Pass:
         capacity = len(self.samples) if of_rows else _FLUSH + max(sizes)
         rows = Rows(capacity, self.room, stay=self.storage.stay)
         rows.label = self.label
-        grams: dict[str, Gram] = {}
+        statistics = Statistics(self.storage.count, self.budget, rows.aside)
         pending: list[int] = []
         kept: list[int] = []
         skipped: list[Skipped] = []
@@ -144,20 +145,27 @@ class _Pass:
             for batch in stream:
                 skipped += batch.skipped
                 pending += self._feed(batch, rows)
+                if rows.unverified >= _FLUSH:
+                    self._verify(rows, pending)
                 if not of_rows and rows.n >= _FLUSH:
-                    self._flush(rows, grams, pending, kept)
+                    kept += pending
+                    self._flush(rows, statistics, pending)
                 bar.update(len(batch.index) + len(batch.skipped))
+            self._verify(rows, pending)
+        kept += pending
         if not of_rows:
-            self._flush(rows, grams, pending, kept)
-            on_cpu = {key: gram.cpu() for key, gram in grams.items()}
+            if pending:
+                self._flush(rows, statistics, pending)
+            rows.aside.join()  # the end of what runs beside the model
+            on_cpu = {key: gram.cpu() for key, gram in statistics.grams.items()}
             return Extracted(np.sort(kept), None, on_cpu, skipped)
-        short = [key for key in rows if len(rows[key]) != len(pending)]
+        short = [key for key in rows if len(rows[key]) != len(kept)]
         if short:
             got = len(rows[short[0]])
-            raise RuntimeError(f"{short[0]} has {got} rows for {len(pending)} samples")
-        if pending != sorted(pending):
-            rows.reorder(torch.from_numpy(np.argsort(pending, kind="stable")))
-        return Extracted(np.sort(pending), dict(rows), None, skipped)
+            raise RuntimeError(f"{short[0]} has {got} rows for {len(kept)} samples")
+        if kept != sorted(kept):
+            rows.reorder(torch.from_numpy(np.argsort(kept, kind="stable")))
+        return Extracted(np.sort(kept), dict(rows), None, skipped)
 
     def _feed(self, batch: Batch, rows: Rows) -> list[int]:
         """Run a loaded batch in parts that fit the budget; return its samples in that order."""
@@ -188,23 +196,21 @@ class _Pass:
         torch.cuda.empty_cache()
         return False
 
-    def _flush(
-        self, rows: Rows, grams: dict[str, Gram], pending: list[int], kept: list[int]
-    ) -> None:
-        if not pending:
-            return
+    def _verify(self, rows: Rows, pending: Sequence[int]) -> None:
+        """Have the rows of samples `pending` looked into, if they have not been yet."""
+        try:
+            rows.verify()
+        except (NonFiniteError, NoTokenError) as error:
+            add_sentence(error, f"That is {self.samples.where(pending[error.sample])}.")
+            raise
+
+    def _flush(self, rows: Rows, statistics: Statistics, pending: list[int]) -> None:
+        """Add the rows of samples `pending` to the statistics, and forget both."""
         index = torch.tensor(pending)
-        y, cell = self.storage.targets[index], self.storage.cell[index]
-        for device, keys in self._by_device(rows).items():
-            xs = [rows[key] for key in keys]
-            for key, x in zip(keys, xs, strict=True):
-                if key not in grams:
-                    grams[key] = self._gram(key, x, y.shape[1])
-            with rows.aside.beside(*xs):
-                self._add(keys, [grams[key] for key in keys], xs, y, cell)
+        statistics.add(rows, self.storage.targets[index], self.storage.cell[index])
         rows.clear()
-        kept += pending
         pending.clear()
+
 
 # ------ one batch
 

@@ -133,6 +133,11 @@ class Rows(Mapping[str, torch.Tensor]):
         """
         self._watched.append(_Watched(key, self._count[key], batch, sign, blame))
 
+    @property
+    def unverified(self) -> int:
+        """How many rows came since the first that `verify` would look into."""
+        return self.n - self._watched[0].row if self._watched else 0
+
     def verify(self) -> None:
         """Wait for the rows that are on their way, and raise what `blame` says of unsound ones."""
         watched, self._watched = self._watched, []

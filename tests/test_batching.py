@@ -10,7 +10,7 @@ import geofast as gf
 from geofast import batching
 from geofast.batching import Budget, Lengths, longest_first, numbers, out_of_memory, token_counts
 from geofast.data import from_arrays
-from geofast.gram import Gram
+from geofast.gram import update
 from geofast.models.inputs import text_collate
 
 NO_MEMORY = {
@@ -253,17 +253,18 @@ def test_another_error_is_no_lack_of_memory(language, full):
     assert refusing.refused == 1
 
 
-class FullGram(Gram):
+class FullUpdate:
     """Statistics that run out of memory beyond `most` rows, when the first cell is added."""
 
-    most, refused, error = 7, 0, NO_MEMORY["cuda"]
+    def __init__(self, error, most=7):
+        self.error, self.most, self.refused = error, most, 0
 
-    def update(self, x, y, cell):
-        if len(x) <= self.most:
-            return super().update(x, y, cell)
-        type(self).refused += 1
+    def __call__(self, grams, rows, y, cell):
+        if len(y) <= self.most:
+            return update(grams, rows, y, cell)
+        self.refused += 1
         first = cell[cell >= 0].min() if (cell >= 0).any() else 0
-        super().update(x, y, torch.where(cell == first, cell, -1))
+        update(grams[:1], rows[:1], y, torch.where(cell == first, cell, -1))
         raise self.error
 
 
@@ -274,8 +275,8 @@ def test_statistics_that_ran_out_of_memory_halfway_count_every_row_once(
     splits = [gf.KFold(3), gf.Blocks(30)]
     options = dict(split=splits, storage="gram", check=False, sites=["lm.embed", "lm.layers.2"])
     expected = gf.probe(language, texts(), **options)
-    full = type("Full", (FullGram,), {"error": NO_MEMORY[kind]})
-    monkeypatch.setattr("geofast.extract.Gram", full)
+    full = FullUpdate(NO_MEMORY[kind])
+    monkeypatch.setattr("geofast.accumulate.update", full)
     monkeypatch.setattr("geofast.extract._FLUSH", 30)
     run = gf.probe(language, texts(), **options)
     assert full.refused == 3  # of 33, 16 and 8 rows of the first site; the second is told
@@ -290,15 +291,14 @@ def test_statistics_that_ran_out_of_memory_halfway_count_every_row_once(
 
 @pytest.mark.parametrize("kind", NO_MEMORY)
 def test_statistics_that_do_not_take_a_row_are_named(language, monkeypatch, kind):
-    full = type("Full", (FullGram,), {"error": NO_MEMORY[kind], "most": 0})
-    monkeypatch.setattr("geofast.extract.Gram", full)
-    with pytest.raises(RuntimeError, match=r"the statistics of lm\.embed/last do not fit into the"):
+    monkeypatch.setattr("geofast.accumulate.update", FullUpdate(NO_MEMORY[kind], most=0))
+    with pytest.raises(RuntimeError, match=r"the statistics of lm\.embed/last and 3 more do not"):
         gf.probe(language, texts(), split=gf.KFold(2), storage="gram", check=False)
 
 
 def test_another_error_of_statistics_is_no_lack_of_memory(language, monkeypatch):
-    full = type("Full", (FullGram,), {"error": ValueError("no such kernel")})
-    monkeypatch.setattr("geofast.extract.Gram", full)
+    full = FullUpdate(ValueError("no such kernel"))
+    monkeypatch.setattr("geofast.accumulate.update", full)
     with pytest.raises(ValueError, match="no such kernel"):
         gf.probe(language, texts(), split=gf.KFold(2), storage="gram", check=False)
     assert full.refused == 1

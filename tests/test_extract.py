@@ -1,8 +1,5 @@
 """What is said of a bad prompt, a bad text and a bad batch."""
 
-import random
-from types import SimpleNamespace
-
 import families
 import numpy as np
 import pytest
@@ -10,10 +7,8 @@ import tiny
 import torch
 
 import geofast as gf
-from geofast.batching import Budget
 from geofast.data import SampleError, from_arrays
-from geofast.extract import Storage, _Pass, first, forward, ready, usable, worded
-from geofast.gram import Gram
+from geofast.extract import first, forward, ready, usable, worded
 from geofast.models.inputs import stack_images, text_collate
 from geofast.models.model import Model
 from geofast.rows import Rows
@@ -211,35 +206,3 @@ def test_of_texts_the_longest_of_all_prompts_is_tried(language):
     samples, index, sample = first(language, inputs, lengths)
     assert (index.tolist(), sample) == ([1], ["w8 w2 w3 w4 w9"])
     assert samples is inputs["w8 {text} w9"]
-
-
-class Short(Gram):
-    """Statistics that run out of memory now and then, with some of the cells added."""
-
-    chance = random.Random(0)
-
-    def update(self, x, y, cell):
-        if len(x) > 1 and self.chance.random() < 0.5:
-            super().update(x, y, torch.where(cell < self.chance.randint(0, self.cells), cell, -1))
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().update(x, y, cell)
-
-
-def test_every_row_is_added_once_wherever_memory_runs_out():
-    chance = random.Random(1)
-    for seed in range(100):
-        r = np.random.default_rng(seed)
-        n, cells = chance.randint(3, 60), chance.randint(1, 6)
-        x, y = (torch.from_numpy(r.normal(size=(n, k))) for k in (3, 2))
-        cell = torch.from_numpy(r.integers(-1, cells, n))
-        budget = Budget(1)
-        adding = SimpleNamespace(budget=budget, storage=Storage("gram", y, cell, cells=cells))
-        short, kept, order = Short(3, 2, cells), [], r.permutation(n)
-        while len(kept) < n:
-            some = order[len(kept) : len(kept) + chance.randint(1, 40)]
-            _Pass._add(adding, short, x[some], y[some], cell[some], kept)
-            kept += some.tolist()
-            budget.rows *= chance.choice((0, 1, 7))
-        whole = Gram(3, 2, cells).update(x, y, cell)
-        assert short.count.tolist() == whole.count.tolist()
-        torch.testing.assert_close(short._about(whole.shift), whole.matrix)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import _ops
-from .batching import Budget, Lengths
+from .batching import Budget
 from .capture import Pools
 from .checks import Check
 from .controls import raw_inputs
@@ -231,7 +231,6 @@ class _Passes:
     """How the samples are read, by the model and by what it is probed beside."""
 
     asked: Request
-    lengths: Mapping[str, Lengths]
     budget: Budget
     plan: Plan
     cells: torch.Tensor
@@ -252,6 +251,7 @@ class _Passes:
         count = int(cells.max()) + 1
         example = try_one(model, asked.inputs, asked.lengths, options["sites"], options["pool"])
         lengths = asked.lengths or lengths_like(example, len(asked.given.samples))
+        asked = replace(asked, lengths=lengths)
         budget = Budget.of(model.device, options["batch_size"])
         plan = make_plan(
             model, asked.inputs, example.widths, targets=len(asked.targets),
@@ -261,7 +261,7 @@ class _Passes:
         if progress:
             print(fill(f"{plan.sentence}; {budget.sentence(lengths.values())}"), flush=True)
         check_disk(plan, scratch)
-        return cls(asked, lengths, budget, plan, cells, count, tasks, scratch, progress)
+        return cls(asked, budget, plan, cells, count, tasks, scratch, progress)
 
     @property
     def workers(self) -> int:
@@ -278,7 +278,7 @@ class _Passes:
         place = Storage(self.plan.kind, asked.given.y, self.cells, room, self.plan.stay, self.count)
         return extract(
             model, asked.inputs, place, sites=options["sites"], pool=options["pool"],
-            lengths=self.lengths, budget=self.budget, workers=self.workers,
+            lengths=asked.lengths, budget=self.budget, workers=self.workers,
             strict=options["strict"], progress=self.progress,
         )  # fmt: skip
 
@@ -308,16 +308,10 @@ class _Passes:
 
     def _of(self, found: Extracted) -> _Passes:
         """Return the same for the samples that were found good; all of them have to be again."""
-        asked, kept = self.asked, found.kept
-        inputs = {label: samples.take(kept) for label, samples in asked.inputs.items()}
+        asked = self.asked.take(found.kept)
         options: Options = {**asked.options, "strict": True}
-        given = asked.given.take(kept)
-        return replace(
-            self,
-            asked=replace(asked, given=given, inputs=inputs, options=options),
-            lengths={label: one.take(kept) for label, one in self.lengths.items()},
-            cells=self.cells[torch.from_numpy(kept)],
-        )
+        cells = self.cells[torch.from_numpy(found.kept)]
+        return replace(self, asked=replace(asked, options=options), cells=cells)
 
 
 def _left(

@@ -76,7 +76,7 @@ class Request:
     warned: list[str]
     """Of groups that are left out."""
     lengths: Mapping[str, Lengths]
-    """Of texts, by prompt, once a model has counted their tokens."""
+    """By prompt: of texts once a model has counted their tokens, of others once one was tried."""
 
     @classmethod
     def of(cls, data: str | Path | Samples, options: Options, *, location: bool) -> Request:
@@ -146,12 +146,20 @@ class Request:
 
     def _readable_by(self, model: Model) -> Request:
         good, unfit, lengths = usable(model, self.inputs, self.options["strict"])
-        asked = replace(self, lengths=lengths)
         if not unfit:
-            return asked
-        given = self.given.take(good)
-        asked = asked.with_samples(replace(given, samples=given.samples.skipping(unfit)))
-        return replace(asked, inputs={k: s.take(good) for k, s in self.inputs.items()})
+            return replace(self, lengths=lengths)
+        asked = replace(self.take(good), lengths=lengths)
+        return asked.with_samples(replace(asked.given, samples=asked.given.samples.skipping(unfit)))
+
+    def take(self, indices: NDArray[np.int64]) -> Request:
+        """Return the request for the samples at `indices`, in the folds that they have."""
+        return replace(
+            self,
+            given=self.given.take(indices),
+            inputs={label: samples.take(indices) for label, samples in self.inputs.items()},
+            tasks=[replace(t, fold=t.fold[torch.from_numpy(indices)]) for t in self.tasks],
+            lengths={label: one.take(indices) for label, one in self.lengths.items()},
+        )
 
     def with_samples(self, given: Given) -> Request:
         """Return the request for some of the samples, with folds of their own."""

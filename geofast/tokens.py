@@ -246,7 +246,9 @@ def _line(run: pd.DataFrame, tiled: bool) -> str:
     said = ""
     if run["tile"].iloc[0] >= 0:
         said = (f"tile {run['tile'].iloc[0]}, " if tiled else "") + _grid(run)
-    elif run["role"].iloc[0] in ("image", "patch"):
+    elif run["role"].iloc[0] == "patch":
+        said = "of which part of the image, is not known"
+    elif run["role"].iloc[0] == "image":
         said = "no one part of the image"
     elif run["text"].any() and run["role"].iloc[0] != "padding":
         words = " ".join(word.strip() or repr(word) for word in run["text"])

@@ -415,7 +415,7 @@ def registered(tmp_path_factory):
     ],
 )
 def test_tokens_before_the_patches_that_are_miscounted(registered, prefix, said):
-    assert roles(registered).detail == "1 cls, 4 register, 16 patch, as 4 x 4 by patch_size"
+    assert roles(registered).detail == "1 cls, 4 register, 16 patch, 4 x 4 by config.patch_size"
     check = roles(changed(registered, "vision", prefix=prefix))
     assert check.outcome == "fail"
     assert said in check.detail
@@ -455,8 +455,19 @@ def test_margins_that_the_model_takes_for_image():
     module, processor = families.sam()
     check = roles(gf.load(module.eval(), processor=processor))
     assert check.outcome == "pass"
-    said = "16 patch (8 of them margin that the model takes for image), as 4 x 4 by patch_size"
+    said = "16 patch (8 of them margin that the model takes for image), 4 x 4 by config.patch_size"
     assert check.detail == said
+
+
+def test_patches_that_overlap():
+    """Hiera's are 7 pixels wide and 4 apart."""
+    from transformers import HieraConfig, HieraModel, ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    config = HieraConfig(embed_dim=8, image_size=[32, 32], depths=[1] * 4, num_heads=[1] * 4)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    model = gf.load(HieraModel(config).eval(), processor=processor)
+    assert roles(model).detail == "64 patch, 8 x 8 by config.patch_stride"
 
 
 def test_what_processors_say_of_patches():

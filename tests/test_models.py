@@ -148,6 +148,7 @@ def counted(module):
         ("first", "cls_token", ("cls", "cls"), (), True),
         ("first", "learned_tokens", ("register", "register"), (), True),
         ("last", "cls_token", (), ("cls", "cls"), True),  # as in Llama 4
+        ("last", "learned_tokens", (), ("register", "register"), True),
         ("after", "cls_token", (), (), False),  # as in CaiT: the norm would see what is no patch
         ("nowhere", "reg_token", (), (), False),
         ("nowhere", "learned_tokens", (), (), True),

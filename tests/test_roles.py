@@ -14,7 +14,7 @@ from torch import nn
 
 import geofast as gf
 from geofast import _reference
-from geofast.models import places
+from geofast.models import describe, places
 from geofast.pooling import Pool, role_bit
 from geofast.tokens import explain
 
@@ -572,6 +572,37 @@ def test_a_listing(load, tmp_path):
     assert "lm.embed: 300 text" in explain(load(families.llama), "w1 " * 300)  # no name of a file
     with pytest.raises(ValueError, match=r"there is no file absent.jpg, and vit.* reads no text"):
         explain(load(families.vit), "absent.jpg")
+
+
+def test_what_looks_for_objects_is_no_part_of_the_image():
+    """YOLOS has tokens after its patches that each are to find something."""
+    from transformers import YolosConfig, YolosImageProcessorPil, YolosModel
+
+    torch.manual_seed(0)
+    small = families.VISION | {"image_size": [32, 48], "num_detection_tokens": 20}
+    processor = YolosImageProcessorPil(size={"height": 32, "width": 48})
+    model = gf.load(YolosModel(YolosConfig(**small)).eval(), processor=processor)
+    assert describe(model).splitlines()[2].endswith("tokens: 1 cls, then patch, then 20 register")
+    assert explain(model).splitlines()[2:] == [
+        "vision.embed: 1 cls, 24 patch, 20 register",
+        "  0          cls",
+        "  1-24       patch     rows 0-3, columns 0-5, row by row",
+        "  25-44      register  (last)",
+    ]
+    with gf.capture(model, "vision.norm", ["mean:patch", "mean:register"]) as rows, torch.no_grad():
+        hidden = model.module(**model.prepare([photo((32, 48))])).last_hidden_state
+    torch.testing.assert_close(rows["vision.norm/mean:patch"], hidden[:, 1:25].mean(1))
+    torch.testing.assert_close(rows["vision.norm/mean:register"], hidden[:, 25:].mean(1))
+
+
+def test_where_a_patch_is_may_not_be_known():
+    """Hiera keeps its patches in an order of its own."""
+    from transformers import HieraConfig, HieraModel, ViTImageProcessorPil
+
+    config = HieraConfig(embed_dim=8, image_size=[32, 32], depths=[1] * 4, num_heads=[1] * 4)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    said = explain(gf.load(HieraModel(config).eval(), processor=processor))
+    assert "  0-63       patch     of which part of the image, is not known  (last)" in said
 
 
 def test_the_command_prints_tokens(load, tmp_path, capsys):

@@ -140,17 +140,18 @@ def _told_by_the_processor(
 def _by_size(batch: Mapping[str, Any], config: Any, roles: Sequence[Sequence[str]]) -> str:
     """Say how many patches the processor's pixels make, where the config tells their size."""
     pixels = batch.get("image", batch)
-    values, side = pixels.get("pixel_values"), getattr(config, "patch_size", 0)
+    # Hiera's patches overlap: how many there are is up to what lies between them.
+    name = "patch_stride" if hasattr(config, "patch_stride") else "patch_size"
+    values, side = pixels.get("pixel_values"), getattr(config, name, 0)
     sides = [side, side] if isinstance(side, int) else side
     if values is None or values.ndim < 4 or len(sides) != 2 or not all(sides):
         return ""
     height, width = (n // s for n, s in zip(values.shape[-2:], sides, strict=True))
     tiles = pixels["tiles"].tolist() if "tiles" in pixels else [1] * len(roles)
-    verb = (
-        "as" if [m.count("patch") for m in roles] == [n * height * width for n in tiles] else "but"
-    )
+    agree = [m.count("patch") for m in roles] == [n * height * width for n in tiles]
     several = f"{', '.join(map(str, tiles if len({*tiles}) > 1 else tiles[:1]))} x "
-    return f", {verb} {several if max(tiles) > 1 else ''}{height} x {width} by patch_size"
+    grid = f"{several if max(tiles) > 1 else ''}{height} x {width}"
+    return f", {'' if agree else 'but '}{grid} by config.{name}"
 
 
 def _negative(image: Any) -> Any:

@@ -51,7 +51,7 @@ def find_grids(
         return [[(h, w)] for h, w in shapes.tolist()]
     sequences = shape[0] if len(shape) == 3 else 1
     sizes = call.pixel_sizes(sequences)
-    patches = layout.roles.numel() - sequences * _leading(layout)
+    patches = int((~_special(layout)).sum())
     if "noise" in inspect.signature(around[0].forward).parameters:
         if "noise" not in call.given:  # a masked autoencoder then keeps patches in random order
             return None
@@ -169,9 +169,13 @@ def _known(around: Sequence[nn.Module], name: str) -> Any:
 
 def _leading(layout: Layout) -> int:
     """Count the tokens before the patches of a sequence."""
-    special = (1 << role_bit("cls")) | (1 << role_bit("register"))
-    first = layout.roles[0] & special
-    return int((first != 0).int().cumprod(0).sum())
+    return int(_special(layout)[0].int().cumprod(0).sum())
+
+
+def _special(layout: Layout) -> torch.Tensor:
+    """Tell which tokens are there whatever the image is."""
+    roles = (1 << role_bit("cls")) | (1 << role_bit("register"))
+    return (layout.roles & roles) != 0
 
 
 def _by_sample(tiles: Sequence[tuple[int, ...]], layout: Layout) -> Grids:

@@ -1,4 +1,4 @@
-"""Which tokens stand before the patches of an image: by experiment, those that no image changes."""
+"""Which tokens stand around the patches of an image: by experiment, those that no image changes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def with_counted_prefix(model: Model) -> Model:
     """Return the model with the prefix of its vision tower as its blocks see it.
 
     Names of parameters tell a `cls` token from a `register`, but not where it comes in: CaiT's does
-    so after the blocks, Llama 4's stands after the patches. Tokens before the patches that no name
-    tells of are registers, if they are few. A model on the meta device, which has no numbers, stays
+    so after the blocks, Llama 4's stands after the patches. Tokens before or after the patches that
+    no name tells of are registers, if they are few, as are those of YOLOS that are to find
+    something. A model on the meta device, which has no numbers, stays
     as it is, as does one that cannot take an image of the side that its config says.
 
     Raises
@@ -50,9 +51,11 @@ def _counted(model: Model, tower: Tower) -> Tower:
         return tower
     named, same = tower.prefix, _unchanged(one, other)
     before, after = (int(s.int().cumprod(0).sum()) for s in (same, same.flip(0)))
-    # Where all are the same, the image comes in later, and nothing can be told.
-    if before == len(named) or before == len(same) > 0:
+    if before == len(same) > 0:  # the image comes in later, and nothing can be told
         return tower
+    most = max(_MOST, getattr(getattr(model.module, "config", None), "num_detection_tokens", 0))
+    if before == len(named):
+        return replace(tower, suffix=("register",) * after) if 0 < after <= most else tower
     if not named:
         return replace(tower, prefix=("register",) * before) if before <= _MOST else tower
     if before == 0 and after == len(named):

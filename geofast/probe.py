@@ -30,7 +30,7 @@ from .models.skeleton import NumbersNeededError, has_skeleton, skeleton
 from .models.twin import random_twin
 from .plan import Plan, Task, check_disk, gpus_of, make_plan, with_cells, without_skipped
 from .report.text import fill
-from .request import Given, Options, Request
+from .request import Labelled, Options, Request
 from .ridge import ALPHAS, Select
 from .rows import on_disk
 from .run import Run
@@ -316,7 +316,7 @@ class _Passes:
 
 def _left(
     asked: Request, tasks: list[Task], found: Extracted
-) -> tuple[Given, list[Task], list[str]]:
+) -> tuple[Labelled, list[Task], list[str]]:
     """Return the samples that went through, what is cross-validated of them, and warnings.
 
     From rows, new folds are dealt; statistics were gathered in the folds that there were.

@@ -27,18 +27,18 @@ from .ridge import Select
 
 
 @dataclass(frozen=True)
-class Given:
-    """The samples and what goes with each of them."""
+class Labelled:
+    """Samples, and what goes with each of them: targets and baselines."""
 
     samples: Samples
     y: torch.Tensor
     """float64 [n, k]."""
     baselines: dict[str, torch.Tensor]
 
-    def take(self, indices: NDArray[np.int64]) -> Given:
+    def take(self, indices: NDArray[np.int64]) -> Labelled:
         """Keep some samples, in the order of `indices`."""
         baselines = {name: x[torch.from_numpy(indices)] for name, x in self.baselines.items()}
-        return Given(self.samples.take(indices), self.y[torch.from_numpy(indices)], baselines)
+        return Labelled(self.samples.take(indices), self.y[torch.from_numpy(indices)], baselines)
 
 
 class Options(TypedDict):
@@ -65,7 +65,7 @@ class Request:
     """A probe as it was asked for, read and checked."""
 
     options: Options
-    given: Given
+    given: Labelled
     inputs: Mapping[str, Samples]
     """The samples in the words of every prompt, as `extract.worded` returns them."""
     splits: list[Split]
@@ -94,7 +94,7 @@ class Request:
         splits = as_splits(options["split"])
         targets = _several(options["targets"])
         baselines = dict(options["baselines"] or {})
-        given = Given(samples, read_targets(samples, targets), baselines)
+        given = Labelled(samples, read_targets(samples, targets), baselines)
         alphas = as_list(options["alphas"])
         _check(options, given, alphas)
         controls = list(dict.fromkeys(_several(options["controls"])))
@@ -161,7 +161,7 @@ class Request:
             lengths={label: one.take(indices) for label, one in self.lengths.items()},
         )
 
-    def with_samples(self, given: Given) -> Request:
+    def with_samples(self, given: Labelled) -> Request:
         """Return the request for some of the samples, with folds of their own."""
         tasks, warned = scored_tasks(
             given, self.splits, self.options["group"], self.targets, self.options["select"]
@@ -223,7 +223,7 @@ def as_list(alphas: Any) -> list[float]:
     return [float(a) for a in alphas]
 
 
-def _check(options: Options, given: Given, alphas: Sequence[float]) -> None:
+def _check(options: Options, given: Labelled, alphas: Sequence[float]) -> None:
     """Refuse what would only fail after the forward pass."""
     sites, select, storage = options["sites"], options["select"], options["storage"]
     batch_size, workers = options["batch_size"], options["workers"]
@@ -295,7 +295,7 @@ def _roles(model: Model, tower: Tower) -> tuple[str, ...]:
 
 
 def scored_tasks(
-    given: Given,
+    given: Labelled,
     splits: Sequence[Split],
     group: str | None,
     targets: Sequence[str],

@@ -12,7 +12,7 @@ from .data import Samples
 from .extract import Extracted, add_sentence
 from .gram import Gram
 from .plan import Task
-from .request import Given
+from .request import Labelled
 from .ridge import Select, Solution, cross_validate, fit, fold_errors, solve
 from .run import Probe, key
 
@@ -46,7 +46,7 @@ class Solved:
 
 def solve_all(
     found: Mapping[str, Extracted],
-    given: Given,
+    given: Labelled,
     tasks: Sequence[Task],
     targets: Sequence[str],
     alphas: Sequence[float],

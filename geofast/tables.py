@@ -12,7 +12,7 @@ import torch
 from .data import Samples
 from .geo import fold_scores, great_circle_km
 from .plan import Task
-from .request import Given
+from .request import Labelled
 from .run import beside, key
 from .solving import Solved
 
@@ -121,7 +121,7 @@ def _outer(s: Solved, fold: int) -> torch.Tensor:
 def predictions_table(
     solved: Sequence[Solved],
     tasks: Sequence[Task],
-    given: Given,
+    given: Labelled,
     targets: Sequence[str],
 ) -> pd.DataFrame:
     """Held-out predictions of the best probe of every split."""
@@ -140,7 +140,9 @@ def _bests(solved: Sequence[Solved], tasks: Sequence[Task]) -> Iterator[Solved]:
             yield max(real, key=lambda s: float(s.r2.mean()))
 
 
-def _best_predictions(s: Solved, task: Task, given: Given, targets: Sequence[str]) -> pd.DataFrame:
+def _best_predictions(
+    s: Solved, task: Task, given: Labelled, targets: Sequence[str]
+) -> pd.DataFrame:
     assert s.solution.predictions is not None
     guess = s.solution.predictions.numpy()
     table = pd.DataFrame({"split": task.split, "id": given.samples.table["id"].to_numpy()})

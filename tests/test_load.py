@@ -22,6 +22,7 @@ import geofast as gf
 from geofast.models import checkpoint, hub
 from geofast.models.inputs import text_collate
 from geofast.models.layout import Call, lay_out
+from geofast.models.skeleton import skeleton
 from geofast.models.twin import random_twin
 
 WORDS = ["w1 w2", "w3", "w4 w5 w6 w7"]
@@ -391,6 +392,7 @@ def test_a_gguf_file(tmp_path, plain, capfd):
     assert not torch.equal(before, module.model.layers[0].mlp.up_proj.weight)
     capfd.readouterr()
     model = gf.load(tmp_path / "tiny.gguf")
+    skeleton(tmp_path / "tiny.gguf")
     assert capfd.readouterr().err == ""  # no bar, where no terminal is
     assert (model.name, model.kind, model.dtype) == ("tiny.gguf", "text", torch.float32)
     assert model.notes == ("weights are dequantised from tiny.gguf, computed in float32",)
@@ -683,8 +685,10 @@ def test_an_adapter_with_another_name_for_its_base_is_told(lm, adapter, tmp_path
 def test_a_folder_with_a_model_and_an_adapter_is_refused(lm, tmp_path):
     tiny.llama().save_pretrained(tmp_path)
     lora(lm, tmp_path)
-    with pytest.raises(ValueError, match=r"holds a model and an adapter: put the adapter's files"):
-        gf.load(tmp_path)
+    for take in (gf.load, skeleton):
+        said = r"holds a model and an adapter: put the adapter's files"
+        with pytest.raises(ValueError, match=said):
+            take(tmp_path)
 
 
 def test_without_peft(lm, adapter, monkeypatch):

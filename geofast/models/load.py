@@ -170,6 +170,8 @@ def find_checkpoint(model: str | Path, loading: Loading) -> tuple[Source, Adapte
         raise ValueError(
             "merge=True (--merge-adapter) goes with an adapter: name it by adapter= (--adapter)"
         )
+    if not source.gguf:
+        refuse_one_inside(source)
     return source, worn
 
 
@@ -234,8 +236,6 @@ def _from_checkpoint(
     merge: bool,
 ) -> Model:
     config = read_config(source)
-    if not source.gguf:
-        refuse_one_inside(source)
     module, absent = read_module(source, config, device, dtype, device_map)
     remarks = notes(source, module)
     if adapter is not None:

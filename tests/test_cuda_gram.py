@@ -1,0 +1,253 @@
+"""The float64 Gram kernel in CUDA C++: emulated on the CPU, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from geofast import _reference
+
+ROOT = Path(__file__).parents[1]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]  # in RowType's order
+TOLERANCE = 1e-13  # of sqrt(G_ii G_jj), as the core's float64 products
+IMPLEMENTATIONS = ["emulated 80", "emulated 90", "native"]  # 80 and 90 have products of their own
+
+Tensors = Sequence[torch.Tensor]
+Grams = Callable[[Tensors, Tensors, torch.Tensor, torch.Tensor, torch.Tensor, Tensors], None]
+
+
+class Problem(ctypes.Structure):
+    """GramProblem of kernels/cuda/gram.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "shift", "out")] + [
+        ("stride", ctypes.c_int64)
+    ]
+
+
+class Shape(ctypes.Structure):
+    """GramShape of kernels/cuda/gram.h."""
+
+    _fields_ = [
+        ("z", ctypes.c_void_p),
+        ("z_stride", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        *[(name, ctypes.c_int) for name in ("dim", "q", "cells")],
+    ]
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    assert found, "the emulator needs the C++ compiler that built geofast: set CXX"
+    return found
+
+
+def emulator(capability: str, folder: Path) -> ctypes.CDLL:
+    library = folder / f"gram_{capability}.so"
+    command = [compiler(), "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unknown-pragmas", f"-D__CUDA_ARCH__={capability}0"]
+    command += [f"-I{ROOT / room}" for room in ("tests/cuda_emulator", "kernels/cuda", "csrc")]
+    command += [str(ROOT / "tests/cuda_emulator/gram.cpp"), "-o", str(library)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return ctypes.CDLL(str(library))
+
+
+def emulate(library: ctypes.CDLL) -> Grams:
+    library.gram.restype = ctypes.c_char_p
+
+    def grams(
+        xs: Tensors,
+        shifts: Tensors,
+        z: torch.Tensor,
+        order: torch.Tensor,
+        offsets: torch.Tensor,
+        outs: Tensors,
+    ) -> None:
+        given = zip(xs, shifts, outs, strict=True)
+        problems = (Problem * len(xs))(
+            *[
+                Problem(x.data_ptr(), c.data_ptr(), out.data_ptr(), x.stride(0))
+                for x, c, out in given
+            ]
+        )
+        shape = Shape(z.data_ptr(), z.stride(0), order.data_ptr(), offsets.data_ptr())
+        shape.dim, shape.q, shape.cells = xs[0].shape[1], z.shape[1], len(offsets) - 1
+        reads = [*xs, *shifts, z, order, offsets]
+        ranges = (ctypes.c_void_p * (2 * len(reads)))(*[at for t in reads for at in extent(t)])
+        kind = DTYPES.index(xs[0].dtype)
+        count = ctypes.c_int64(len(xs))
+        error = library.gram(
+            problems, count, ctypes.byref(shape), kind, ranges, ctypes.c_int64(len(reads))
+        )
+        assert error == b"", error.decode()
+
+    return grams
+
+
+def extent(t: torch.Tensor) -> tuple[int, int]:
+    if not t.numel():
+        return t.data_ptr(), t.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize
+
+
+def on_gpu(t: torch.Tensor) -> torch.Tensor:
+    """Return the same tensor on the GPU, with its strides and what lies around it."""
+    copy = torch.empty(0, dtype=t.dtype, device="cuda")
+    return copy.set_(t.untyped_storage().cuda(), t.storage_offset(), t.shape, t.stride())
+
+
+def native(
+    xs: Tensors,
+    shifts: Tensors,
+    z: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    outs: Tensors,
+) -> None:
+    from geofast import _cuda
+
+    there = [on_gpu(out) for out in outs]
+    _cuda.gram(
+        [on_gpu(x) for x in xs],
+        [on_gpu(c) for c in shifts],
+        *[on_gpu(t) for t in (z, order, offsets)],
+        there,
+    )
+    for out, result in zip(outs, there, strict=True):
+        out.copy_(result)
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def grams(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Grams:
+    if request.param == "native":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU: torch.cuda.is_available() is False")
+        return native
+    capability = request.param.split()[1]
+    return emulate(emulator(capability, tmp_path_factory.mktemp("emulator")))
+
+
+def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return the same rows in other memory, NaN wherever nobody may look."""
+    n, d = x.shape
+    if layout == "contiguous":
+        return x
+    width, first = {"aligned": ((d + 7) // 8 * 8, 0), "odd": (d + 3, 0), "shifted": (d + 8, 1)}[
+        layout
+    ]
+    whole = x.new_full((2 * n, width), torch.nan)
+    return whole[::2, first : first + d].copy_(x)
+
+
+def check(
+    grams: Grams,
+    *,
+    dim: int,
+    q: int = 3,
+    counts: Sequence[int] = (33,),
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    problems: int = 1,
+    n: int = 40,
+) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    z = torch.randn(n, q, generator=generator, dtype=torch.float64)
+    z[:, :1] = 1
+    z = laid_out(z, "odd")
+    # Rows of cells in any order, with repeats; some belong to no cell.
+    order = torch.randint(n, (sum(counts) + 5,), generator=generator)
+    offsets = torch.tensor([2, *counts]).cumsum(0)
+    xs, shifts, outs, wants = [], [], [], []
+    above = torch.ones(dim + q, dim + q, dtype=torch.bool).triu(1)
+    for _ in range(problems):
+        x = (
+            9 * torch.rand(dim, generator=generator) * torch.randn(n, dim, generator=generator) + 3
+        ).to(dtype)
+        xs.append(laid_out(x, layout))
+        shifts.append(3 + torch.randn(dim, generator=generator, dtype=torch.float64))
+        before = torch.randn(
+            len(counts), dim + q, dim + q, generator=generator, dtype=torch.float64
+        )
+        wants.append(before.clone())
+        _reference.gram(xs[-1], shifts[-1], z, order, offsets, wants[-1])
+        outs.append(before.masked_fill(above, torch.nan))
+    grams(xs, shifts, z, order, offsets, outs)
+    for out, want in zip(outs, wants, strict=True):
+        assert out.triu(1)[:, above].isnan().all()
+        # A sum about as large as what was there: sums of a cell without rows are as before.
+        scale = want.diagonal(dim1=-2, dim2=-1).abs().clamp_min(1).sqrt()
+        error = (out - want).nan_to_num(torch.inf).tril().abs()
+        error /= scale[:, :, None] * scale[:, None]
+        assert (error < TOLERANCE).all()
+
+
+@pytest.mark.parametrize("dim", [1, 5, 63, 64, 65, 96, 130, 200])
+def test_any_width(grams: Grams, dim: int) -> None:
+    check(grams, dim=dim, counts=[1, 0, 8, 21], dtype=DTYPES[dim % 4])
+
+
+@pytest.mark.parametrize("q", [0, 1, 3, 9, 16, 17, 33])
+def test_any_number_of_targets(grams: Grams, q: int) -> None:
+    check(grams, dim=70, q=q, counts=[19])
+
+
+def test_more_targets_than_a_tile_has_rows(grams: Grams) -> None:
+    check(grams, dim=3, q=130, counts=[9])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "aligned", "odd", "shifted"])
+def test_any_memory(grams: Grams, dtype: torch.dtype, layout: str) -> None:
+    for dim in (68, 134):
+        check(grams, dim=dim, dtype=dtype, layout=layout)
+
+
+def test_cells(grams: Grams) -> None:
+    check(grams, dim=40, counts=[0, 1, 7, 8, 9, 16, 0, 100, 0], n=30)
+
+
+def test_several_problems(grams: Grams) -> None:
+    check(grams, dim=66, counts=[12, 5], problems=3)
+
+
+def test_more_problems_than_a_launch_takes(grams: Grams) -> None:
+    check(grams, dim=2, q=1, counts=[3], problems=123)
+
+
+def test_no_problems_and_no_cells(grams: Grams) -> None:
+    check(grams, dim=5, counts=[])
+    check(grams, dim=5, counts=[0, 0])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_column(grams: Grams, bad: float) -> None:
+    x = torch.randn(20, 70)
+    x[7, 66] = bad
+    z = torch.ones(20, 2, dtype=torch.float64)
+    shift = torch.zeros(70, dtype=torch.float64)
+    out = torch.zeros(1, 72, 72, dtype=torch.float64)
+    grams([x], [shift], z, torch.arange(20), torch.tensor([0, 20]), [out])
+    column = torch.arange(72) == 66
+    touched = (column[:, None] | column).tril()
+    assert torch.equal(out[0].isfinite(), ~touched)
+
+
+def test_every_half_widens_exactly(grams: Grams) -> None:
+    bits = torch.arange(-(2**15), 2**15, 37, dtype=torch.int32).to(torch.int16)
+    halves = bits.view(torch.float16)
+    halves = halves[halves.isfinite()]
+    n = len(halves)
+    x, z = halves[:, None].contiguous(), torch.zeros(n, 0, dtype=torch.float64)
+    out = torch.zeros(n, 1, 1, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+    grams([x], [zero], z, torch.arange(n), torch.arange(n + 1), [out])
+    assert torch.equal(out[:, 0, 0], halves.double().square())

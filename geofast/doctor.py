@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .batching import Lengths
-from .checks import CHECKS, OF_DTYPE, Check, Given, Known, in_float32
+from .checks import CHECKS, OF_DTYPE, Check, Given, Known, with_float32
 from .data import SampleError, Samples, read
 from .data.stream import batches
 from .geo.folds import KFold
@@ -122,7 +122,7 @@ def doctor(
             view = view.asking(view.prompts[:1]) if view.prompts else view
             given = _given(view, examples if view.kind == loaded.kind else None, samples)
             if only is None or {*only} & OF_DTYPE:
-                given = replace(given, float32=in_float32(view, given))
+                given = with_float32(view, given)
             prefix = f"{view.kind}: " if loaded.other else ""
             checks += [
                 replace(check(view, given), name=prefix + name)
@@ -139,11 +139,22 @@ def quick(
     *,
     batched: bool = True,
 ) -> list[Check]:
-    """Make the checks that a probe cannot do without, on inputs that are transformed already."""
+    """Make the checks that a probe cannot do without, on inputs that are transformed already.
+
+    A model in a dtype coarser than float32 is first held against what is usual of that dtype: a
+    copy in float32 would take the time and the memory of loading it again. It is made where the
+    model does not pass, which then fails by the noise that was measured, as with `doctor`.
+    """
     given = Given(prepared, sites=sites)
     names = ("repeats", "batch") if batched else ("repeats",)
     model = replace(model, transform=None)
-    return [replace(CHECKS[name](model, given), name=name) for name in names]
+    checks = [replace(CHECKS[name](model, given), name=name) for name in names]
+    if all(check.outcome == "pass" for check in checks):
+        return checks
+    measured = with_float32(model, given)
+    if measured.float32 is None:
+        return checks
+    return [replace(CHECKS[name](model, measured), name=name) for name in names]
 
 
 def examine(

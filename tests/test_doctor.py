@@ -78,6 +78,44 @@ def test_a_model_that_mixes_its_samples():
         assert len(gf.probe(model, samples, split=gf.KFold(3), **told).layers)
 
 
+def shaken(dtype, times):
+    """A model that makes much of what it rounds off, which in a batch is a little more."""
+    model = language(dtype=dtype)
+
+    def shake(_module, _args, out):
+        more = 1 + (len(out) > 1) * torch.finfo(out.dtype).eps
+        return (times * more * out / out.norm(dim=-1, keepdim=True)).sin()
+
+    model.module.model.layers[1].mlp.register_forward_hook(shake)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_probe_refuses_no_model_for_the_noise_of_its_dtype(dtype):
+    """Its noise is beyond what is usual, and is measured then."""
+    model = shaken(dtype, 300)
+    named = str(dtype).removeprefix("torch.")
+    assert [c.outcome for c in quick(model, WORDS)] == ["pass", "pass"]
+    assert f"where {named} alone makes " in quick(model, WORDS)[1].detail
+    assert outcome(model, "batch").outcome == "pass"
+    assert "alone" not in quick(shaken(dtype, 20), WORDS)[1].detail  # no copy for what is usual
+    model.module.model.layers[1].mlp.register_forward_hook(
+        lambda _m, _a, out: out + 10 * out.mean(0, keepdim=True)
+    )
+    assert [c.outcome for c in quick(model, WORDS)] == ["pass", "fail"]
+
+
+def test_a_model_that_cannot_be_copied_is_held_against_what_is_usual(monkeypatch):
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = shaken(torch.bfloat16, 300)
+    monkeypatch.setattr("copy.deepcopy", full)
+    found = quick(model, WORDS)
+    assert [c.outcome for c in found] == ["pass", "fail"]
+    assert "alone" not in found[1].detail
+
+
 def test_a_probe_examines_the_texts_that_differ_most():
     """Texts of one length have no padding that a model could read."""
     module = tiny.bert()

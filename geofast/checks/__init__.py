@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..models import Model
-from .compare import Check, Given, Known, in_float32
+from .compare import Check, Given, Known, with_float32
 from .hooks import check_hidden_states
 from .passes import check_batch, check_padding, check_repeats
 from .roles import check_roles
 from .weights import check_dtype, check_weights
 
-__all__ = ["CHECKS", "OF_DTYPE", "Check", "Given", "Known", "in_float32"]
+__all__ = ["CHECKS", "OF_DTYPE", "Check", "Given", "Known", "with_float32"]
 
 CHECKS: dict[str, Callable[[Model, Given], Check]] = {
     "repeats": check_repeats,

@@ -66,13 +66,14 @@ class Given:
     known: Known | None = None
     sites: str | Sequence[str] | None = None
     """Where two passes and batches are compared; None for every layer."""
-    float32: Float32 | str = "nothing was computed in float32"
-    """Or why there is none."""
+    float32: Float32 | None = None
+    without: str = "nothing was computed in float32"
+    """Why there is no `float32`."""
 
     @property
     def noise(self) -> dict[str, float] | None:
         """What the dtype alone does, by key; None where nobody has measured it."""
-        return None if isinstance(self.float32, str) else self.float32.noise
+        return None if self.float32 is None else self.float32.noise
 
 
 def pools_of(model: Model) -> dict[str, list[str]]:
@@ -131,23 +132,22 @@ def judge(
     return Check("", "pass" if fine else "fail", detail, "" if fine else advice)
 
 
-def in_float32(model: Model, given: Given) -> Float32 | str:
-    """Return what a copy of `model` in float32 tells of its dtype, or why there is none."""
+def with_float32(model: Model, given: Given) -> Given:
+    """Add what a copy of `model` in float32 tells of its dtype, or why there is none."""
     if model.dtype == torch.float32:
-        return "float32 is what it runs in"
+        return replace(given, without="float32 is what it runs in")
     if why := pinned(model.module):
-        return why
+        return replace(given, without=why)
     try:
         exact = copy.deepcopy(model)
         exact.module.float()
         alone = read_one_by_one(exact, given.examples, given.sites)
-        return Float32(
-            differences(read_one_by_one(model, given.examples, given.sites), alone),
-            differences(read_rows(exact, given.examples, given.sites), alone),
-            None if given.known is None else r2_of(exact, given.known),
-        )
+        noise = differences(read_one_by_one(model, given.examples, given.sites), alone)
+        batch = differences(read_rows(exact, given.examples, given.sites), alone)
+        r2 = None if given.known is None else r2_of(exact, given.known)
     except RuntimeError as error:  # no memory for it, or no kernel
-        return f"a copy in float32 cannot be run: {said(error)}"
+        return replace(given, without=f"a copy in float32 cannot be run: {said(error)}")
+    return replace(given, float32=Float32(noise, batch, r2))
 
 
 def r2_of(model: Model, known: Known) -> dict[str, tuple[float, float]]:

@@ -19,8 +19,8 @@ _SEED = 1736251  # of the twin; none that people draw their own weights with
 
 
 def check_dtype(model: Model, given: Given) -> Check:
-    if isinstance(given.float32, str):
-        return Check("", "skip", given.float32)
+    if given.float32 is None:
+        return Check("", "skip", given.without)
     fine, advice = given.float32.r2, "too coarse: load the model with dtype=torch.float32 (--dtype)"
     if given.known is None or fine is None:
         advice += ", or give data (--data) to see what that does to R²"

@@ -1,0 +1,259 @@
+"""The operations in torch on any device, many matrices at once; they serve all but the CPU.
+
+Signatures and meaning are those of `_reference`, at the precision of the dtypes that are handed in.
+What lies above the diagonal of a matrix that is written is not specified afterwards. `sets` of
+`training_matrix` are on the CPU, all else is on the device, and nothing waits for it.
+
+Almost everything is a product of matrices, in few launches whatever the number of matrices. With
+few right-hand sides a triangular solve of cuBLAS waits for itself row after row, so `factor` also
+inverts the diagonal blocks of a factor, and a solve is two products for each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ._reference import gram, pool
+
+__all__ = [
+    "cholesky",
+    "factor",
+    "float32_products",
+    "gram",
+    "inverse_trace",
+    "invert_blocks",
+    "leverage",
+    "pool",
+    "project",
+    "project_t",
+    "solve_lower",
+    "training_matrix",
+]
+
+_PANEL = 128  # columns that are factored at once: the width of the products that follow
+_BLOCK = 1024  # rows of a diagonal block that is inverted: up to there a solve is one product
+_STRIP = 512  # rows of a training matrix that are made at once
+_BYTES = 1 << 28  # of float64 copies of rows, or of whole inverses, at once
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Have products of float32 matrices in float32 on GPUs, whatever the model was allowed."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    if before != "tf32":
+        yield
+        return
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def project(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    w: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    rows: torch.Tensor | None = None,
+) -> None:
+    """See `_reference.project`."""
+    for part, taken in _shifted(x, shift, rows):
+        torch.mm(taken, w.T, out=out[part])
+
+
+def project_t(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    r: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    rows: torch.Tensor | None = None,
+) -> None:
+    """See `_reference.project_t`."""
+    out.zero_()
+    for part, taken in _shifted(x, shift, rows):
+        out.addmm_(r[part].T, taken)
+
+
+def _shifted(
+    x: torch.Tensor, shift: torch.Tensor, rows: torch.Tensor | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows minus shift in float64, some at a time, and which."""
+    n, step = len(x) if rows is None else len(rows), max(1, _BYTES // (8 * max(1, x.shape[1])))
+    for i in range(0, n, step):
+        part = slice(i, min(i + step, n))
+        yield part, (x[part] if rows is None else x[rows[part]]) - shift
+
+
+def training_matrix(
+    total: torch.Tensor,
+    held: torch.Tensor,
+    sets: torch.Tensor,
+    alpha: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """See `_reference.training_matrix`; `total` may also be [layers, p, p].
+
+    Every layer then has the same number of parts in `held`, one layer's after another's.
+    """
+    d, total = out.shape[-1], total.view(-1, *held.shape[1:])
+    folds = len(held) // len(total)
+    if torch.equal(sets, torch.arange(len(held))):  # views then, no copies
+
+        def part(i: int, j: int) -> torch.Tensor:
+            grid = held[:, i:j, :j].unflatten(0, (-1, folds))
+            return (total[:, None, i:j, :j] - grid).flatten(0, 1)
+    else:
+        at = sets.to(held.device, non_blocking=True)
+
+        def part(i: int, j: int) -> torch.Tensor:
+            return total[at // folds, i:j, :j] - held[at, i:j, :j]
+
+    last = part(d, d + 1)[:, 0]
+    sums, mean = last[:, :d], last[:, :d] / last[:, d:]
+    diagonal = alpha[:, None] - sums * mean
+    for i in range(0, d, _STRIP):
+        j = min(i + _STRIP, d)
+        strip = part(i, j)
+        diagonal[:, i:j] += strip[:, :, i:].diagonal(dim1=1, dim2=2)
+        here = out[:, i:j, :j]
+        torch.addcmul(strip, sums[:, i:j, None], mean[:, None, :j], value=-1, out=here)
+    out.diagonal(dim1=1, dim2=2).copy_(diagonal)
+
+
+def cholesky(a: torch.Tensor, info: torch.Tensor) -> None:
+    """See `_reference.cholesky`."""
+    factor(a, info)
+
+
+def factor(a: torch.Tensor, info: torch.Tensor) -> torch.Tensor:
+    """Do what `cholesky` does, and return what `invert_blocks` would."""
+    d = a.shape[1]
+    inverses, found = _no_blocks(a), []
+    for j in range(0, d, _PANEL):
+        panel = a[:, j:, j : j + _PANEL]
+        w = panel.shape[2]
+        if j:
+            panel.baddbmm_(a[:, j:, :j], a[:, j : j + w, :j].mT, alpha=-1)
+        root, bad = torch.linalg.cholesky_ex(panel[:, :w])
+        panel[:, :w] = root
+        inverse = _invert(root)
+        panel[:, w:] = panel[:, w:] @ inverse.mT
+        _put_inverse(inverses, a, inverse, j)
+        found.append(torch.where(bad > 0, bad + j, d + 1))
+    # Not every library flags infinity and NaN, but they stay on the diagonal.
+    pivots = a.diagonal(dim1=1, dim2=2)
+    wrong = ~(pivots.isfinite() & (pivots > 0))
+    count = torch.arange(1, d + 1, dtype=info.dtype, device=a.device)
+    first = torch.cat([torch.stack(found, 1), torch.where(wrong, count, d + 1)], 1).amin(1)
+    info.copy_(torch.where(first > d, 0, first))
+    return inverses
+
+
+def invert_blocks(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
+    """Return the inverse of every diagonal block of `_BLOCK` rows, below one another.
+
+    For `l` [m, dim, dim] that is [m, dim, min(dim, _BLOCK)], with zeros above the diagonals.
+    """
+    inverses = _no_blocks(l)
+    for j in range(0, l.shape[1], _PANEL):
+        here = slice(j, j + _PANEL)
+        _put_inverse(inverses, l, _invert(l[:, here, here]), j)
+    return inverses
+
+
+def _no_blocks(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
+    return l.new_zeros(len(l), l.shape[1], min(l.shape[1], _BLOCK))
+
+
+def _invert(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
+    eye = torch.eye(l.shape[1], dtype=l.dtype, device=l.device).expand(l.shape)
+    return torch.linalg.solve_triangular(l, eye, upper=False)
+
+
+def _put_inverse(
+    inverses: torch.Tensor,
+    l: torch.Tensor,  # noqa: E741
+    inverse: torch.Tensor,
+    j: int,
+) -> None:
+    """Add the rows from j on, whose own block has this inverse, to the inverse that they end."""
+    s = j // _BLOCK * _BLOCK
+    rows = inverses[:, j : j + inverse.shape[1]]
+    rows[:, :, j - s : j - s + inverse.shape[1]] = inverse
+    if j > s:
+        before = l[:, j : j + inverse.shape[1], s:j] @ inverses[:, s:j, : j - s]
+        torch.baddbmm(before, inverse, before, beta=0, alpha=-1, out=rows[:, :, : j - s])
+
+
+def solve_lower(
+    l: torch.Tensor,  # noqa: E741
+    b: torch.Tensor,
+    transpose: bool,
+    *,
+    inverses: torch.Tensor | None = None,
+) -> None:
+    """See `_reference.solve_lower`; `inverses` are those of `invert_blocks`, if they are there."""
+    inverses = invert_blocks(l) if inverses is None else inverses
+    d = l.shape[1]
+    starts = range(0, d, _BLOCK)
+    for i in reversed(starts) if transpose else starts:
+        j = min(i + _BLOCK, d)
+        part, inverse = b[:, :, i:j], inverses[:, i:j, : j - i]
+        if transpose and j < d:
+            part.baddbmm_(b[:, :, j:], l[:, j:, i:j], alpha=-1)
+        elif i and not transpose:
+            part.baddbmm_(b[:, :, :i], l[:, i:j, :i].mT, alpha=-1)
+        part.copy_(part @ (inverse if transpose else inverse.mT))
+
+
+def inverse_trace(
+    l: torch.Tensor,  # noqa: E741
+    out: torch.Tensor,
+    *,
+    inverses: torch.Tensor | None = None,
+) -> None:
+    """See `_reference.inverse_trace`; `inverses` as for `solve_lower`."""
+    inverses = invert_blocks(l) if inverses is None else inverses
+    step = max(1, _BYTES // (l.itemsize * l.shape[1] ** 2))
+    for i in range(0, len(l), step):
+        whole = _whole_inverse(l[i : i + step], inverses[i : i + step])
+        out[i : i + step] = torch.linalg.vector_norm(whole, dim=(1, 2), dtype=out.dtype).square()
+
+
+def _whole_inverse(l: torch.Tensor, inverses: torch.Tensor) -> torch.Tensor:  # noqa: E741
+    d = l.shape[1]
+    if d <= _BLOCK:
+        return inverses
+    whole = torch.zeros_like(l)
+    for i in range(0, d, _BLOCK):
+        j = min(i + _BLOCK, d)
+        inverse = inverses[:, i:j, : j - i]
+        whole[:, i:j, i:j] = inverse
+        if i:
+            before = l[:, i:j, :i] @ whole[:, :i, :i]
+            torch.baddbmm(before, inverse, before, beta=0, alpha=-1, out=whole[:, i:j, :i])
+    return whole
+
+
+def leverage(
+    l: torch.Tensor,  # noqa: E741
+    x: torch.Tensor,
+    center: torch.Tensor,
+    rows: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    inverses: torch.Tensor | None = None,
+) -> None:
+    """See `_reference.leverage`; `inverses` [dim, ...] as for `solve_lower`, of this one matrix."""
+    inverses = invert_blocks(l[None])[0] if inverses is None else inverses
+    for part, centred in _shifted(x, center, rows):
+        b = centred.to(l.dtype)[None]
+        solve_lower(l[None], b, False, inverses=inverses[None])
+        out[part] = torch.linalg.vector_norm(b[0], dim=1, dtype=out.dtype).square()

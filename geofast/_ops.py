@@ -1,14 +1,17 @@
 """The one switch: which implementation serves the operations on a device.
 
-A backend is a module with the functions of `_reference`. The compiled core serves the CPU; every
-other device runs the reference itself, in torch on that device.
+A backend is a module with the functions of `_reference`. The compiled core serves the CPU, kernels
+of ours and torch a CUDA device, torch every other. A backend may also have `pool_packed` and
+`grams`, which do in one call what `pool` and `grams` here do in several.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -20,7 +23,37 @@ _KEPT_BYTES = 64 << 20
 
 def backend(device: torch.device) -> ModuleType:
     """Return the module whose operations run on `device`."""
-    return _core if device.type == "cpu" else _reference
+    if device.type == "cpu":
+        return _core
+    return import_module(f".{'_gpu' if device.type == 'cuda' else '_device'}", __package__)
+
+
+def pool(
+    x: torch.Tensor,
+    roles: torch.Tensor,
+    jobs: Sequence[tuple[str, int, torch.Tensor]],
+    starts: Sequence[int] | None = None,
+) -> None:
+    """Do what the backend's `pool` does; with float64 rows, what the reference does.
+
+    With `starts` [samples + 1], sample s is tokens starts[s]:starts[s + 1] of the sequences laid
+    end to end, `roles` are [1, sequences * tokens], and rows are [samples, dim].
+    """
+    if torch.compiler.is_compiling():
+        operations = " ".join(operation for operation, _, _ in jobs)
+        bits, outs = [bit for _, bit, _ in jobs], [out for _, _, out in jobs]
+        _compiled_pool(x, roles, operations, bits, outs, None if starts is None else list(starts))
+        return
+    ops = _reference if jobs[0][2].dtype == torch.float64 else backend(x.device)
+    if starts is None:
+        ops.pool(x, roles, jobs)
+    elif hasattr(ops, "pool_packed"):
+        ops.pool_packed(x, roles, jobs, starts)
+    else:
+        ends = x.reshape(1, -1, x.shape[-1])
+        for i, (a, b) in enumerate(itertools.pairwise(starts)):
+            one = [(operation, bit, rows[i : i + 1]) for operation, bit, rows in jobs]
+            ops.pool(ends[:, a:b], roles[:, a:b], one)
 
 
 def grams(
@@ -33,7 +66,10 @@ def grams(
     *,
     products: str,
 ) -> None:
-    """Do what `gram` does for every x, shift and out, all of one dtype and shape."""
+    """Do what the backend's `gram` does for every x, shift and out, all of one dtype and shape."""
+    if torch.compiler.is_compiling():
+        _compiled_grams(list(xs), list(shifts), z, order, offsets, list(outs), products)
+        return
     ops = backend(outs[0].device)
     if hasattr(ops, "grams"):
         ops.grams(xs, shifts, z, order, offsets, outs, products=products)
@@ -42,7 +78,46 @@ def grams(
         ops.gram(x, shift, z, order, offsets, out, products=products)
 
 
+# torch.compile sees one operator where the kernels are, and need not look inside.
+
+
+@torch.library.custom_op("geofast::pool", mutates_args={"outs"})
+def _compiled_pool(
+    x: torch.Tensor,
+    roles: torch.Tensor,
+    operations: str,
+    bits: list[int],
+    outs: list[torch.Tensor],
+    starts: list[int] | None,
+) -> None:
+    pool(x, roles, list(zip(operations.split(), bits, outs, strict=True)), starts)
+
+
+@torch.library.custom_op("geofast::grams", mutates_args={"outs"})
+def _compiled_grams(
+    xs: list[torch.Tensor],
+    shifts: list[torch.Tensor],
+    z: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    outs: list[torch.Tensor],
+    products: str,
+) -> None:
+    grams(xs, shifts, z, order, offsets, outs, products=products)
+
+
+@_compiled_pool.register_fake
+@_compiled_grams.register_fake
+def _nothing_new(*_: object) -> None:
+    """Write in place, and return nothing."""
+
+
 _CPU = torch.device("cpu")
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `tensor` on `device`; the host does not wait for a GPU that it is sent to."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device = _CPU) -> torch.Tensor:
@@ -79,4 +154,9 @@ def describe(device: torch.device) -> str:
     """Say in words what serves `device`, and why nothing better does."""
     if device.type == "cpu":
         return f"C++ core ({_core.detected_isa()}, {torch.get_num_threads()} threads)"
-    return f"torch float64 reference on {device} (this build has no kernels for it)"
+    if device.type != "cuda":
+        return f"torch on {device} (geofast has no kernels for it)"
+    from . import _gpu
+
+    name = torch.cuda.get_device_name(device)
+    return "; ".join([f"kernels on {device}, {name}", *_gpu.lacking(device)])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -164,18 +165,18 @@ class Recorder:
 
     def attach(self, hooks: ExitStack) -> None:
         """Register every hook so that leaving `hooks` removes it."""
-        start = self._body.register_forward_pre_hook(self._start, with_kwargs=True)
+        start = self._body.register_forward_pre_hook(_untraced(self._start), with_kwargs=True)
         hooks.callback(start.remove)
         for name in {site.tower for site in self._sites}:
             # What a projector is given, its vision tower was given before.
             tower = self._towers["vision" if name == "projector" else name]
             for module in modules_around(self._body, (*tower.blocks, tower.head)[0]):
-                note = partial(self._note_mask, tower.name)
+                note = _untraced(partial(self._note_mask, tower.name))
                 handle = module.register_forward_pre_hook(note, with_kwargs=True)
                 hooks.callback(handle.remove)
         for site in self._sites:
-            hooks.callback(site.watch(partial(self._read, site)).remove)
-        hooks.callback(self._body.register_forward_hook(self._finish).remove)
+            hooks.callback(site.watch(_untraced(partial(self._read, site))).remove)
+        hooks.callback(self._body.register_forward_hook(_untraced(self._finish)).remove)
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call = Call(_arguments(module, args, kwargs))
@@ -263,6 +264,11 @@ class Recorder:
             )
             raise RuntimeError(msg)
         self._running = False
+
+
+def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keep torch.compile from looking into a hook; without it, do not load it, which takes 2 s."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def modules_around(body: nn.Module, block: nn.Module | None) -> list[nn.Module]:

@@ -100,7 +100,8 @@ class Gram:
         if self.shift is None:
             self._target_shift = mean
             first = x[:_SHIFT_ROWS].double().mean(0)
-            self.shift = torch.cat([first, first.new_tensor(mean)])
+            end = _ops.send(torch.tensor(mean, dtype=torch.float64), x.device)
+            self.shift = torch.cat([first, end])
         elif self._target_shift is None:
             self._target_shift = tuple(self.shift[self.dim :].tolist())
         return self._target_shift
@@ -195,7 +196,8 @@ def update(
     if not len(y):
         return
     y, order = y.double(), torch.argsort(cell, stable=True)
-    mean = tuple(y[:_SHIFT_ROWS].mean(0).tolist())
+    new = any(gram.shift is None for gram in grams)
+    mean = tuple(y[:_SHIFT_ROWS].mean(0).tolist()) if new else ()
     together = defaultdict(list)
     for gram, r in zip(grams, x, strict=True):
         e = gram._begin(r, mean)
@@ -203,10 +205,11 @@ def update(
     for (device, _, dim, cells, products, e), members in together.items():
         ends = torch.arange(cells + 1, device=cell.device)
         offsets = torch.searchsorted(cell[order], ends)
-        z = torch.cat([y.new_ones(len(y), 1), y - y.new_tensor(e)], 1)
+        about = y - _ops.send(torch.tensor(e, dtype=torch.float64), y.device)
+        z = _ops.send(torch.cat([y.new_ones(len(y), 1), about], 1), device)
         shifts = [gram.shift[:dim] for gram, _ in members if gram.shift is not None]
         _ops.grams(
-            [r for _, r in members], shifts, z.to(device), order.to(device), offsets,
+            [r for _, r in members], shifts, z, _ops.send(order, device), offsets,
             [gram.matrix for gram, _ in members], products=products,
         )  # fmt: skip
 

@@ -24,13 +24,12 @@ every pool. `geofast.tokens` tells the role and the place of every token.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from . import _ops, _reference
+from . import _ops
 
 ROLES = ("all", "cls", "register", "patch", "image", "text")
 """What a token can be, in the order of its bits. `all` is every token that is not padding."""
@@ -120,16 +119,10 @@ def pool(
         Where a sample is not a sequence of `hidden`: where each begins in the sequences laid end to
         end, and the end, [samples + 1]; `roles` are [1, sequences * tokens].
     """
-    if starts is not None:
-        ends = hidden.reshape(1, -1, hidden.shape[-1])
-        for i, (a, b) in enumerate(itertools.pairwise(starts)):
-            pool(ends[:, a:b], roles[:, a:b], pools, [rows[i : i + 1] for rows in out])
-        return
     dim = hidden.shape[-1]
     jobs = [
         (operation, role_bit(role), rows[:, i * dim : (i + 1) * dim])
         for pool_, rows in zip(pools, out, strict=True)
         for i, (operation, role) in enumerate(pool_.parts)
     ]
-    exact = out[0].dtype == torch.float64
-    (_reference if exact else _ops.backend(hidden.device)).pool(hidden, roles, jobs)
+    _ops.pool(hidden, roles, jobs, starts)

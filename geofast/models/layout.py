@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .._ops import send
 from ..pooling import role_bit
 from .phi4 import token_places
 from .structure import Site, Tower
@@ -169,20 +170,21 @@ def _roles(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> torch.
     suffix = tower.suffix if len(prefix) + len(tower.suffix) < length else ()
     for i, role in [*enumerate(prefix), *enumerate(suffix, start=-len(suffix))]:
         bits[i] = 1 << role_bit(role) | 1
-    roles = bits.to(tokens.device).repeat(sequences, 1)
+    roles = send(bits, tokens.device).repeat(sequences, 1)
     if tower.name == "projector" and (places := token_places(call.given)) is not None:
         roles[:, torch.cat(places)[:, 0] < 0] = 1
     ids = call.given.get("input_ids")
     if tower.image_token is not None:
         if isinstance(ids, torch.Tensor) and ids.shape == roles.shape:
-            ids = ids.to(roles.device)
-            roles[torch.isin(ids, torch.tensor(tower.image_marks).to(ids))] = 1
+            ids = send(ids, roles.device)
+            marks = torch.tensor(tower.image_marks, dtype=ids.dtype)
+            roles[torch.isin(ids, send(marks, ids.device))] = 1
             roles[ids == tower.image_token] = 1 << role_bit("image") | 1
         else:
             roles[:] = 1  # of embeddings alone nobody can tell text from image
     mask = _mask(tower, roles, call)
     if mask is not None:
-        roles *= (mask != 0).to(roles.device)
+        roles *= send(mask != 0, roles.device)
     return roles
 
 

@@ -1,0 +1,119 @@
+"""The operations on a CUDA device: geofast's kernels, and torch's where those serve.
+
+Importing it needs no GPU. What a machine lacks, `lacking` says, and torch's operations serve.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import _reference
+from ._device import (
+    cholesky,
+    inverse_trace,
+    leverage,
+    project,
+    project_t,
+    solve_lower,
+    training_matrix,
+)
+from ._ops import send
+
+__all__ = [
+    "cholesky", "gram", "grams", "inverse_trace", "leverage", "pool", "pool_packed", "project",
+    "project_t", "solve_lower", "training_matrix",
+]  # fmt: skip
+
+Jobs = Sequence[tuple[str, int, torch.Tensor]]
+
+
+@cache
+def _triton(device: torch.device) -> tuple[ModuleType, ModuleType] | str:
+    """Return the kernels in Triton (pool, gram), or why there are none for `device`."""
+    try:
+        from .kernels import gram, pool
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the kernels are for compute capability 8.0 and newer; this is {major}.{minor}"
+    return pool, gram
+
+
+@cache
+def _cuda(device: torch.device) -> Any:
+    """Return the extension module, or why there is none for `device`."""
+    try:
+        from . import _cuda as extension
+    except ImportError as error:
+        return f"geofast was built without CUDA C++ ({error})"
+    return extension.unavailable(device.index or 0) or extension
+
+
+def lacking(device: torch.device) -> list[str]:
+    """Return why torch serves where a kernel would."""
+    why = {"pooling": _triton(device), "statistics": _cuda(device)}
+    return [f"torch serves {what}: {one}" for what, one in why.items() if isinstance(one, str)]
+
+
+def pool(x: torch.Tensor, roles: torch.Tensor, jobs: Jobs) -> None:
+    """As `_reference.pool`, in one read of `x` and with sums in float32; float64 is torch's."""
+    kernels = _triton(x.device)
+    if isinstance(kernels, str) or x.dtype == torch.float64:
+        _reference.pool(x, roles, jobs)
+    else:
+        kernels[0].pool(x, roles, jobs)
+
+
+def pool_packed(x: torch.Tensor, roles: torch.Tensor, jobs: Jobs, starts: Sequence[int]) -> None:
+    """As `_ops.pool` with `starts`, in one read of `x`."""
+    kernels = _triton(x.device)
+    ends = x.reshape(1, -1, x.shape[-1])
+    if not isinstance(kernels, str) and x.dtype != torch.float64:
+        kernels[0].pool(ends, roles, jobs, send(torch.tensor(starts), x.device))
+        return
+    for i, (a, b) in enumerate(itertools.pairwise(starts)):
+        one = [(operation, bit, rows[i : i + 1]) for operation, bit, rows in jobs]
+        _reference.pool(ends[:, a:b], roles[:, a:b], one)
+
+
+def gram(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    z: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    products: str = "float64",
+) -> None:
+    """As `_reference.gram`."""
+    grams([x], [shift], z, order, offsets, [out], products=products)
+
+
+def grams(
+    xs: Sequence[torch.Tensor],
+    shifts: Sequence[torch.Tensor],
+    z: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    outs: Sequence[torch.Tensor],
+    *,
+    products: str,
+) -> None:
+    """As `_ops.grams`, in one launch. The kernels allocate nothing, so all is added or nothing."""
+    device = outs[0].device
+    kernels, extension = _triton(device), _cuda(device)
+    if products == "float32" and xs[0].dtype != torch.float64 and not isinstance(kernels, str):
+        kernels[1].grams(xs, shifts, z, order, send(offsets, device), outs)
+    elif not isinstance(extension, str):
+        extension.gram(xs, shifts, z, order, send(offsets, device), outs)
+    else:
+        for x, shift, out in zip(xs, shifts, outs, strict=True):
+            _reference.gram(x, shift, z, order, offsets, out)

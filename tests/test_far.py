@@ -1,0 +1,201 @@
+"""What the engine does around a GPU's operations, on a device that is pretended."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from pretend import DEVICE, Pretend
+
+import geofast as gf
+from geofast import _ops, _reference
+from geofast.accumulate import Statistics
+from geofast.batching import Budget, Lengths
+from geofast.capture import NonFiniteError, NoTokenError
+from geofast.data import from_arrays
+from geofast.extract import Storage, extract
+from geofast.gram import Gram
+from geofast.models.inputs import text_collate
+from geofast.models.model import Model
+from geofast.rows import Rows
+
+POOLS = {"vit": ["cls", "mean:patch"], "llama": ["last", "mean", "max:text"]}
+
+
+def batches(family):
+    torch.manual_seed(0)
+    if family == "vit":
+        return [{"pixel_values": torch.randn(n, 3, 32, 32)} for n in (3, 2)]
+    mask = torch.ones(4, 6, dtype=torch.int64)
+    mask[1, 4:] = mask[3, :2] = 0
+    return [{"input_ids": torch.randint(3, 99, (4, 6)), "attention_mask": mask}]
+
+
+def near(family, rows=None):
+    model = getattr(tiny, family)()
+    with torch.no_grad(), gf.capture(model, pool=POOLS[family], rows=rows) as found:
+        for batch in batches(family):
+            model(**batch)
+    return dict(found)
+
+
+def far(gpu, family, rows, spoil=lambda model, batch: None):
+    """Capture on the device; return the rows and where the host waited in a forward pass."""
+    model = getattr(tiny, family)().to(DEVICE)
+    waits = []
+    with torch.no_grad(), gf.capture(model, pool=POOLS[family], rows=rows):
+        for batch in batches(family):
+            there = {name: value.to(DEVICE) for name, value in batch.items()}
+            spoil(model, there)
+            before = len(gpu.syncs)
+            model(**there)
+            waits += gpu.syncs[before:]
+    return waits
+
+
+def bare(gpu, family):
+    model, waits = getattr(tiny, family)().to(DEVICE), []
+    with torch.no_grad():
+        for batch in batches(family):
+            there = {name: value.to(DEVICE) for name, value in batch.items()}
+            before = len(gpu.syncs)
+            model(**there)
+            waits += gpu.syncs[before:]
+    return waits
+
+
+class Kernels:
+    """Operations that a device runs without the host: the reference on the numbers themselves."""
+
+    @staticmethod
+    def pool(x, roles, jobs):
+        _reference.pool(x.near, roles.near, [(op, bit, out.near) for op, bit, out in jobs])
+
+    @staticmethod
+    def grams(xs, shifts, z, order, offsets, outs, *, products):
+        for x, shift, out in zip(xs, shifts, outs, strict=True):
+            _reference.gram(x.near, shift.near, z.near, order.near, offsets, out.near)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    real = _ops.backend
+    monkeypatch.setattr(_ops, "backend", lambda d: Kernels if d == DEVICE else real(d))
+    # A wrapped tensor cannot be an inference tensor.
+    monkeypatch.setattr(Model, "forward", torch.no_grad()(Model.forward.__wrapped__))
+    with Pretend() as gpu:
+        yield gpu
+
+
+@pytest.mark.parametrize("family", POOLS)
+@pytest.mark.parametrize("stay", [True, False])
+def test_a_forward_pass_waits_for_nothing_that_the_model_does_not(gpu, family, stay):
+    rows = Rows(stay=stay)
+    assert far(gpu, family, rows) == bare(gpu, family)
+    assert {x.device.type for x in rows.values()} == {DEVICE.type if stay else "cpu"}
+    for key, expected in near(family).items():
+        torch.testing.assert_close(rows[key].cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_finite_is_told_after_the_pass(gpu):
+    def spoil(model, batch):
+        if len(batch["pixel_values"]) == 2:
+            batch["pixel_values"][1] = torch.inf
+
+    rows = Rows(stay=True)
+    with pytest.raises(
+        NonFiniteError, match=r"^vision.embed/mean:patch: sample 4 has NaN"
+    ) as caught:
+        far(gpu, "vit", rows, spoil)
+    assert caught.value.sample == 4
+
+
+def test_a_lack_of_tokens_is_told_after_the_pass(gpu):
+    def spoil(model, batch):
+        batch["attention_mask"][2] = 0
+
+    with pytest.raises(
+        NoTokenError, match=r"'last' at lm.embed: sample 2 has no all token"
+    ) as caught:
+        far(gpu, "llama", Rows(), spoil)
+    assert caught.value.sample == 2
+
+
+def test_rows_that_are_forgotten_are_not_looked_into(gpu):
+    rows = Rows(stay=True)
+    with pytest.raises(NonFiniteError):
+        far(gpu, "vit", rows, lambda model, batch: batch["pixel_values"].fill_(torch.nan))
+    assert rows.unverified == 0
+    rows.clear()
+    far(gpu, "vit", rows)
+    assert rows.n == 5
+
+
+def test_statistics_are_added_to_without_waiting(gpu):
+    r = torch.Generator().manual_seed(0)
+    x = {key: torch.randn(30, d, generator=r) for key, d in {"a": 4, "b": 4, "c": 3}.items()}
+    y, cell = torch.randn(30, 2, generator=r), torch.randint(-1, 3, (30,), generator=r)
+    there = {key: rows.to(DEVICE) for key, rows in x.items()}
+    statistics = Statistics(3, Budget(1), Rows().aside)
+    before = len(gpu.syncs)
+    for part in (slice(10), slice(10, 30)):
+        statistics.add({key: rows[part] for key, rows in there.items()}, y[part], cell[part])
+    # The copies of targets and order go to the device, and nothing comes back.
+    assert {*gpu.syncs[before:]} <= {"_to_copy"}
+    for key, gram in statistics.grams.items():
+        expected = Gram(x[key].shape[1], 2, 3)
+        for part in (slice(10), slice(10, 30)):
+            expected.update(x[key][part], y[part], cell[part])
+        torch.testing.assert_close(gram.cpu().matrix, expected.matrix, rtol=1e-12, atol=1e-12)
+
+
+WORDS = [f"w{i} w{i % 7} w{i % 3}" if i % 2 else f"w{i}" for i in range(1, 40)]
+
+
+def language(device=None):
+    module = tiny.llama()
+    model = gf.load(module, prepare=text_collate(tiny.tokenizer(), module.base_model))
+    if device is not None:
+        module.to(device)
+    return model
+
+
+def extracted(model, kind, stay=False, spoil=None):
+    texts = list(WORDS)
+    if spoil is not None:
+        texts[spoil] = ""
+    samples = from_arrays(texts, np.arange(39.0), np.arange(39.0), id=[f"id{i}" for i in range(39)])
+    y = torch.stack([torch.arange(39.0), torch.arange(39.0).cos()], 1).double()
+    lengths = {"": Lengths(np.array([len(t.split()) for t in texts]))}
+    with torch.no_grad():
+        return extract(
+            model, {"": samples}, Storage(kind, y, torch.arange(39) % 3, stay=stay),
+            sites=None, pool=["last", "mean"], lengths=lengths, budget=Budget(24),
+            workers=0, strict=False, progress=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["rows", "gram"])
+@pytest.mark.parametrize("stay", [True, False])
+def test_what_a_pass_on_a_device_leaves_is_on_the_cpu_and_right(gpu, kind, stay, monkeypatch):
+    monkeypatch.setattr("geofast.extract._FLUSH", 10)
+    found, expected = extracted(language(DEVICE), kind, stay), extracted(language(), kind)
+    assert found.kept.tolist() == expected.kept.tolist()
+    if kind == "rows":
+        for key, rows in expected.rows.items():
+            torch.testing.assert_close(found.rows[key].cpu(), rows, rtol=1e-5, atol=1e-5)
+        return
+    for key, gram in expected.grams.items():
+        assert found.grams[key].count.tolist() == gram.count.tolist()
+        about = found.grams[key]._about(gram.shift)
+        torch.testing.assert_close(about, gram.matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_the_sample_with_an_activation_that_is_not_finite_is_named(gpu):
+    model = language(DEVICE)
+    with torch.no_grad():
+        model.module.get_input_embeddings().weight[tiny.tokenizer()("w38")["input_ids"][0]] = (
+            torch.inf
+        )
+    message = "lm.embed/last: sample .* has NaN.* That is arrays, id id37"
+    with pytest.raises(NonFiniteError, match=message):
+        extracted(model, "gram", stay=True)

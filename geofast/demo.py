@@ -44,7 +44,7 @@ def cities(samples: int | None = None, alphas: Sequence[float] = ALPHAS) -> Run:
     data = cities_data(2500 if samples is None else samples)
     model = _load(smollm2())
     return probe(
-        model, data, prompts=CITY_PROMPTS, batch_size=64, alphas=alphas,
+        model, data, prompts=CITY_PROMPTS, alphas=alphas,
         split=[KFold(), GroupKFold("country")], controls="tokens", progress=True,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from .models import Model, Site, Stage, Tower, find_towers, match_sites
 from .models.layout import Call, Layout, as_tokens, lay_out
-from .pooling import ROLES, Pool, parse_pools, pool, role_bit
+from .pooling import ROLES, Pool, parse_pools, pool
 from .rows import Blame, Rows
 
 Pools = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
@@ -27,7 +27,7 @@ class NonFiniteError(FloatingPointError):
     What a GPU pooled is looked at later: `sample` is then its place among the rows so far.
     """
 
-    def __init__(self, key: str, place: int, dtype: torch.dtype, first: int | None = None) -> None:
+    def __init__(self, key: str, dtype: torch.dtype, place: int, first: int | None = None) -> None:
         self.sample = place + (first or 0)
         advice = "look at its input and at the model's weights"
         if dtype == torch.float16:
@@ -161,7 +161,7 @@ class Recorder:
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._samples: int | None = None
         self._seen: set[str] = set()
-        self._keys: list[str] = []
+        self._counts: dict[str, int] = {}
 
     def attach(self, hooks: ExitStack) -> None:
         """Register every hook so that leaving `hooks` removes it."""
@@ -182,7 +182,7 @@ class Recorder:
         self._call = Call(_arguments(module, args, kwargs))
         self._layouts.clear()
         self._seen.clear()
-        self._keys.clear()
+        self._counts = {}
         self._samples = None
         self._running = True
 
@@ -204,39 +204,60 @@ class Recorder:
             )
         tokens = as_tokens(site, self._towers[site.tower], hidden.detach(), self._call)
         layout, is_new = self._layout(site, tokens)
-        batch, dim = layout.samples, tokens.shape[-1]
+        batch = layout.samples
         if self._samples not in (None, batch):
             msg = f"{site.name} saw {batch} samples where the sites before it saw {self._samples}"
             raise ValueError(msg)
         self._samples = batch
         pools = self._pools[site.tower]
         pools = pools[:1] if site.is_vector else pools
-        keys = [self._rows.key(site.name, p.name) for p in pools]
-        room = [
-            self._rows.reserve(k, p.width(dim), batch, hidden.device)
-            for k, p in zip(keys, pools, strict=True)
-        ]
-        for pool_, role in _roles_of(pools) if is_new else ():
-            sign = torch.where(_lacking(layout, role).any(), math.nan, 0.0)
-            self._check(keys[0], room[0], sign, partial(_refuse_lack, pool_, role, site, layout))
-        with self._rows.aside.beside(hidden, layout.roles):
-            # Pool where the tokens are; at most [batch, dim] travels to the host.
-            where = hidden.device
-            out = [r if r.device == where else torch.empty_like(r, device=where) for r in room]
-            if tokens.stride(-1) != 1:
-                tokens = tokens.contiguous()
-            pool(tokens, layout.roles, pools, out, layout.starts)
-            for r, o in zip(room, out, strict=True):
-                if r is not o:
-                    r.copy_(o, non_blocking=True)
-            for key, o in zip(keys, out, strict=True):
-                # One operation where all is well; only a sum that is not finite is looked into.
-                self._check(key, o, o.sum(), partial(_require_finite, key, hidden.dtype))
-        self._keys += keys
+        if tokens.stride(-1) != 1:
+            tokens = tokens.contiguous()
+        if is_new:
+            self._require_tokens(pools, site, layout)
+        pooled = [p for p in pools if p.each is None]
+        if pooled:
+            self._pool(site, pooled, tokens, layout)
+        for p in pools:
+            if p.each is not None:
+                self._take_each(site, p, p.each, tokens, layout)
         self._seen.add(site.name)
         # Here and not when the model is done: a forward pass may stop at the deepest site.
         if len(self._seen) == len(self._sites):
-            self._rows.commit(self._keys, batch)
+            self._rows.commit(self._counts, batch)
+
+    def _pool(self, site: Site, pools: list[Pool], tokens: torch.Tensor, layout: Layout) -> None:
+        """Put a row a sample where they are kept; at most [batch, dim] travels to the host."""
+        rows, (batch, dim), where = self._rows, (layout.samples, tokens.shape[-1]), tokens.device
+        keys = [rows.key(site.name, p.name) for p in pools]
+        widths = [p.width(dim) for p in pools]
+        room = [rows.reserve(k, w, batch, where) for k, w in zip(keys, widths, strict=True)]
+        with rows.aside.beside(tokens, layout.roles):
+            out = [r if r.device == where else torch.empty_like(r, device=where) for r in room]
+            pool(tokens, layout.roles, pools, out, layout.starts)
+            for key, r, o in zip(keys, room, out, strict=True):
+                if r is not o:
+                    r.copy_(o, non_blocking=True)
+                self._check(key, o, partial(NonFiniteError, key, tokens.dtype))
+        self._counts |= dict.fromkeys(keys, batch)
+
+    def _take_each(
+        self, site: Site, p: Pool, role: str, tokens: torch.Tensor, layout: Layout
+    ) -> None:
+        """Hand the tokens of a role on, or make each a row: sample by sample, in their order."""
+        rows, key, dim = self._rows, self._rows.key(site.name, p.name), tokens.shape[-1]
+        hidden, count = tokens.reshape(-1, dim), 0
+        with rows.aside.beside(tokens, layout.roles, layout.sample):
+            means = torch.empty(layout.samples, dim, device=tokens.device)
+            pool(tokens, layout.roles, parse_pools(f"mean:{role}"), [means], layout.starts)
+            self._check(key, means, partial(NonFiniteError, key, tokens.dtype))
+            if rows.take_tokens is not None:
+                rows.take_tokens(key, hidden, layout, role)
+            else:
+                chosen = hidden[layout.has(role).flatten()]
+                count = len(chosen)
+                rows.reserve(key, dim, count, tokens.device).copy_(chosen)
+        self._counts[key] = count
 
     def _layout(self, site: Site, tokens: torch.Tensor) -> tuple[Layout, bool]:
         """Return the layout of the tokens, and whether no site before had it."""
@@ -247,12 +268,26 @@ class Recorder:
             self._layouts[kind] = lay_out(site, self._towers[site.tower], tokens, self._call)
         return self._layouts[kind], is_new
 
-    def _check(self, key: str, rows: torch.Tensor, sign: torch.Tensor, blame: Blame) -> None:
-        """Have `blame` say what is wrong with the batch's rows where `sign` is not finite."""
-        if not sign.is_cpu:  # nobody waits for a GPU here
-            self._rows.watch(key, len(rows), sign, blame)
-        elif not math.isfinite(float(sign)):
-            blame(rows, None)
+    def _require_tokens(self, pools: Sequence[Pool], site: Site, layout: Layout) -> None:
+        """Refuse a sample without a token of a role that is asked for."""
+        asked = {role: p for p in reversed(pools) for _, role in reversed(p.parts)}
+        for role, p in reversed(asked.items()):
+            signs = torch.where(_lacking(layout, role), math.nan, 0.0)
+            key = self._rows.key(site.name, p.name)
+            self._check(key, signs[:, None], partial(_lack, p, role, site, layout))
+
+    def _check(self, key: str, values: torch.Tensor, blame: Blame) -> None:
+        """Have `blame` say what is wrong with the sample whose values [samples, d] are not finite.
+
+        On a GPU nobody waits for them here. On the CPU it is one operation where all is well: only
+        a sum that is not finite is looked into.
+        """
+        if not values.is_cpu:
+            self._rows.watch(key, (values * 0).sum(1), blame)
+        elif not math.isfinite(float(values.sum())):
+            bad = (~values.isfinite().all(1)).nonzero()
+            if len(bad):
+                raise blame(int(bad[0]), None)
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         missed = [s.name for s in self._sites if s.name not in self._seen]
@@ -282,35 +317,22 @@ def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
 
 
-def _require_finite(key: str, dtype: torch.dtype, rows: torch.Tensor, first: int | None) -> None:
-    bad = (~rows.isfinite().all(1)).nonzero()[:, 0].tolist()
-    if bad:
-        raise NonFiniteError(key, bad[0], dtype, first)
-
-
-def _roles_of(pools: Sequence[Pool]) -> list[tuple[Pool, str]]:
-    """Return every role that pools ask for, with the first that does."""
-    asked = {role: pool for pool in reversed(pools) for _, role in reversed(pool.parts)}
-    return [(pool, role) for role, pool in reversed(asked.items())]
-
-
 def _lacking(layout: Layout, role: str) -> torch.Tensor:
     """Which samples have no token of `role`: bool [samples]."""
-    has = ((layout.roles >> role_bit(role)) & 1).bool()
+    has = layout.has(role)
     if layout.starts is None:
         return ~has.any(1)
     ends = torch.nn.functional.pad(has[0].cumsum(0), (1, 0))[list(layout.starts)]
     return ends.diff() == 0
 
 
-def _refuse_lack(
-    pool: Pool, role: str, site: Site, layout: Layout, rows: torch.Tensor, first: int | None
-) -> None:
-    sample = int(_lacking(layout, role).nonzero()[0])
-    there = [r for r in ROLES[1:] if (layout.roles >> role_bit(r) & 1).any()]
-    msg = f"{_sample(sample, first)} has no {role} token"
+def _lack(
+    p: Pool, role: str, site: Site, layout: Layout, place: int, first: int | None
+) -> NoTokenError:
+    there = [r for r in ROLES[1:] if layout.has(r).any()]
+    msg = f"pool {p.name!r} at {site.name}: {_sample(place, first)} has no {role} token"
     msg += f"; here are {', '.join(there)} tokens" if there else ""
-    raise NoTokenError(f"pool {pool.name!r} at {site.name}: {msg}", sample + (first or 0))
+    return NoTokenError(msg, place + (first or 0))
 
 
 def _sample(place: int, first: int | None) -> str:

@@ -1,7 +1,8 @@
 """The pooling vocabulary: from the tokens of one sample to one vector.
 
 A pool is written `cls`, `last`, `mean`, `max` or `min`, with a role where one is needed
-(`mean:patch`, `max:image`), and `a+b` concatenates. A role says what a token is:
+(`mean:patch`, `max:image`), and `a+b` concatenates. `each:patch` pools nothing: every patch is a
+row of its own, with the targets, fold and group of its sample. A role says what a token is:
 
 `cls`
     the token that a vision tower is trained to gather an image in;
@@ -36,6 +37,7 @@ ROLES = ("all", "cls", "register", "patch", "image", "text")
 
 _SHORT = {"cls": ("first", "cls"), "last": ("last", "all")}
 _REDUCTIONS = ("mean", "max", "min")
+_EACH = "each"
 
 
 def role_bit(role: str) -> int:
@@ -49,7 +51,14 @@ class Pool:
 
     name: str
     parts: tuple[tuple[str, str], ...]
-    """(operation, role) pairs; the operation is `first`, `last`, `mean`, `max` or `min`."""
+    """(operation, role) pairs; the operation is `first`, `last`, `mean`, `max`, `min` or, alone,
+    `each`."""
+
+    @property
+    def each(self) -> str | None:
+        """The role whose every token is a row of its own; None for one row a sample."""
+        operation, role = self.parts[0]
+        return role if operation == _EACH else None
 
     @classmethod
     def parse(cls, text: str) -> Pool:
@@ -60,7 +69,10 @@ class Pool:
         ValueError
             For a word outside the vocabulary; the message gives the vocabulary.
         """
-        return cls(text, tuple(_parse_part(part, text) for part in text.split("+")))
+        parts = tuple(_parse_part(part, text) for part in text.split("+"))
+        if len(parts) > 1 and any(operation == _EACH for operation, _ in parts):
+            raise ValueError(f"pool {text!r}: each takes every token by itself, and joins no other")
+        return cls(text, parts)
 
     def width(self, dim: int) -> int:
         """Return the length of the pooled vector for hidden states of width `dim`."""
@@ -71,11 +83,11 @@ def _parse_part(part: str, text: str) -> tuple[str, str]:
     operation, colon, role = part.strip().partition(":")
     if operation in _SHORT and not colon:
         return _SHORT[operation]
-    if operation in _REDUCTIONS and (role in ROLES or not colon):
+    if operation in (*_REDUCTIONS, _EACH) and (role in ROLES or not colon):
         return operation, role or "all"
     msg = (
-        f"unknown pool {text!r}: write cls, last, mean, max or min; the last three take a role "
-        f"after a colon ({', '.join(ROLES)}), and a+b concatenates"
+        f"unknown pool {text!r}: write cls, last, mean, max, min or each; the last four take a "
+        f"role after a colon ({', '.join(ROLES)}), and a+b concatenates"
     )
     raise ValueError(msg)
 
@@ -110,7 +122,7 @@ def pool(
     roles
         [batch, tokens] uint8, a bit a role (see `ROLES`), on the device of `hidden`.
     pools
-        What to compute.
+        What to compute; one row a sample, so no `each`.
     out
         For each pool a float32 tensor [batch, pool.width(dim)] on the device of `hidden`, written
         in place. Sums are float32 or better; with float64 tensors the reference computes them. A

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from . import _ops
 from .streams import Aside
 
-Blame = Callable[[torch.Tensor, int | None], None]
-"""Raises when the rows of a batch are not sound; it is given them and the number of the first, None
-while the batch is under way."""
+if TYPE_CHECKING:
+    from .models.layout import Layout
+
+Blame = Callable[[int, int | None], Exception]
+"""Says what is wrong with a sample, by its place in the batch and the number of the batch's first
+sample, None while that batch is under way."""
+
+TakeTokens = Callable[[str, torch.Tensor, "Layout", str], None]
+"""Is given the key, hidden states [tokens, dim], their layout, and the role that is asked for."""
 
 _CPU = torch.device("cpu")
 _BLOCK = 1 << 24  # bytes written at once where space cannot be reserved by a call
@@ -56,7 +61,10 @@ class Rows(Mapping[str, torch.Tensor]):
         self._room = room
         self._store: dict[str, torch.Tensor] = {}
         self._count: dict[str, int] = {}
+        self._samples: dict[str, int] = {}
         self._watched: list[_Watched] = []
+        self.take_tokens: TakeTokens | None = None
+        """Takes what the pool `each` makes rows of, where nothing with a token axis is kept."""
         self.aside = Aside()
         """Where rows are pooled and used on a GPU; joined when a batch is committed."""
         self.label = ""
@@ -64,8 +72,8 @@ class Rows(Mapping[str, torch.Tensor]):
 
     @property
     def n(self) -> int:
-        """Rows of the key that has most."""
-        return max(self._count.values(), default=0)
+        """Samples of the key that has most; but for the pool `each`, it has as many rows."""
+        return max(self._samples.values(), default=0)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         if key not in self._store:
@@ -110,46 +118,54 @@ class Rows(Mapping[str, torch.Tensor]):
             store = self._store[key] = grown
         return store[n:need]
 
-    def commit(self, keys: Iterable[str], batch: int) -> None:
-        """Count the last `batch` reserved rows of `keys`."""
+    def commit(self, counts: Mapping[str, int], samples: int) -> None:
+        """Count the rows of each key that were reserved last, which are of so many samples."""
         self.aside.join()
-        for key in keys:
-            self._count[key] += batch
+        for key, count in counts.items():
+            self._count[key] = self._count.get(key, 0) + count
+            self._samples[key] = self._samples.get(key, 0) + samples
 
-    def mark(self) -> dict[str, int]:
-        """Return how many rows each key has, for `rewind`."""
-        return dict(self._count)
+    def mark(self) -> Mark:
+        """Return how far each key is, for `rewind`."""
+        return Mark(dict(self._count), dict(self._samples))
 
-    def rewind(self, mark: Mapping[str, int]) -> None:
-        """Forget the rows that were committed since `mark`, and keep their room."""
-        self._count = {key: mark.get(key, 0) for key in self._count}
-        self._watched = [w for w in self._watched if w.row < self._count.get(w.key, 0)]
+    def rewind(self, mark: Mark) -> None:
+        """Forget what was committed since `mark`, and keep its room."""
+        self._count = {key: mark.rows.get(key, 0) for key in self._count}
+        self._samples = {key: mark.samples.get(key, 0) for key in self._samples}
+        self._watched = [w for w in self._watched if w.first < self._samples.get(w.key, 0)]
 
-    def watch(self, key: str, batch: int, sign: torch.Tensor, blame: Blame) -> None:
-        """Look into the `batch` rows of `key` that were reserved last if `sign` is not finite.
+    def watch(self, key: str, signs: torch.Tensor, blame: Blame) -> None:
+        """Have `verify` raise what `blame` says of samples of the batch under way.
 
-        `sign` is one number on a GPU, which `verify` is the first to wait for; `blame` gets the
-        rows and the number of the first.
+        `signs` [samples] lie on a GPU, which nobody waits for here, and are finite where all is
+        well with a sample at `key`.
         """
-        self._watched.append(_Watched(key, self._count[key], batch, sign, blame))
+        self._watched.append(_Watched(key, self._samples.get(key, 0), signs, blame))
 
     @property
     def unverified(self) -> int:
-        """How many rows came since the first that `verify` would look into."""
-        return self.n - self._watched[0].row if self._watched else 0
+        """How many samples came since the first that `verify` would look into."""
+        return self.n - self._watched[0].first if self._watched else 0
 
     def verify(self) -> None:
-        """Wait for the rows that are on their way, and raise what `blame` says of unsound ones."""
+        """Wait for the rows that are on their way, and raise for the first sample that is unsound.
+
+        What is raised has the number of the sample, counted from the first row that is kept.
+        """
         watched, self._watched = self._watched, []
-        for device in {w.sign.device for w in watched}:
-            here = [w for w in watched if w.sign.device == device]
-            finite = torch.stack([w.sign for w in here]).isfinite().tolist()
-            for w in itertools.compress(here, (not f for f in finite)):
-                w.blame(self._store[w.key][w.row : w.row + w.batch], w.row)
+        for device in {w.signs.device for w in watched}:
+            here = [w for w in watched if w.signs.device == device]
+            sound = torch.cat([w.signs for w in here]).isfinite().cpu()
+            if sound.all():
+                continue
+            parts = sound.split([len(w.signs) for w in here])
+            w, part = next((w, part) for w, part in zip(here, parts, strict=True) if not part.all())
+            raise w.blame(int((~part).nonzero()[0]), w.first)
 
     def clear(self) -> None:
         """Forget all rows and keep their room."""
-        self.rewind({})
+        self.rewind(Mark({}, {}))
 
     def reorder(self, order: torch.Tensor) -> None:
         """Put row `order[i]` at place i, for every key; `order` is int64 [n]."""
@@ -170,11 +186,17 @@ class Rows(Mapping[str, torch.Tensor]):
         return part.view(n, dim)
 
 
+class Mark(NamedTuple):
+    """Rows and samples of each key at some moment."""
+
+    rows: dict[str, int]
+    samples: dict[str, int]
+
+
 class _Watched(NamedTuple):
     key: str
-    row: int
-    batch: int
-    sign: torch.Tensor
+    first: int
+    signs: torch.Tensor
     blame: Blame
 
 

@@ -14,10 +14,10 @@ def test_the_vocabulary():
 
 
 @pytest.mark.parametrize(
-    "text", ["median", "cls:patch", "mean:", "mean:sky", "", "max+", "last:all"]
+    "text", ["median", "cls:patch", "mean:", "mean:sky", "", "max+", "last:all", "each:"]
 )
 def test_other_words_are_refused(text):
-    with pytest.raises(ValueError, match=r"unknown pool .*write cls, last, mean, max or min"):
+    with pytest.raises(ValueError, match=r"unknown pool .*write cls, last, mean, max, min or each"):
         Pool.parse(text)
 
 
@@ -35,3 +35,12 @@ def test_parts_land_side_by_side():
     expected = torch.cat([hidden[:, 0], hidden[:, 1:].mean(1), hidden.amax(1)], 1)
     torch.testing.assert_close(out, expected)
     assert len(ROLES) <= 8
+
+
+def test_each_token_is_a_row_and_joins_no_other_pool():
+    assert Pool.parse("each:patch").each == "patch"
+    assert Pool.parse("each").each == "all"
+    assert Pool.parse("mean:patch").each is None
+    assert Pool.parse("each:patch").width(7) == 7
+    with pytest.raises(ValueError, match="each takes every token by itself, and joins no other"):
+        Pool.parse("mean:patch+each:patch")

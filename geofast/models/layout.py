@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +39,19 @@ class Layout:
     @property
     def samples(self) -> int:
         return self.roles.shape[0] if self.starts is None else len(self.starts) - 1
+
+    @cached_property
+    def sample(self) -> torch.Tensor:
+        """Which sample each token is of: int64 [sequences * tokens], where the roles are."""
+        tokens, device = self.roles.numel(), self.roles.device
+        ends = range(0, tokens + 1, self.roles.shape[1]) if self.starts is None else self.starts
+        count = send(torch.tensor(ends).diff(), device)
+        everyone = torch.arange(self.samples, device=device)
+        return everyone.repeat_interleave(count, output_size=tokens)
+
+    def has(self, role: str) -> torch.Tensor:
+        """Which tokens have `role`: bool [sequences, tokens]."""
+        return (self.roles >> role_bit(role) & 1).bool()
 
 
 @dataclass

@@ -12,6 +12,7 @@ TF32 products lose.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -209,16 +210,17 @@ def gram_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def blocks(itemsize: int, dim: int) -> dict[str, int]:
+def blocks(capability: int) -> dict[str, int]:
     """Choose the tile of a program; `bench/gpu.py` can put others in its place.
 
-    A thread keeps 32 float64 and 32 float32 sums of a 64 x 64 tile, and two programs fit on a
-    multiprocessor; 128 x 64 with 8 warps reads a quarter less, and only one fits.
+    Registers decide. From compute capability 9 on, the tensor cores read one operand or both from
+    shared memory, and a thread has room for 32 float64 and 32 float32 sums, though not for the 32
+    rows at a time with which a row of odd width spills; before, operands are in registers too.
     """
     return {
         "BLOCK_I": 64,
-        "BLOCK_J": 64,
-        "BLOCK_N": 32,
+        "BLOCK_J": 64 if capability >= 9 else 32,
+        "BLOCK_N": 16,
         "STAGES": 3,
         "BLOCK_Z": 64,
         "BLOCK_ZN": 16,
@@ -233,6 +235,7 @@ def launch(
     order: torch.Tensor,
     offsets: torch.Tensor,
     outs: Sequence[torch.Tensor],
+    capability: int = 9,
 ) -> tuple[int, dict[str, Any]]:
     """Return the number of programs and the arguments of `gram_kernel` for at most 32 problems."""
     problems, cells = len(xs), offsets.shape[0] - 1
@@ -241,7 +244,7 @@ def launch(
     fill = [0] * (
         slots - problems
     )  # the rest of the table: the first problem, which nobody asks for
-    choice = blocks(xs[0].element_size(), dim)
+    choice = blocks(capability)
     arguments = {
         "xs": tuple(xs[i] for i in (*range(problems), *fill)),
         "shifts": tuple(shifts[i] for i in (*range(problems), *fill)),
@@ -263,6 +266,11 @@ def launch(
     tiles = side * (side + 1) // 2 * (choice["BLOCK_I"] // choice["BLOCK_J"])
     programs = problems * cells * (triton.cdiv(q, TARGETS) * z_blocks + tiles)
     return programs, arguments | choice
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def grams(
@@ -306,7 +314,9 @@ def grams(
     with torch.cuda.device_of(z):
         for at in range(0, len(xs), PROBLEMS[-1]):
             part = slice(at, at + PROBLEMS[-1])
-            programs, arguments = launch(xs[part], shifts[part], z, order, offsets, outs[part])
+            programs, arguments = launch(
+                xs[part], shifts[part], z, order, offsets, outs[part], _capability(z.device)
+            )
             gram_kernel[(programs,)](**arguments)
 
 

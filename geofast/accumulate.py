@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from ._ops import send
 from .batching import Budget, out_of_memory
-from .gram import Gram, update
+from .gram import Batch, Gram, update
+from .models.layout import Layout
 from .streams import Aside
+
+_SHIFT_TOKENS = 1024  # enough for a shift that is close to the mean; read once
 
 
 class Statistics:
@@ -33,6 +37,7 @@ class Statistics:
     def __init__(self, cells: int, budget: Budget, aside: Aside) -> None:
         self._cells, self._budget, self._aside = cells, budget, aside
         self.grams: dict[str, Gram] = {}
+        self.tokens = TokenStatistics(cells, self.grams)
 
     def add(self, rows: Mapping[str, torch.Tensor], y: torch.Tensor, cell: torch.Tensor) -> None:
         """Add `rows` [n, d] with targets `y` [n, k] and cells [n], negative for none.
@@ -94,3 +99,88 @@ class Statistics:
         self._budget.rows = len(y) // 2
         torch.cuda.empty_cache()
         return False
+
+
+class TokenStatistics:
+    """Statistics whose rows are the tokens of a batch, added to while the model runs.
+
+    Nothing with a token axis can wait for the batch to be over. When memory runs out under way,
+    some sites have its tokens already: they leave those samples out when they come again.
+
+    Parameters
+    ----------
+    cells
+        Cells of each Gram.
+    grams
+        Where they are.
+    """
+
+    def __init__(self, cells: int, grams: dict[str, Gram]) -> None:
+        self._cells, self._grams = cells, grams
+        self._had: dict[str, set[int]] = {}
+        self._done: list[str] = []
+        self._batches: dict[tuple[object, ...], tuple[Layout, Batch]] = {}
+
+    def begin(self, samples: Sequence[int], y: torch.Tensor, cell: torch.Tensor) -> None:
+        """Say whose tokens come next: the numbers of samples, targets [n, k] and cells [n]."""
+        self._samples, self._y, self._cell = samples, y.double(), cell
+        self._done.clear()
+        self._batches.clear()
+
+    def fail(self) -> None:
+        """Say that the batch was not finished and will come again, whole or in parts."""
+        for key in self._done:
+            self._had.setdefault(key, set()).update(self._samples)
+
+    def take(self, key: str, hidden: torch.Tensor, layout: Layout, role: str) -> None:
+        """Add the tokens of `role`; hidden states are [tokens, d], of every sample of the batch."""
+        chosen = layout.has(role).flatten()
+        if key not in self._grams:
+            gram = self._grams[key] = Gram(
+                hidden.shape[1], self._y.shape[1], self._cells, device=hidden.device
+            )
+            gram.begin(_mean(hidden, chosen), tuple(self._y.mean(0).tolist()))
+        gram = self._grams[key]
+        batch = self._batch(key, gram, layout, role, chosen)
+        before = gram.count.clone()
+        try:
+            batch.add([gram], [hidden])
+        except (RuntimeError, MemoryError) as error:
+            if out_of_memory(error):
+                # Cells are added one after the other, whole.
+                added = {*(gram.count > before).nonzero()[:, 0].tolist()}
+                who = zip(self._samples, self._cell.tolist(), strict=True)
+                self._had.setdefault(key, set()).update(i for i, c in who if c in added)
+            raise
+        self._done.append(key)
+
+    def _batch(
+        self, key: str, gram: Gram, layout: Layout, role: str, chosen: torch.Tensor
+    ) -> Batch:
+        had = self._had.get(key, set()).intersection(self._samples)
+        # Every site of a tower has the same tokens.
+        kind = (id(layout), role, gram.target_shift, *sorted(had))
+        if kind not in self._batches:
+            cell = self._cell
+            if had:
+                cell = torch.tensor(
+                    [
+                        -1 if i in had else c
+                        for i, c in zip(self._samples, cell.tolist(), strict=True)
+                    ]
+                )
+            sample, device = layout.sample, chosen.device
+            of_token = torch.where(chosen, send(cell, device)[sample], -1)
+            y = send(self._y, device)[sample]
+            made = Batch.of(y, of_token, self._cells, gram.target_shift, device)
+            self._batches[kind] = (
+                layout,
+                made,
+            )  # a layout that is gone would leave its id to another
+        return self._batches[kind][1]
+
+
+def _mean(hidden: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Mean of the first tokens that are chosen, in float64; it need not be that of all."""
+    x, some = hidden[:_SHIFT_TOKENS].double(), chosen[:_SHIFT_TOKENS, None]
+    return torch.where(some, x, 0.0).sum(0) / some.sum().clamp_min(1)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .accumulate import Statistics
+from .accumulate import Statistics, TokenStatistics
 from .batching import Budget, Lengths, longest_first, numbers, out_of_memory, token_counts
 from .capture import NonFiniteError, NoTokenError, Pools, capture
 from .data import SampleError, Samples, Skipped
@@ -134,6 +134,8 @@ class _Pass:
         rows = Rows(capacity, self.room, stay=self.storage.stay)
         rows.label = self.label
         statistics = Statistics(self.storage.count, self.budget, rows.aside)
+        if not of_rows:
+            rows.take_tokens = statistics.tokens.take
         pending: list[int] = []
         kept: list[int] = []
         skipped: list[Skipped] = []
@@ -144,7 +146,7 @@ class _Pass:
         with capture(self.model, sites, pool, rows=rows):
             for batch in stream:
                 skipped += batch.skipped
-                pending += self._feed(batch, rows)
+                pending += self._feed(batch, rows, statistics.tokens)
                 if rows.unverified >= _FLUSH:
                     self._verify(rows, pending)
                 if not of_rows and rows.n >= _FLUSH:
@@ -167,17 +169,20 @@ class _Pass:
             rows.reorder(torch.from_numpy(np.argsort(kept, kind="stable")))
         return Extracted(np.sort(kept), dict(rows), None, skipped)
 
-    def _feed(self, batch: Batch, rows: Rows) -> list[int]:
+    def _feed(self, batch: Batch, rows: Rows, tokens: TokenStatistics) -> list[int]:
         """Run a loaded batch in parts that fit the budget; return its samples in that order."""
         lengths = self.lengths.of(batch.index, batch.inputs)
         order, done = longest_first(lengths), 0
         while done < len(order):
             longest = int(lengths[order[done]])
             part = order[done : done + self.budget.fit(longest)]
+            index = torch.from_numpy(batch.index[part])
+            tokens.begin(index.tolist(), self.storage.targets[index], self.storage.cell[index])
             if self._runs(batch.index[part], [batch.inputs[i] for i in part], rows):
                 self.budget.note(len(part))
                 done += len(part)
             else:
+                tokens.fail()
                 self.budget.shrink(len(part), longest)
         return list(batch.index[order].tolist())
 

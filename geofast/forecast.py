@@ -221,7 +221,7 @@ def _forecast(
     cells, _ = with_cells(asked.tasks)
     kept = make_plan(
         model, asked.inputs, example.widths, targets=len(asked.targets),
-        cells=int(cells.max()) + 1, storage=options["storage"], select=options["select"],
+        cells=int(cells.max()) + 1, storage=asked.storage, select=options["select"],
         passes=asked.passes, gpus=[where] if where.type == "cuda" else [],
     )  # fmt: skip
     check_disk(kept, scratch)

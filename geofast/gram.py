@@ -95,14 +95,17 @@ class Gram:
         update([self], [x], y, cell)
         return self
 
-    def _begin(self, x: torch.Tensor, mean: tuple[float, ...]) -> tuple[float, ...]:
-        """Have a shift, from the rows and the targets' `mean` if there is none; return its end."""
-        if self.shift is None:
-            self._target_shift = mean
-            first = x[:_SHIFT_ROWS].double().mean(0)
-            end = _ops.send(torch.tensor(mean, dtype=torch.float64), x.device)
-            self.shift = torch.cat([first, end])
-        elif self._target_shift is None:
+    def begin(self, features: torch.Tensor, targets: tuple[float, ...]) -> None:
+        """Fix the shift, float64 [d] on the device of `matrix` and k numbers."""
+        self._target_shift = targets
+        end = torch.tensor(targets, dtype=torch.float64)
+        self.shift = torch.cat([features, _ops.send(end, features.device)])
+
+    @property
+    def target_shift(self) -> tuple[float, ...]:
+        """The end of the shift, which is fixed."""
+        if self._target_shift is None:
+            assert self.shift is not None
             self._target_shift = tuple(self.shift[self.dim :].tolist())
         return self._target_shift
 
@@ -195,22 +198,57 @@ def update(
     cell = _cells(cell, len(y), min(gram.cells for gram in grams))
     if not len(y):
         return
-    y, order = y.double(), torch.argsort(cell, stable=True)
+    y = y.double()
     new = any(gram.shift is None for gram in grams)
     mean = tuple(y[:_SHIFT_ROWS].mean(0).tolist()) if new else ()
     together = defaultdict(list)
     for gram, r in zip(grams, x, strict=True):
-        e = gram._begin(r, mean)
+        if gram.shift is None:
+            gram.begin(r[:_SHIFT_ROWS].double().mean(0), mean)
+        e = gram.target_shift
         together[r.device, r.dtype, gram.dim, gram.cells, gram.products, e].append((gram, r))
-    for (device, _, dim, cells, products, e), members in together.items():
+    for (device, _, _, cells, _, e), members in together.items():
+        batch = Batch.of(y, cell, cells, e, device)
+        batch.add([gram for gram, _ in members], [r for _, r in members])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What statistics take of a batch beside its rows, on the device of the rows."""
+
+    z: torch.Tensor
+    """float64 [n, 1 + k]: ones, and targets minus their shift."""
+    order: torch.Tensor
+    """int64 [n]: the rows in the order of their cells."""
+    offsets: torch.Tensor
+    """int64 [cells + 1]: where in `order` each cell begins, and the end."""
+
+    @classmethod
+    def of(
+        cls,
+        y: torch.Tensor,
+        cell: torch.Tensor,
+        cells: int,
+        target_shift: Sequence[float],
+        device: torch.device,
+    ) -> Batch:
+        """Make one from targets float64 [n, k] and cells int64 [n] of any device, without waiting.
+
+        Cells that are negative or not below `cells` are left out.
+        """
+        order = torch.argsort(cell, stable=True)
         ends = torch.arange(cells + 1, device=cell.device)
         offsets = torch.searchsorted(cell[order], ends)
-        about = y - _ops.send(torch.tensor(e, dtype=torch.float64), y.device)
-        z = _ops.send(torch.cat([y.new_ones(len(y), 1), about], 1), device)
-        shifts = [gram.shift[:dim] for gram, _ in members if gram.shift is not None]
+        about = y - _ops.send(torch.tensor(target_shift, dtype=torch.float64), y.device)
+        z = torch.cat([y.new_ones(len(y), 1), about], 1)
+        return cls(_ops.send(z, device), _ops.send(order, device), offsets)
+
+    def add(self, grams: Sequence[Gram], rows: Sequence[torch.Tensor]) -> None:
+        """Add `rows[i]` [n, d] to `grams[i]`, all of one kind and with the shifts of this batch."""
+        shifts = [gram.shift[: gram.dim] for gram in grams if gram.shift is not None]
         _ops.grams(
-            [r for _, r in members], shifts, z, _ops.send(order, device), offsets,
-            [gram.matrix for gram, _ in members], products=products,
+            rows, shifts, self.z, self.order, self.offsets, [gram.matrix for gram in grams],
+            products=grams[0].products,
         )  # fmt: skip
 
 

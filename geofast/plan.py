@@ -176,7 +176,8 @@ def make_plan(
 
     `auto` keeps rows while they fit the budget or are smaller than the statistics, because only
     rows give kilometres, MAE, Spearman and leave-one-out. `passes` models leave rows or statistics,
-    the one that is probed and its twin; `gpus` are those of the layers.
+    the one that is probed and its twin; `gpus` are those of the layers. `storage` may also be
+    `each`, for tokens, whose rows nobody keeps.
 
     Raises
     ------
@@ -189,14 +190,16 @@ def make_plan(
     as_grams = 8 * cells * sum((w + 1 + targets) ** 2 for w in widths) * len(inputs) * passes
     memory = _memory()
     budget = int(_MEMORY_SHARE * memory)
-    if storage == "gram" and as_grams > memory:
+    if storage in ("gram", "each") and as_grams > memory:
         raise ValueError(
             f"statistics need {readable(as_grams)}, more than the machine's {readable(memory)}; "
             "use storage='rows' (--storage), which may lie on disk, or fewer sites, pools, "
             "prompts or groups"
         )
-    kind: Literal["rows", "gram"] = "gram" if storage == "gram" else "rows"
+    kind: Literal["rows", "gram"] = "gram" if storage in ("gram", "each") else "rows"
     why = f"as asked: {readable(as_grams if kind == 'gram' else as_rows)}"
+    if storage == "each":
+        why = f"every token is a row: {readable(as_grams)}"
     if storage == "auto" and select == "loo":
         why = f"select='loo' needs them: {readable(as_rows)}"
     elif storage == "auto":

@@ -255,7 +255,7 @@ class _Passes:
         budget = Budget.of(model.device, options["batch_size"])
         plan = make_plan(
             model, asked.inputs, example.widths, targets=len(asked.targets),
-            cells=count, storage=options["storage"], select=options["select"],
+            cells=count, storage=asked.storage, select=options["select"],
             passes=asked.passes, gpus=gpus_of(model),
         )  # fmt: skip
         if progress:

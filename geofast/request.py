@@ -144,6 +144,11 @@ class Request:
         check_pools(ready_, options["sites"], options["pool"])
         return ready_
 
+    @property
+    def storage(self) -> str:
+        """What was asked for: auto, rows or gram; `each` where a pool takes every token."""
+        return "each" if _each(self.options["pool"]) else self.options["storage"]
+
     def _readable_by(self, model: Model) -> Request:
         good, unfit, lengths = usable(model, self.inputs, self.options["strict"])
         if not unfit:
@@ -227,10 +232,12 @@ def _check(options: Options, given: Labelled, alphas: Sequence[float]) -> None:
     """Refuse what would only fail after the forward pass."""
     sites, select, storage = options["sites"], options["select"], options["storage"]
     batch_size, workers = options["batch_size"], options["workers"]
-    pool = options["pool"]
-    for some in pool.values() if isinstance(pool, Mapping) else (pool,):
-        if some is not None:
-            parse_pools(some)
+    every_token = _each(options["pool"])
+    if every_token and "rows" in (storage, "rows" if select == "loo" else ""):
+        raise ValueError(
+            f"pool {every_token!r} makes a row of every token, of which statistics alone are kept: "
+            "leave out storage='rows' (--storage) and select='loo' (--select)"
+        )
     if sites is not None and not len(sites):
         raise ValueError("sites= is empty; give names or globs, or None for every layer")
     if (batch_size is not None and batch_size < 1) or (workers or 0) < 0:
@@ -256,6 +263,13 @@ def _check(options: Options, given: Labelled, alphas: Sequence[float]) -> None:
             raise ValueError(msg)
         if not torch.isfinite(x).all():
             raise ValueError(f"baseline {name!r} has NaN or infinite values; replace them")
+
+
+def _each(pool: Pools) -> str:
+    """Return the first pool that makes a row of every token, or ""."""
+    given = pool.values() if isinstance(pool, Mapping) else (pool,)
+    pools = [one for some in given if some is not None for one in parse_pools(some)]
+    return next((one.name for one in pools if one.each is not None), "")
 
 
 def check_pools(model: Model, sites: str | Sequence[str] | None, pool: Pools) -> None:

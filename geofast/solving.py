@@ -26,6 +26,8 @@ class Solved:
     prompt: str
     control: str
     task: int
+    n: int
+    """Rows: samples, or tokens of the pool `each`."""
     d: int
     solution: Solution
     member: torch.Tensor | None
@@ -80,8 +82,8 @@ def solve_all(
                     raise
                 failed.setdefault(control, []).append(f"{where}: {error}".rstrip("."))
                 continue
-            d = x.dim if isinstance(x, Gram) else x.shape[1]
-            solved.append(Solved(site, pool, prompt, control, t, d, solution, member))
+            n, d = _shape(x, task)
+            solved.append(Solved(site, pool, prompt, control, t, n, d, solution, member))
     return sorted(solved, key=lambda s: s.task), [_missing(*item) for item in failed.items()]
 
 
@@ -106,6 +108,14 @@ def _solve(
     if not bool(solution.coef.isfinite().all()):
         raise ValueError("the features are too large for float64: scale them down")
     return solution, member
+
+
+def _shape(x: torch.Tensor | Gram, task: Task) -> tuple[int, int]:
+    """Return how many rows the task has, and their width."""
+    if not isinstance(x, Gram):
+        return int((task.fold >= 0).sum()), x.shape[1]
+    assert task.fold_of_cell is not None
+    return int(x.count[task.fold_of_cell >= 0].sum()), x.dim
 
 
 def _parts(name: str) -> tuple[str, str, str]:

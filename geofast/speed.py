@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .gram import Gram, update
 from .pooling import parse_pools, pool
 from .ridge import Select, cross_validate
 
@@ -31,14 +32,28 @@ def multiply_rate(device: torch.device, dtype: torch.dtype, tokens: int, width: 
 def pool_seconds(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], pools: Sequence[str]
 ) -> float:
-    """Return the time that pooling one site of one batch [batch, tokens, width] takes."""
+    """Return the time that pooling one site of one batch [batch, tokens, width] takes.
+
+    Of the pool `each`, that is the time to add every token to statistics of one cell.
+    """
     batch, tokens, width = shape
     fits = max(1, min(batch, _ROOM // (tokens * width)))
     hidden = torch.ones(fits, tokens, width, device=device, dtype=dtype)
     roles = torch.full((fits, tokens), 255, dtype=torch.uint8, device=device)
     parsed = parse_pools(pools)
-    out = [torch.empty(fits, p.width(width), device=device) for p in parsed]
-    return _least(device, lambda: pool(hidden, roles, parsed, out)) * batch / fits
+    each, pooled = ([p for p in parsed if (p.each is None) is one] for one in (False, True))
+    # The tokens that each takes are also pooled, to be looked into.
+    pooled += parse_pools("mean") * len(each)
+    out = [torch.empty(fits, p.width(width), device=device) for p in pooled]
+    rows, y = hidden.view(-1, width), torch.ones(fits * tokens, 2)
+    grams = [Gram(width, 2, device=device) for _ in each]
+
+    def run() -> None:
+        pool(hidden, roles, pooled, out)
+        if grams:
+            update(grams, [rows] * len(grams), y)
+
+    return _least(device, run) * batch / fits
 
 
 def solve_rate(

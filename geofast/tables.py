@@ -35,7 +35,7 @@ def layers_table(
             "group": task.group,
             "split": task.split,
             "control": s.control,
-            "n": int((task.fold >= 0).sum()),
+            "n": s.n,
             "d": s.d,
             "alpha": _common_alpha(s.solution.alpha),
             "r2": float(per_fold.mean()),

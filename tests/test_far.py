@@ -72,6 +72,7 @@ class Kernels:
 
     @staticmethod
     def grams(xs, shifts, z, order, offsets, outs, *, products):
+        offsets = getattr(offsets, "near", offsets)
         for x, shift, out in zip(xs, shifts, outs, strict=True):
             _reference.gram(x.near, shift.near, z.near, order.near, offsets, out.near)
 
@@ -146,6 +147,30 @@ def test_statistics_are_added_to_without_waiting(gpu):
         for part in (slice(10), slice(10, 30)):
             expected.update(x[key][part], y[part], cell[part])
         torch.testing.assert_close(gram.cpu().matrix, expected.matrix, rtol=1e-12, atol=1e-12)
+
+
+def test_every_token_becomes_statistics_without_waiting(gpu):
+    found = {}
+    for device in (DEVICE, torch.device("cpu")):
+        model, waits = tiny.llama().to(device), []
+        statistics, rows = Statistics(2, Budget(1), Rows().aside), Rows(stay=True)
+        rows.take_tokens = statistics.tokens.take
+        with torch.no_grad(), gf.capture(model, pool=["each:text"], rows=rows):
+            for batch in batches("llama") * 2:
+                there = {name: value.to(device) for name, value in batch.items()}
+                y, cell = torch.arange(8.0).view(4, 2), torch.tensor([0, 1, 1, 0])
+                statistics.tokens.begin(range(4), y, cell)
+                before = len(gpu.syncs)
+                model(**there)
+                waits.append(gpu.syncs[before:])
+        found[device.type] = {key: gram.cpu() for key, gram in statistics.grams.items()}
+        # The first batch's targets set the shift; of a later one nothing is waited for.
+        assert waits[1] == (bare(gpu, "llama") if device == DEVICE else [])
+    assert len(found["cpu"]) == 4
+    for key, gram in found["cpu"].items():
+        assert gram.count.tolist() == [2 * 10, 2 * 10]
+        about = found[DEVICE.type][key]._about(gram.shift)
+        torch.testing.assert_close(about, gram.matrix, rtol=1e-5, atol=1e-5)
 
 
 WORDS = [f"w{i} w{i % 7} w{i % 3}" if i % 2 else f"w{i}" for i in range(1, 40)]

@@ -43,11 +43,12 @@ class Layout:
     @cached_property
     def sample(self) -> torch.Tensor:
         """Which sample each token is of: int64 [sequences * tokens], where the roles are."""
-        tokens, device = self.roles.numel(), self.roles.device
-        ends = range(0, tokens + 1, self.roles.shape[1]) if self.starts is None else self.starts
-        count = send(torch.tensor(ends).diff(), device)
-        everyone = torch.arange(self.samples, device=device)
-        return everyone.repeat_interleave(count, output_size=tokens)
+        everyone = torch.arange(self.samples)
+        if self.starts is None:
+            of_sequence = send(everyone, self.roles.device)[:, None]
+            return of_sequence.expand(-1, self.roles.shape[1]).reshape(-1)
+        lengths = torch.tensor(self.starts).diff()
+        return send(everyone.repeat_interleave(lengths), self.roles.device)
 
     def has(self, role: str) -> torch.Tensor:
         """Which tokens have `role`: bool [sequences, tokens]."""

@@ -221,7 +221,7 @@ def blocks(capability: int) -> dict[str, int]:
         "BLOCK_I": 64,
         "BLOCK_J": 64 if capability >= 9 else 32,
         "BLOCK_N": 16,
-        "STAGES": 3,
+        "STAGES": 3 if capability >= 9 else 2,
         "BLOCK_Z": 64,
         "BLOCK_ZN": 16,
         "num_warps": 4,

@@ -33,6 +33,9 @@ class Budget:
     rows: int = 0
     """Rows that are added to statistics at once since memory ran out there; 0: it did not."""
 
+    crowded: str = ""
+    """The device that had no room for rows, which were kept on the CPU instead."""
+
     @classmethod
     def of(cls, device: torch.device, samples: int | None) -> Budget:
         """Return the budget of a device, with a cap of samples or without one."""
@@ -77,6 +80,8 @@ class Budget:
             told = [f"batches were cut to {self.cut} samples ({self.tokens:,} tokens)"]
         if self.rows:
             told += [f"statistics were added to by at most {self.rows} rows at once"]
+        if self.crowded:
+            told += [f"rows were kept on the CPU instead of {self.crowded}"]
         return [f"{one} after out-of-memory; nothing was lost" for one in told]
 
 

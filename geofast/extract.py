@@ -30,6 +30,12 @@ _FLUSH = (
 _TOKENIZED = 256  # texts that are tried together
 
 
+def rows_at_once(budget: Budget, lengths: Mapping[str, Lengths]) -> int:
+    """Return how many rows of a site there may be before they are added to its statistics."""
+    batch = max(max(budget.sizes(-np.sort(-one.expected))) for one in lengths.values())
+    return _FLUSH + batch
+
+
 @dataclass
 class Extracted:
     """What a pass left: `rows` [n, d] or `grams`, by "site/pool" or "site/pool/prompt"."""
@@ -130,7 +136,7 @@ class _Pass:
         order = longest_first(self.lengths.expected)
         sizes = self.budget.sizes(self.lengths.expected[order])
         of_rows = self.storage.kind == "rows"
-        capacity = len(self.samples) if of_rows else _FLUSH + max(sizes)
+        capacity = len(self.samples) if of_rows else rows_at_once(self.budget, {"": self.lengths})
         rows = Rows(capacity, self.room, stay=self.storage.stay)
         rows.label = self.label
         statistics = Statistics(self.storage.count, self.budget, rows.aside)
@@ -154,6 +160,7 @@ class _Pass:
                     self._flush(rows, statistics, pending)
                 bar.update(len(batch.index) + len(batch.skipped))
             self._verify(rows, pending)
+        self.budget.crowded = rows.crowded or self.budget.crowded
         kept += pending
         if not of_rows:
             if pending:

@@ -14,7 +14,7 @@ from torch import nn
 from .batching import Budget, Lengths, numbers
 from .capture import Pools, pools_by_tower
 from .data import Samples
-from .extract import Example, first, lengths_like
+from .extract import Example, first, lengths_like, rows_at_once
 from .geo import Split
 from .geo.folds import KFold
 from .models import DeviceMap, Model, load
@@ -78,6 +78,7 @@ class Forecast:
         where = "on disk" if self.storage.on_disk else "in memory"
         loaded = "; planned from the loaded model"
         twin = ", half of it the twin's" if self.twin else ""
+        waiting = f"{readable(self.storage.waiting)}, at most, that wait to be added to them"
         return "\n".join(
             [
                 f"{self.model} on {self.device} in {self.dtype}{loaded if self.loaded else ''}",
@@ -89,6 +90,7 @@ class Forecast:
                 f"memory   weights      {weights}{twin}",
                 f"         activations  {readable(self.activations)}, most at once in a batch",
                 f"         {kept:12} {readable(self.storage.size)} {where}{twin}",
+                *([f"         rows         {waiting}"] if self.storage.waiting else []),
                 f"time     forward      {_time(self.seconds['forward'])} "
                 f"({_operations(self.flops / self.samples)} a sample)",
                 f"         probing      {_time(self.seconds['pool'])} of pooling and "
@@ -222,7 +224,8 @@ def _forecast(
     kept = make_plan(
         model, asked.inputs, example.widths, targets=len(asked.targets),
         cells=int(cells.max()) + 1, storage=asked.storage, select=options["select"],
-        passes=asked.passes, gpus=[where] if where.type == "cuda" else [],
+        passes=asked.passes, waiting=rows_at_once(budget, lengths),
+        gpus=[where] if where.type == "cuda" else [],
     )  # fmt: skip
     check_disk(kept, scratch)
     batch = min(budget.fit(example.tokens), len(samples))

@@ -155,6 +155,8 @@ class Plan:
     """Bytes of the rows or statistics of all prompts, and of the twin."""
     kept: int
     """Bytes of the rows or statistics that the run's folder will hold."""
+    waiting: int
+    """Bytes of the rows, at most, that wait to be added to statistics, where those are."""
     stay: bool
     """Whether statistics live on the device of their layer until the pass is over."""
     sentence: str
@@ -170,6 +172,7 @@ def make_plan(
     storage: str,
     select: str | None,
     passes: int,
+    waiting: int,
     gpus: Sequence[torch.device],
 ) -> Plan:
     """Choose where pooled rows go, from their widths at every site and pool.
@@ -177,7 +180,8 @@ def make_plan(
     `auto` keeps rows while they fit the budget or are smaller than the statistics, because only
     rows give kilometres, MAE, Spearman and leave-one-out. `passes` models leave rows or statistics,
     the one that is probed and its twin; `gpus` are those of the layers. `storage` may also be
-    `each`, for tokens, whose rows nobody keeps.
+    `each`, for tokens, whose rows nobody keeps. `waiting` is how many rows of a site are added to
+    statistics at once.
 
     Raises
     ------
@@ -214,7 +218,8 @@ def make_plan(
         why += f"; warning: statistics take more than {_MEMORY_SHARE:.0%} of the machine's memory"
     # Layers are spread evenly over the GPUs, and the fullest of them decides.
     free = min((torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), default=0)
-    stay = kind == "gram" and as_grams <= _GPU_SHARE * free * len(gpus)
+    on_gpus = as_grams + 4 * waiting * sum(widths)
+    stay = kind == "gram" and on_gpus <= _GPU_SHARE * free * len(gpus)
     if kind == "gram" and gpus and not stay:
         why += f"; on the CPU, because more than {_GPU_SHARE:.0%} of the {readable(free)} that are "
         why += "free on a GPU"
@@ -227,7 +232,9 @@ def make_plan(
         f"keeping {what}{where} ({why})"
     )
     size = as_grams if kind == "gram" else as_rows
-    return Plan(kind, on_disk, floats, size, 0 if on_disk else size // passes, stay, sentence)
+    kept, buffer = 0 if on_disk else size // passes, 4 * waiting * sum(widths)
+    waiting_bytes = buffer if kind == "gram" else 0
+    return Plan(kind, on_disk, floats, size, kept, waiting_bytes, stay, sentence)
 
 
 def check_disk(plan: Plan, scratch: str | Path | None) -> None:

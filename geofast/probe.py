@@ -20,7 +20,7 @@ from .checks import Check
 from .controls import raw_inputs
 from .data import Samples
 from .doctor import examine
-from .extract import Extracted, Storage, extract, lengths_like, try_one
+from .extract import Extracted, Storage, extract, lengths_like, rows_at_once, try_one
 from .geo import Split
 from .geo.folds import KFold
 from .models import DeviceMap, Model, load
@@ -256,7 +256,7 @@ class _Passes:
         plan = make_plan(
             model, asked.inputs, example.widths, targets=len(asked.targets),
             cells=count, storage=asked.storage, select=options["select"],
-            passes=asked.passes, gpus=gpus_of(model),
+            passes=asked.passes, waiting=rows_at_once(budget, lengths), gpus=gpus_of(model),
         )  # fmt: skip
         if progress:
             print(fill(f"{plan.sentence}; {budget.sentence(lengths.values())}"), flush=True)

@@ -67,6 +67,8 @@ class Rows(Mapping[str, torch.Tensor]):
         """Takes what the pool `each` makes rows of, where nothing with a token axis is kept."""
         self.aside = Aside()
         """Where rows are pooled and used on a GPU; joined when a batch is committed."""
+        self.crowded = ""
+        """The device that had no room for more rows, which are kept on the CPU since."""
         self.label = ""
         """Ends the keys of what is captured from now on: which prompt it was."""
 
@@ -176,7 +178,10 @@ class Rows(Mapping[str, torch.Tensor]):
     @torch.inference_mode(False)
     def _allocate(self, n: int, dim: int, device: torch.device) -> torch.Tensor:
         if self._stay and device.type != "cpu":
-            return torch.empty(n, dim, dtype=self._dtype, device=device)
+            try:
+                return torch.empty(n, dim, dtype=self._dtype, device=device)
+            except torch.OutOfMemoryError:
+                self._stay, self.crowded = False, str(device)
         if self._room is None and device.type == "cuda":
             # Only from pinned memory does a copy not wait.
             return torch.empty(n, dim, dtype=self._dtype, pin_memory=True)

@@ -23,10 +23,11 @@ def plan_of(storage, memory, monkeypatch, n=2, cells=5, passes=1, gpus=0):
     samples = from_arrays([np.zeros((28, 28, 3), np.uint8)] * n, np.zeros(n), np.zeros(n))
     return make_plan(
         model, {"": samples}, [32] * 3, targets=2, cells=cells, storage=storage, select=None,
-        passes=passes, gpus=["cuda:0", "cuda:1"][:gpus],
+        passes=passes, waiting=10, gpus=["cuda:0", "cuda:1"][:gpus],
     )  # fmt: skip
 
 
+WAITING = 4 * 10 * 3 * 32  # bytes of ten rows of every site
 ROWS, GRAMS = 4 * 3 * 2 * 32, 8 * 5 * 3 * 35**2  # bytes of three sites; the Grams are larger
 
 
@@ -45,12 +46,15 @@ def test_statistics_are_held_against_the_memory(monkeypatch):
 
 def test_statistics_lie_on_gpus_that_have_room(monkeypatch):
     """Half of what is free on every one of them; layers are spread evenly."""
-    free = {"cuda:0": 2 * GRAMS, "cuda:1": GRAMS}
+    free = {"cuda:0": 2 * (GRAMS + WAITING), "cuda:1": GRAMS + WAITING}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu], 0))
     plan = plan_of("gram", 4 * GRAMS, monkeypatch, gpus=1)
     assert plan.stay
+    assert plan.waiting == WAITING
     assert "statistics (Gram matrices) on the GPU" in plan.sentence
-    assert not plan_of("rows", 4 * GRAMS, monkeypatch, gpus=1).stay
+    of_rows = plan_of("rows", 4 * GRAMS, monkeypatch, gpus=1)
+    assert not of_rows.stay
+    assert not of_rows.waiting
     assert plan_of("gram", 4 * GRAMS, monkeypatch, gpus=2).stay
     free["cuda:1"] -= 2
     assert not plan_of("gram", 4 * GRAMS, monkeypatch, gpus=2).stay

@@ -108,3 +108,17 @@ def test_width_must_stay():
 def test_a_key_that_is_not_there_names_some_that_are():
     with pytest.raises(KeyError, match="a; there is a/last"):
         fill(Rows(), [torch.zeros(1, 3)])["a"]
+
+
+def test_a_device_without_room_leaves_the_rows_to_the_cpu(monkeypatch):
+    make = torch.empty
+
+    def full(*shape, **options):
+        if options.get("device") == torch.device("meta"):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", full)
+    rows = Rows(stay=True)
+    assert rows.reserve("a/last", 3, 2, torch.device("meta")).device.type == "cpu"
+    assert rows.crowded == "meta"

@@ -27,12 +27,16 @@ constexpr int kColumns = 64;  // columns of x that give its columns
 constexpr int kZ = 16;        // columns of z that a tile takes
 constexpr int kStep = 8;      // rows that are multiplied at a time
 
-// A row of a step in shared memory: the columns for the tile's rows, for its columns, z, and a pad.
-// The pad makes a row 32 bytes more than a multiple of 128, so that the four rows which a quarter of
-// a warp reads 32 bytes of each lie in different banks.
-constexpr int kColumnsAt = kRows;
-constexpr int kZAt = kRows + kColumns;
-constexpr int kPitch = kRows + kColumns + kZ + 4;
+// A step in shared memory. The columns that give the tile's rows: eight rows. Those that give its
+// columns, and z: four rows of pairs, row t beside row t + 4, which one load then fetches. Each row
+// is padded to 32 bytes more than a multiple of 128, so that the four rows of which a quarter of a
+// warp reads 32 bytes each lie in different banks.
+constexpr int kRowPitch = kRows + 4;
+constexpr int kPairPitch = 2 * kColumns + 4;
+constexpr int kZPitch = 2 * kZ + 4;
+constexpr int kColumnsAt = kStep * kRowPitch;
+constexpr int kZAt = kColumnsAt + kStep / 2 * kPairPitch;
+constexpr int kStepSize = kZAt + kStep / 2 * kZPitch;
 
 constexpr int kPadded = 34;  // pitch of the 16 x 32 entries that a warp writes out at a time
 
@@ -44,6 +48,10 @@ struct GramArgs {
     GramShape shape;
 };
 static_assert(sizeof(GramArgs) <= 4096);
+
+// Rows that begin at multiples of four numbers, up to 16 bytes, are loaded in words.
+template <class T>
+constexpr int kAlignment = 4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16;
 
 struct Half {
     uint16_t bits;
@@ -62,54 +70,47 @@ __device__ inline void load(const float* from, float& to) { to = __ldg(from); }
 __device__ inline void load(const Half* from, Half& to) { to.bits = __ldg(&from->bits); }
 __device__ inline void load(const Bfloat* from, Bfloat& to) { to.bits = __ldg(&from->bits); }
 
-// Four neighbours of a row: what a thread loads at a time.
-template <class T>
-struct Quad {
-    T v[4];
+// Neighbours in a row: what a thread loads at a time.
+template <class T, int kCount>
+struct Some {
+    T v[kCount];
 };
-template <class T>
-constexpr int kAlignment = sizeof(Quad<T>) < 16 ? sizeof(Quad<T>) : 16;
 
-// The first `count` of four; the others, if any, are 0. `aligned`: all four by vector loads.
-template <class T>
-__device__ inline Quad<T> load_quad(const T* from, int count, bool aligned) {
-    Quad<T> quad{};
-    if (aligned && count >= 4) {
-        if constexpr (sizeof(quad) == 8) {
-            const uint2 raw = __ldg(reinterpret_cast<const uint2*>(from));
-            memcpy(&quad, &raw, 8);
-        } else {
-            uint4 raw[sizeof(quad) / 16];
+template <class Word, class T, int kCount>
+__device__ inline void load_words(const T* from, Some<T, kCount>& to) {
+    Word words[sizeof(to) / sizeof(Word)];
 #pragma unroll
-            for (size_t i = 0; i < sizeof(quad) / 16; ++i) raw[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
-            memcpy(&quad, raw, sizeof(quad));
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i < count) load(from + i, quad.v[i]);
-    }
-    return quad;
+    for (size_t i = 0; i < sizeof(to) / sizeof(Word); ++i) words[i] = __ldg(reinterpret_cast<const Word*>(from) + i);
+    memcpy(&to, words, sizeof(to));
 }
 
-// Where the columns of a panel lie in shared memory. The two pairs of a quad are 16 apart: eight
-// threads then write 128 bytes in one piece, and a thread finds both rows of its fragment, 2 g and
-// 2 g + 1 of 16, in one load.
+// The first `count`; the others, if any, are 0. `aligned`: all of them in words.
+template <int kCount, class T>
+__device__ inline Some<T, kCount> load_some(const T* from, int count, bool aligned) {
+    Some<T, kCount> some{};
+    if (aligned && count >= kCount) {
+        if constexpr (sizeof(some) == 4)
+            load_words<uint32_t>(from, some);
+        else if constexpr (sizeof(some) == 8)
+            load_words<uint2>(from, some);
+        else
+            load_words<uint4>(from, some);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i)
+            if (i < count) load(from + i, some.v[i]);
+    }
+    return some;
+}
+
+// Where the columns that give the tile's rows lie in shared memory. The two pairs of four are 16
+// apart: eight threads then write 128 bytes in one piece, and a thread finds both rows of its
+// fragment of 16, places 2 g and 2 g + 1, in one load.
 __device__ inline int place(int column) {
     return (column & ~31) + ((column & 2) << 3) + ((column >> 1) & 14) + (column & 1);
 }
-// z fills one fragment of 8 columns before the next.
-__device__ inline int place_z(int column) { return 2 * (column & 7) + (column >> 3); }
-
-template <class T>
-__device__ inline void store_quad(double* panel, int column, const Quad<T>& quad, const double (&shift)[4], bool row) {
-    double v[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = row ? widen(quad.v[i]) - shift[i] : 0.0;
-    double* to = panel + place(column);
-    *reinterpret_cast<double2*>(to) = {v[0], v[1]};
-    *reinterpret_cast<double2*>(to + 16) = {v[2], v[3]};
-}
+// The same for the columns of the tile, where a thread holds two: odd ones are 8 behind even ones.
+__device__ inline int place_pair(int column) { return (column & ~15) + ((column & 1) << 3) + ((column >> 1) & 7); }
 
 #ifdef __CUDACC__  // tests/cuda_emulator has its own
 // PTX ISA, "Matrix Fragments for mma.m8n8k4 / mma.m16n8k8 with .f64 floating point type".
@@ -144,29 +145,27 @@ __device__ inline void mma(double (&c)[4], const double (&a)[4], const double (&
 // A thread's part of the 64 x 32 entries of a warp: [16 rows][8 columns][fragment].
 using Accumulator = double[4][4][4];
 
-// One step; only the first `kTiles` fragments of columns. a and b: the thread's first places.
+// One step for the first `kTiles` fragments of columns; `left` and `right` are the thread's first places.
 template <int kTiles>
-__device__ inline void multiply(Accumulator& acc, const double* a, const double* b) {
-    double right[4][2];
+__device__ inline void multiply(Accumulator& acc, const double* left, const double* right) {
+    double b[kTiles][2];
 #pragma unroll
-    for (int j = 0; j < kTiles / 2; ++j)
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-            const double2 pair = *reinterpret_cast<const double2*>(b + 4 * s * kPitch + 16 * j);
-            right[2 * j][s] = pair.x;
-            right[2 * j + 1][s] = pair.y;
-        }
+    for (int tile = 0; tile < kTiles; ++tile) {
+        const double2 pair = *reinterpret_cast<const double2*>(right + 16 * tile);
+        b[tile][0] = pair.x;
+        b[tile][1] = pair.y;
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        double left[4];
+        double a[4];
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
-            const double2 pair = *reinterpret_cast<const double2*>(a + 4 * s * kPitch + 16 * i);
-            left[2 * s] = pair.x;
-            left[2 * s + 1] = pair.y;
+            const double2 pair = *reinterpret_cast<const double2*>(left + 4 * s * kRowPitch + 16 * i);
+            a[2 * s] = pair.x;
+            a[2 * s + 1] = pair.y;
         }
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) mma(acc[i][t], left, right[t]);
+        for (int tile = 0; tile < kTiles; ++tile) mma(acc[i][tile], a, b[tile]);
     }
 }
 
@@ -183,8 +182,8 @@ __device__ inline void write(const Accumulator& acc, double* staged, double* out
         for (int half = 0; half < 2; ++half)
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                double* to = staged + (2 * g + half) * kPadded + 8 * t + 2 * k;
-                const int fragment = 2 * half + k / 2, tile = 2 * (k % 2);
+                double* to = staged + (2 * g + half) * kPadded + 16 * (k / 2) + 4 * t + 2 * (k % 2);
+                const int fragment = 2 * half + k % 2, tile = k / 2 * 2;
                 *reinterpret_cast<double2*>(to) = {acc[i][tile][fragment], acc[i][tile + 1][fragment]};
             }
         __syncwarp();
@@ -271,65 +270,80 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
     const bool with_x = !tile.of_z && rows_from < dim && columns_from < dim && columns_from < rows_from + 64;
     const int left_from = tile.row + warp % 2 * 64;
     const bool with_z = warp < 2 && tile.z < q && left_from < (tile.of_z ? min(q, tile.z + kZ) : dim);
-    const int first_row = (lane % 4) * kPitch + lane / 4 * 2;
-    const int left_at = first_row + (with_z ? warp % 2 : warp / 2) * 64;
-    const int right_at = first_row + (with_z ? kZAt : kColumnsAt + warp % 2 * 32);
+    const int left_at = lane % 4 * kRowPitch + (with_z ? warp % 2 : warp / 2) * 64 + lane / 4 * 2;
+    const int right_at =
+        (with_z ? kZAt + lane % 4 * kZPitch : kColumnsAt + lane % 4 * kPairPitch + warp % 2 * 64) + lane / 4 * 2;
 
-    // The part of this thread in a step. For the tile's rows: 4 columns of 2 rows of x; for its
-    // columns: 4 columns of one row; of z: 2 columns of the same row.
+    // The part of this thread in a step, of two rows of x: 4 columns for the tile's rows and 2 for
+    // its columns. And of one of these rows a column of z.
     const T* const x = static_cast<const T*>(problem.x);
-    const bool aligned = reinterpret_cast<uintptr_t>(x) % kAlignment<T> == 0 && problem.stride % 4 == 0;
-    const int a_column = lane * 4, b_column = lane % 16 * 4, z_column = thread % 16;
-    const int b_row = thread / 16;
-    const int a_from = tile.row + a_column, b_from = tile.column + b_column, z_from = tile.z + z_column;
+    const int stride = problem.stride;
+    const bool aligned = reinterpret_cast<uintptr_t>(x) % kAlignment<T> == 0 && stride % 4 == 0;
+    const int a_from = tile.row + lane * 4, b_from = tile.column + lane * 2, z_from = tile.z + lane % 16;
     const bool with_columns = tile.column < dim;
-    double a_shift[4] = {}, b_shift[4] = {};
+    double a_shift[4] = {}, b_shift[2] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i)
         if (!tile.of_z && a_from + i < dim) a_shift[i] = __ldg(problem.shift + a_from + i);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
         if (with_columns && b_from + i < dim) b_shift[i] = __ldg(problem.shift + b_from + i);
-    }
 
-    // Row numbers, numbers and shared memory of a step; -1 where the cell has no more rows.
-    int a_rows[2], b_rows;
-    Quad<T> a[2], b;
+    // Row numbers, -1 where the cell has no more; what is loaded of them; and how it is written.
+    int rows[2];
+    Some<T, 4> a[2];
+    Some<T, 2> b[2];
     double z;
     const auto number = [&](int at) { return at < count ? static_cast<int>(__ldg(order + at)) : -1; };
     const auto find_rows = [&](int at) {
-        a_rows[0] = number(at + warp);
-        a_rows[1] = number(at + warp + 4);
-        b_rows = number(at + b_row);
+        rows[0] = number(at + warp);
+        rows[1] = number(at + warp + 4);
     };
     const auto fetch = [&] {
-        if (!tile.of_z) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                a[i] = load_quad(x + int64_t{a_rows[i]} * problem.stride + a_from, a_rows[i] < 0 ? 0 : dim - a_from,
-                                 aligned);
+        for (int i = 0; i < 2; ++i) {
+            const T* const row = x + int64_t{rows[i]} * stride;
+            if (!tile.of_z) a[i] = load_some<4>(row + a_from, rows[i] < 0 ? 0 : dim - a_from, aligned);
+            if (with_columns) b[i] = load_some<2>(row + b_from, rows[i] < 0 ? 0 : dim - b_from, aligned);
         }
-        if (with_columns)
-            b = load_quad(x + int64_t{b_rows} * problem.stride + b_from, b_rows < 0 ? 0 : dim - b_from, aligned);
-        z = z_from < q && b_rows >= 0 ? __ldg(shape.z + int64_t{b_rows} * shape.z_stride + z_from) : 0.0;
+        const int row = lane < 16 ? rows[0] : rows[1];
+        z = z_from < q && row >= 0 ? __ldg(shape.z + int64_t{row} * shape.z_stride + z_from) : 0.0;
     };
     const auto store = [&](double* to, int at) {
+        const bool is_row[2] = {at + warp < count, at + warp + 4 < count};
         if (tile.of_z) {  // rare and not worth registers: fetched here
 #pragma unroll 4
             for (int r = 0; r < kStep; ++r) {
                 const int row = tile.row + thread < q ? number(at + r) : -1;
-                to[r * kPitch + place(thread)] =
+                to[r * kRowPitch + place(thread)] =
                     row < 0 ? 0.0 : __ldg(shape.z + int64_t{row} * shape.z_stride + tile.row + thread);
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-                store_quad(to + (warp + 4 * i) * kPitch, a_column, a[i], a_shift, at + warp + 4 * i < count);
+            for (int i = 0; i < 2; ++i) {
+                double v[4];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) v[k] = is_row[i] ? widen(a[i].v[k]) - a_shift[k] : 0.0;
+                double* const places = to + (warp + 4 * i) * kRowPitch + place(lane * 4);
+                *reinterpret_cast<double2*>(places) = {v[0], v[1]};
+                *reinterpret_cast<double2*>(places + 16) = {v[2], v[3]};
+            }
         }
-        if (with_columns) store_quad(to + b_row * kPitch + kColumnsAt, b_column, b, b_shift, at + b_row < count);
-        if (tile.z < q) to[b_row * kPitch + kZAt + place_z(z_column)] = z;
+        if (with_columns) {
+            double* const places = to + kColumnsAt + warp * kPairPitch + 2 * place_pair(lane * 2);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                double v[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) v[i] = is_row[i] ? widen(b[i].v[k]) - b_shift[k] : 0.0;
+                *reinterpret_cast<double2*>(places + 16 * k) = {v[0], v[1]};
+            }
+        }
+        if (tile.z < q) to[kZAt + warp * kZPitch + 2 * (lane % 16) + lane / 16] = z;
     };
 
     Accumulator acc = {};
-    double *now = memory, *next = memory + kStep * kPitch;
+    double *now = memory, *next = memory + kStepSize;
     find_rows(0);
     fetch();
     find_rows(kStep);
@@ -360,9 +374,9 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
         write_z(acc, out, p, dim + tile.z, (tile.of_z ? dim : 0) + left_from, tile.of_z ? p : dim, lane);
 }
 
-constexpr size_t kSharedBytes = 2 * kStep * kPitch * sizeof(double);
+constexpr size_t kSharedBytes = 2 * kStepSize * sizeof(double);
 static_assert(kSharedBytes <= 48 * 1024, "more must be asked for with cudaFuncSetAttribute");
-static_assert(4 * 16 * kPadded <= 2 * kStep * kPitch, "write() stages in the same memory");
+static_assert(4 * 16 * kPadded <= 2 * kStepSize, "write() stages in the same memory");
 
 using Kernel = void (*)(GramArgs);
 

@@ -14,16 +14,15 @@ struct GramProblem {
     const void* x;        // [n, dim]
     const double* shift;  // [dim]
     double* out;          // [cells, dim + q, dim + q], lower triangle
-    int64_t stride;       // of x, in elements
+    int stride;           // of x, in elements
 };
 
 // What all problems of a call share.
 struct GramShape {
-    const double* z;  // [n, q]
-    int64_t z_stride;
+    const double* z;         // [n, q]
     const int64_t* order;    // rows of x and z
     const int64_t* offsets;  // [cells + 1]; cell c has the rows order[offsets[c]:offsets[c + 1]]
-    int dim, q, cells;
+    int z_stride, dim, q, cells;
 };
 
 // Adds [x - shift, z]' [x - shift, z] over the rows of every cell to the lower triangle of out, for

@@ -30,12 +30,12 @@ TARGETS = 4  # columns of z that share one read of x
 
 
 @triton.jit
-def _gathered(source, at, ok, cols, end):  # type: ignore[no-untyped-def]
+def _gathered(source, at, ok, cols, end):
     return tl.load(source + at[:, None] + cols[None, :], ok[:, None] & (cols < end)[None, :], 0.0)
 
 
 @triton.jit
-def _tile(  # type: ignore[no-untyped-def]
+def _tile(
     x,
     shift,
     stride,
@@ -90,7 +90,7 @@ def _tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _target_rows(  # type: ignore[no-untyped-def]
+def _target_rows(
     source,
     shift,
     stride,
@@ -107,6 +107,7 @@ def _target_rows(  # type: ignore[no-untyped-def]
     TARGETS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # out[k, first + c] += sum of z[r, k] * (source[r, c] - shift[c]) for TARGETS columns k of z.
     cols = block * BLOCK + tl.arange(0, BLOCK)
@@ -117,7 +118,7 @@ def _target_rows(  # type: ignore[no-untyped-def]
     about = tl.zeros((BLOCK,), tl.float64)
     if shift is not None:
         about = tl.load(shift + cols, cols < width, 0.0)
-    for start in range(0, rows, BLOCK_N):
+    for start in tl.range(0, rows, BLOCK_N, num_stages=STAGES):
         ok = start + lines < rows
         row = tl.load(order + start + lines, ok, 0)
         values = _gathered(source, row * stride, ok, cols, width)
@@ -138,7 +139,7 @@ def _target_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gram_kernel(  # type: ignore[no-untyped-def]
+def gram_kernel(
     xs,
     shifts,
     strides,
@@ -196,12 +197,12 @@ def gram_kernel(  # type: ignore[no-untyped-def]
         if block < x_blocks:
             _target_rows(
                 x, shift, stride, dim, z, q, order, rows, out, p, 0, group, block,
-                TARGETS, BLOCK_Z, BLOCK_ZN,
+                TARGETS, BLOCK_Z, BLOCK_ZN, STAGES,
             )  # fmt: skip
         else:
             _target_rows(
                 z, None, q, q, z, q, order, rows, out, p, dim, group, block - x_blocks,
-                TARGETS, BLOCK_Z, BLOCK_ZN,
+                TARGETS, BLOCK_Z, BLOCK_ZN, STAGES,
             )  # fmt: skip
     else:
         _tile(
@@ -222,8 +223,8 @@ def blocks(capability: int) -> dict[str, int]:
         "BLOCK_J": 64 if capability >= 9 else 32,
         "BLOCK_N": 16,
         "STAGES": 3 if capability >= 9 else 2,
-        "BLOCK_Z": 64,
-        "BLOCK_ZN": 16,
+        "BLOCK_Z": 32,
+        "BLOCK_ZN": 32,
         "num_warps": 4,
     }
 

@@ -27,7 +27,7 @@ SCAN_TOKENS = 1024  # role bytes read at a time where nothing is reduced
 
 
 @triton.jit
-def _begin(OP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+def _begin(OP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     # The accumulator of a job, and its mark a token: how many it took, or where it was.
     total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     mark = tl.zeros((BLOCK_T,), tl.int32)
@@ -43,7 +43,7 @@ def _begin(OP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # t
 
 
 @triton.jit
-def _take(OP: tl.constexpr, total, mark, values, has, t):  # type: ignore[no-untyped-def]
+def _take(OP: tl.constexpr, total, mark, values, has, t):
     if OP == FIRST:
         mark = tl.where(has, tl.minimum(mark, t), mark)
     elif OP == LAST:
@@ -61,7 +61,7 @@ def _take(OP: tl.constexpr, total, mark, values, has, t):  # type: ignore[no-unt
 
 
 @triton.jit
-def _reduced(OP: tl.constexpr, total, mark):  # type: ignore[no-untyped-def]
+def _reduced(OP: tl.constexpr, total, mark):
     count = tl.sum(mark, 0)
     if OP == MEAN:
         row = tl.div_rn(tl.sum(total, 0), tl.maximum(count, 1).to(tl.float32))
@@ -78,7 +78,7 @@ def _reduced(OP: tl.constexpr, total, mark):  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["tokens", "roles_stride"])
-def pool_kernel(  # type: ignore[no-untyped-def]
+def pool_kernel(
     x,
     roles,
     starts,

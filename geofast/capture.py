@@ -155,7 +155,12 @@ class Recorder:
         self._body = stage.body
         self._towers = {t.name: t for t in stage.towers}
         self._sites = sites
-        self._pools = pools
+        # By tower, and whether the site is one vector a sample, which one pool takes.
+        self._pools = {
+            (tower, is_vector): _by_kind(some[:1] if is_vector else some)
+            for tower, some in pools.items()
+            for is_vector in (False, True)
+        }
         self._running = False
         self._call = Call()
         self._layouts: dict[tuple[Any, ...], Layout] = {}
@@ -209,24 +214,23 @@ class Recorder:
             msg = f"{site.name} saw {batch} samples where the sites before it saw {self._samples}"
             raise ValueError(msg)
         self._samples = batch
-        pools = self._pools[site.tower]
-        pools = pools[:1] if site.is_vector else pools
+        pooled, each = self._pools[site.tower, site.is_vector]
         if tokens.stride(-1) != 1:
             tokens = tokens.contiguous()
         if is_new:
-            self._require_tokens(pools, site, layout)
-        pooled = [p for p in pools if p.each is None]
+            self._require_tokens((*pooled, *each), site, layout)
         if pooled:
             self._pool(site, pooled, tokens, layout)
-        for p in pools:
-            if p.each is not None:
-                self._take_each(site, p, p.each, tokens, layout)
+        for p in each:
+            self._take_each(site, p, tokens, layout)
         self._seen.add(site.name)
         # Here and not when the model is done: a forward pass may stop at the deepest site.
         if len(self._seen) == len(self._sites):
             self._rows.commit(self._counts, batch)
 
-    def _pool(self, site: Site, pools: list[Pool], tokens: torch.Tensor, layout: Layout) -> None:
+    def _pool(
+        self, site: Site, pools: Sequence[Pool], tokens: torch.Tensor, layout: Layout
+    ) -> None:
         """Put a row a sample where they are kept; at most [batch, dim] travels to the host."""
         rows, (batch, dim), where = self._rows, (layout.samples, tokens.shape[-1]), tokens.device
         keys = [rows.key(site.name, p.name) for p in pools]
@@ -241,11 +245,10 @@ class Recorder:
                 self._check(key, o, partial(NonFiniteError, key, tokens.dtype))
         self._counts |= dict.fromkeys(keys, batch)
 
-    def _take_each(
-        self, site: Site, p: Pool, role: str, tokens: torch.Tensor, layout: Layout
-    ) -> None:
+    def _take_each(self, site: Site, p: Pool, tokens: torch.Tensor, layout: Layout) -> None:
         """Hand the tokens of a role on, or make each a row: sample by sample, in their order."""
-        rows, key, dim = self._rows, self._rows.key(site.name, p.name), tokens.shape[-1]
+        ((_, role),), rows, dim = p.parts, self._rows, tokens.shape[-1]
+        key = rows.key(site.name, p.name)
         hidden, count = tokens.reshape(-1, dim), 0
         with rows.aside.beside(tokens, layout.roles, layout.sample):
             means = torch.empty(layout.samples, dim, device=tokens.device)
@@ -315,6 +318,11 @@ def modules_around(body: nn.Module, block: nn.Module | None) -> list[nn.Module]:
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+
+
+def _by_kind(pools: Sequence[Pool]) -> tuple[list[Pool], list[Pool]]:
+    """Part the pools into those of a row a sample and those of a row a token."""
+    return [p for p in pools if p.each is None], [p for p in pools if p.each is not None]
 
 
 def _lacking(layout: Layout, role: str) -> torch.Tensor:

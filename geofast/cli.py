@@ -198,8 +198,8 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--pool", nargs="+",
         help="how a sample's tokens become one row: cls, last, mean, max or min; mean:patch for "
-        "one role; a+b for both side by side (default: the tower's own, which `geofast sites` "
-        "prints)",
+        "one role; a+b for both side by side; each:patch makes every patch a row (default: the "
+        "tower's own, which `geofast sites` prints)",
     )  # fmt: skip
     what.add_argument(
         "--prompt", nargs="+", help="of text, as 'The city of {text}'; or about images"

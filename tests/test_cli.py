@@ -122,7 +122,7 @@ def test_an_error_is_one_line_and_leaves_nothing(job, tmp_path, capsys, change, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--pool", "median"], "unknown pool 'median': write cls, last, mean, max or min"),
+        (["--pool", "median"], "unknown pool 'median': write cls, last, mean, max, min or each"),
         (["--sites", "embed"], "no site matches 'embed'; this model has vision.embed"),
         (["--prompt", "Where?"], "takes no prompt beside an image"),
         (["--text", "image"], "reads image, not text"),

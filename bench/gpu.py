@@ -1,0 +1,230 @@
+"""All that geofast claims of a GPU, in one call on a machine that has one: under eight minutes.
+
+python bench/gpu.py                    install, test, measure; print tables, write JSON
+python bench/gpu.py --out FILE         the JSON's place (default: gpu.json under temporary files)
+python bench/gpu.py --quick            fewer sizes and rounds
+python bench/gpu.py --seconds 300      the time for all of it; parts that do not fit are left out
+python bench/gpu.py --only gram,solve  some parts
+python bench/gpu.py --dry              every part at tiny sizes on the CPU: does it run at all?
+
+Every part is a process of its own and writes down each figure at once, so that a kernel that takes
+the GPU down costs its part alone. Exit code 1 says that a part failed, a wrong result included; a
+missed target does not.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from gpu_parts import checks, install, process, report
+from gpu_parts.run import Run
+
+
+class Part(NamedTuple):
+    """Module and function of gpu_parts, the most seconds it may take, and the least it needs."""
+
+    main: str
+    most: float
+    least: float
+
+
+PARTS = {  # the order is that of importance, but that ceilings are what others are held to
+    "install": Part("install.install", 150, 5),
+    "ceilings": Part("ceilings.main", 45, 15),
+    "tests": Part("checks.main", 110, 20),
+    "images": Part("forwards.main_images", 140, 30),
+    "language": Part("forwards.main_language", 90, 30),
+    "pooling": Part("pooling.main", 50, 15),
+    "gram": Part("gram.main", 100, 20),
+    "solve": Part("solve.main", 70, 20),
+}
+GRACE = 5  # seconds between the end of a part's time and the end of its process
+NO_GPU = (
+    "bench/gpu.py needs a GPU that torch can use, and torch.cuda.is_available() is False (torch "
+    "{torch}, built for CUDA {cuda}): run it on a machine with one, or see with --dry that it runs."
+)
+
+
+def main(arguments=None):
+    options = parser().parse_args(arguments)
+    if not options.dry and not torch.cuda.is_available():
+        print(NO_GPU.format(torch=torch.__version__, cuda=torch.version.cuda), file=sys.stderr)
+        return 2
+    if options.part:
+        return child(options)
+    out = Path(options.out or Path(tempfile.gettempdir(), "geofast-gpu.json"))
+    found = {
+        "machine": machine(options.dry),
+        "dry": options.dry,
+        "quick": options.quick,
+        "parts": {},
+    }
+    print(f"{' '.join(f'{k} {v};' for k, v in found['machine'].items())}\n")
+    if options.dry:
+        print("A dry run on the CPU at tiny sizes: its figures say nothing.\n")
+    end = time.monotonic() + options.seconds
+    options.folder = None
+    out.write_text("{}\n")  # no part is measured in vain because there is no room for its figures
+    for name in chosen(options.only):
+        part = PARTS[name]
+        left = end - time.monotonic() - GRACE
+        if left < part.least:
+            found["parts"][name] = left_out(left)
+        else:
+            found["parts"][name] = timed(name, min(left, part.most), options, out)
+        print(report.text_of(name, found["parts"][name]), flush=True)
+        found["targets"] = report.targets(found["parts"])
+        found["ok"] = all(p["state"] == "done" for p in found["parts"].values())
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    print(report.summary(found["targets"]))
+    print(f"{out}; {options.seconds - (end - time.monotonic()):.0f} s in all")
+    failed = [name for name, part in found["parts"].items() if part["state"] == "failed"]
+    if failed:
+        print(f"FAILED: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def parser():
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    found.add_argument("--out", metavar="FILE")
+    found.add_argument("--quick", action="store_true")
+    found.add_argument("--dry", action="store_true")
+    found.add_argument("--seconds", type=float, default=470)
+    found.add_argument("--only", metavar="PARTS", default=",".join(PARTS))
+    # What follows starts one part, in a process of its own.
+    found.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    found.add_argument("--events", help=argparse.SUPPRESS)
+    return found
+
+
+def chosen(only):
+    """Return the parts that are asked for, in order, and the two that all others need."""
+    asked = {"install", "ceilings", *only.split(",")}
+    unknown = asked - {*PARTS}
+    if unknown:
+        sys.exit(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    return [name for name in PARTS if name in asked]
+
+
+def left_out(left):
+    note = f"left out: {max(left, 0):.0f} s are left of the time for all parts (--seconds)"
+    return {"state": "left out", "seconds": 0.0, "tables": {}, "notes": [note], "errors": []}
+
+
+def timed(name, seconds, options, out):
+    """Run a part to its end or the end of its time; return what it recorded."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="geofast-bench-") as folder:
+        events = Path(folder, "events")
+        run = Run(events, seconds, options.dry, options.quick, given(out))
+        try:
+            if name == "install":
+                options.folder = install.install(run)
+            elif name == "tests":
+                checks.main(run, checks.environment(options.folder))
+            elif options.dry:
+                with run.case(name):
+                    main_of(name)(run)
+            else:
+                apart(name, run, options, out)
+        except Exception as error:
+            run.error(f"{name}: {type(error).__name__}: {error}")
+        found = report.gather(events)
+    state = "failed" if found["errors"] else "done"
+    return {"state": state, "seconds": time.monotonic() - start, **found}
+
+
+def apart(name, run, options, out):
+    """Run a part in a process of its own, which writes to the same file of events."""
+    command = command_of(name, run.left(), options, out, run.path)
+    env = checks.environment(options.folder)
+    code, _ = process.call(command, run.left() + GRACE, cwd=run.path.parent, env=env, show=True)
+    if code is None:
+        run.error("the time of this part was over, and its process was ended")
+    elif code:
+        run.error(f"its process ended with {code}; what it printed stands above")
+
+
+def command_of(name, seconds, options, out, events):
+    quick = ["--quick"] if options.quick else []
+    command = [sys.executable, str(Path(__file__).resolve()), "--part", name, *quick]
+    return [
+        *command,
+        "--seconds",
+        f"{seconds:.1f}",
+        "--out",
+        str(out.resolve()),
+        "--events",
+        str(events),
+    ]
+
+
+def child(options):
+    """Be the process of one part."""
+    run = Run(options.events, options.seconds, options.dry, options.quick, given(Path(options.out)))
+    with run.case(options.part):
+        main_of(options.part)(run)
+    return 0
+
+
+def main_of(name):
+    module, function = PARTS[name].main.split(".")
+    return getattr(importlib.import_module(f"gpu_parts.{module}"), function)
+
+
+def given(out):
+    """Return what the parts before found."""
+    return json.loads(out.read_text()) if out.exists() else {}
+
+
+def machine(dry):
+    """Return what the figures depend on."""
+    found = {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    for name in ("triton", "cupy", "transformers", "himalaya"):
+        found[name] = version(name)
+    found["commit"] = first_line("git", "-C", str(install.ROOT), "rev-parse", "--short", "HEAD")
+    found["nvcc"] = first_line("nvcc", "--version", find="release")
+    found["cpus"] = os.cpu_count()
+    if not dry:
+        # Not from torch, which would put this process on the GPU beside the one that measures.
+        query = "--query-gpu=name,compute_cap,driver_version"
+        line = first_line("nvidia-smi", query, "--format=csv,noheader") or "unknown"
+        found["device, capability, driver"] = line
+    return found
+
+
+def version(package):
+    """Return the installed version of a package, None if there is none."""
+    from importlib.metadata import distributions
+
+    names = {d.metadata["Name"].lower(): d.version for d in distributions() if d.metadata["Name"]}
+    return next(
+        (v for k, v in names.items() if k == package or k.startswith(f"{package}-cuda")), None
+    )
+
+
+def first_line(*command, find=""):
+    """Return the first line with `find` that a program prints, None if it cannot be run."""
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return next((line.strip() for line in printed.splitlines() if find in line), None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The solve stage: every layer, fold and penalty at once, from statistics on the device."""
+
+import statistics
+import time
+
+import torch
+
+import geofast as gf
+from geofast.gram import Gram
+from geofast.ridge.solve import solve_many
+
+from .timing import in_turn
+
+FOLDS, TARGETS = 5, 2
+
+
+def main(run):
+    sizes = [(24, 1024, 0.040), (32, 4096, 0.3)]
+    for layers, d, limit in [(2, 600, 0.04)] if run.dry else sizes[:1] if run.quick else sizes:
+        if run.enough(10, f"{layers} layers of d={d}"):
+            with run.case(f"{layers} layers of d={d}"):
+                many(run, layers, d, limit)
+    if run.enough(10, "one layer from rows, against peers"):
+        with run.case("peers"):
+            from_rows(run)
+
+
+def rows_of(run, n, d, seed):
+    """Rows [n, d] with a power-law spectrum and large means, targets [n, k] in their directions."""
+    torch.manual_seed(seed)
+    new = {"device": run.device}
+    latent = torch.randn(n, d, **new)
+    scale = 1.0 / torch.arange(1, d + 1, device=run.device)
+    x = latent * (0.5 * scale / scale.square().mean().sqrt())
+    x += 0.05 * torch.randn(n, d, **new) + 5 * torch.randn(d, **new)
+    y = latent[:, :16].double() @ torch.randn(16, TARGETS, dtype=torch.float64, **new)
+    return x, (y + torch.randn(n, TARGETS, dtype=torch.float64, **new)).cpu()
+
+
+def gram_of(run, x, y, fold):
+    return Gram(x.shape[1], TARGETS, FOLDS, device=run.device).update(x, y, fold)
+
+
+def many(run, layers, d, limit):
+    """Time statistics of many layers on the device, and hold one layer to a direct solution."""
+    n = 2 * d if run.dry else 8 * d
+    grams = []
+    for seed in range(layers):
+        x, y = rows_of(run, n, d, seed)
+        grams.append(gram_of(run, x, y, torch.arange(n) % FOLDS))
+    del x, y
+    found = solve_many(grams, gf.ALPHAS)
+    for layer in (0, layers - 1):
+        compare(run, grams[layer], found[layer])
+    seconds = in_turn(run, {"solve": lambda: solve_many(grams, gf.ALPHAS)}, 7, 8)["solve"]
+    run.row(
+        "from statistics", {"ms": ("at most", 1e3 * limit)}, layers=layers, d=d, rows=n,
+        ms=1e3 * statistics.median(seconds), fastest_ms=1e3 * min(seconds),
+        method=found[0].method,
+    )  # fmt: skip
+
+
+def compare(run, gram, solution):
+    """Hold scores and penalties to those of a direct solution in float64, fold by fold."""
+    if isinstance(solution, ValueError):
+        raise solution
+    for f in range(FOLDS):
+        alpha, r2 = direct(gram, f, [float(solution.alpha[f])] if f else gf.ALPHAS)
+        run.require(
+            alpha == float(solution.alpha[f]),
+            f"fold {f}: GCV is least at {alpha:g}, and {float(solution.alpha[f]):g} was chosen",
+        )
+        off = float((r2.cpu() - solution.r2[f]).abs().max())
+        run.require(off < 1e-6, f"fold {f}: R2 is off by {off:.1e}")
+
+
+def direct(gram, fold, alphas):
+    """Return the penalty of least GCV and its held-out R2 [k], by a Cholesky for every penalty."""
+    d = gram.dim
+    full = gram.matrix + gram.matrix.tril(-1).mT
+    train, held = full.sum(0) - full[fold], full[fold]
+    n, s, t = train[d, d], train[d, :d], train[d, d + 1 :]
+    a = train[:d, :d] - torch.outer(s, s) / n
+    b = train[:d, d + 1 :] - torch.outer(s, t) / n
+    yy = (train[d + 1 :, d + 1 :] - torch.outer(t, t) / n).diagonal().sum()
+    eye, best = torch.eye(d, dtype=a.dtype, device=a.device), None
+    for alpha in alphas:
+        lower = torch.linalg.cholesky(a + alpha * eye)
+        w = torch.cholesky_solve(b, lower)
+        df = d - alpha * torch.linalg.solve_triangular(lower, eye, upper=False).square().sum()
+        rss = yy - 2 * (w * b).sum() + (w * (a @ w)).sum()
+        curve = float(rss / (n - 1 - df) ** 2)
+        if best is None or curve < best[0]:
+            best = curve, alpha, w
+    _, alpha, w = best
+    # Held-out rows about their means: their products with [w, -1] and the intercept.
+    m, hs, ht = held[d, d], held[d, :d], held[d, d + 1 :]
+    hx, hb = held[:d, :d], held[:d, d + 1 :]
+    c = t / n - s @ w / n
+    sse = held[d + 1 :, d + 1 :].diagonal() - 2 * (w * hb).sum(0) + (w * (hx @ w)).sum(0)
+    sse += m * c**2 + 2 * c * (hs @ w) - 2 * c * ht
+    return alpha, 1 - sse / (held[d + 1 :, d + 1 :].diagonal() - ht**2 / m)
+
+
+# ------ one layer, from rows, and other ways to it
+
+
+def from_rows(run):
+    n, d = (300, 20) if run.dry else (5000, 1024)
+    x, y = rows_of(run, n, d, 0)
+    fold = torch.arange(n) % FOLDS
+
+    def ours():
+        return solve_many([gram_of(run, x, y, fold)], gf.ALPHAS)[0]
+
+    ours()
+    seconds = statistics.median(in_turn(run, {"ours": ours}, 7, 3)["ours"])
+    r2 = ours().r2.mean()
+    row = {"d": d, "rows": n, "r2": r2}
+    run.row("one layer", **row, way="geofast, statistics and solution", ms=1e3 * seconds, ratio=1.0)
+    peers = {"geofast on the CPU": on_cpu, "scikit-learn, one fold of five": sklearn_fold}
+    if not run.dry:
+        peers["himalaya on CUDA"] = himalaya
+    for name, way in peers.items():
+        with run.peer(name):
+            took, theirs = way(x, y, fold)
+            values = {"d": d, "rows": n, "r2": theirs, "way": name}
+            run.row("one layer", **values, ms=1e3 * took, ratio=took / seconds)
+
+
+def on_cpu(x, y, fold):
+    x = x.cpu()
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        gram = Gram(x.shape[1], TARGETS, FOLDS).update(x, y, fold)
+        r2 = solve_many([gram], gf.ALPHAS)[0].r2.mean()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found), float(r2)
+
+
+def sklearn_fold(x, y, fold):
+    """RidgeCV by leave-one-out, as the study has it; timed in one fold, times five."""
+    from sklearn.linear_model import RidgeCV
+    from sklearn.metrics import r2_score
+
+    x, y, held = x.cpu().numpy(), y.numpy(), (fold == 0).numpy()
+    start = time.perf_counter()
+    model = RidgeCV(alphas=gf.ALPHAS).fit(x[~held], y[~held])
+    r2 = r2_score(y[held], model.predict(x[held]))
+    return FOLDS * (time.perf_counter() - start), float(r2)
+
+
+def himalaya(x, y, fold):
+    """RidgeCV on CUDA in every fold, its penalty chosen on five inner ones."""
+    from himalaya.backend import set_backend
+    from himalaya.ridge import RidgeCV
+    from sklearn.metrics import r2_score
+
+    set_backend("torch_cuda", on_error="raise")
+    y32, fold = y.float().to(x.device), fold.to(x.device)
+    for _ in range(2):  # the first makes the libraries' workspaces
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        scores = []
+        for f in range(FOLDS):
+            model = RidgeCV(alphas=list(gf.ALPHAS), fit_intercept=True, cv=5)
+            model.fit(x[fold != f], y32[fold != f])
+            guess = model.predict(x[fold == f])
+            scores.append(r2_score(y[(fold == f).cpu()], guess.cpu()))
+        took = time.perf_counter() - start
+    return took, sum(scores) / len(scores)

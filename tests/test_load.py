@@ -165,9 +165,9 @@ def test_a_pass_over_two_devices_lays_out_each(monkeypatch):
             o.fill_(1)
 
     monkeypatch.setattr(capture, "pool", pool)
-    monkeypatch.setattr(capture, "_require_tokens", lambda *_: None)
+    monkeypatch.setattr(capture.Recorder, "_require_tokens", lambda *_: None)
     monkeypatch.setattr(capture.Recorder, "_check", lambda *_: None)
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other, **_: self)
     with capture.capture(module.model), torch.no_grad():
         module.model(input_ids=torch.tensor([[3, 4]]))
     assert seen == [(d, d, {d}) for d in ("cpu", "cpu", "meta", "meta")]

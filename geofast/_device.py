@@ -104,16 +104,14 @@ def training_matrix(
     """
     d, total = out.shape[-1], total.view(-1, *held.shape[1:])
     folds = len(held) // len(total)
-    if torch.equal(sets, torch.arange(len(held))):  # views then, no copies
+    everything = torch.equal(sets, torch.arange(len(held)))
+    at = sets.to(held.device, non_blocking=True)
 
-        def part(i: int, j: int) -> torch.Tensor:
-            grid = held[:, i:j, :j].unflatten(0, (-1, folds))
-            return (total[:, None, i:j, :j] - grid).flatten(0, 1)
-    else:
-        at = sets.to(held.device, non_blocking=True)
-
-        def part(i: int, j: int) -> torch.Tensor:
+    def part(i: int, j: int) -> torch.Tensor:
+        if not everything:
             return total[at // folds, i:j, :j] - held[at, i:j, :j]
+        grid = held[:, i:j, :j].view(-1, folds, j - i, j)  # views and no copies
+        return torch.sub(total[:, None, i:j, :j], grid).flatten(0, 1)
 
     last = part(d, d + 1)[:, 0]
     sums, mean = last[:, :d], last[:, :d] / last[:, d:]
@@ -174,7 +172,8 @@ def _no_blocks(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
 
 def _invert(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
     eye = torch.eye(l.shape[1], dtype=l.dtype, device=l.device).expand(l.shape)
-    return torch.linalg.solve_triangular(l, eye, upper=False)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(l, eye, upper=False)
+    return inverse
 
 
 def _put_inverse(

@@ -286,7 +286,7 @@ class Totals:
 
 
 def totals(gram: Gram, folds: torch.Tensor | None = None) -> Totals:
-    """Sum cells into folds.
+    """Sum cells into folds, where the statistics lie.
 
     Parameters
     ----------
@@ -303,13 +303,13 @@ def totals(gram: Gram, folds: torch.Tensor | None = None) -> Totals:
     """
     if gram.shift is None:
         raise ValueError("this Gram is empty: call update() with rows before solving")
-    gram = gram.cpu()
-    assert gram.shift is not None
     if folds is None:
         return Totals(gram.matrix.sum(0), gram.matrix, gram.shift)
     _check_int64("folds", folds, gram.cells, "cell of the Gram")
+    folds, device = folds.cpu(), gram.matrix.device
     held = gram.matrix.new_zeros(int(folds.max()) + 1, *gram.matrix.shape[1:])
-    held.index_add_(0, folds[folds >= 0], gram.matrix[folds >= 0])
+    cells = _ops.send((folds >= 0).nonzero()[:, 0], device)
+    held.index_add_(0, _ops.send(folds[folds >= 0], device), gram.matrix[cells])
     return Totals(held.sum(0), held, gram.shift)
 
 

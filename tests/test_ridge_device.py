@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
 
 import pytest
 import torch
+from pretend import Pretend
+from synthetic import rows
 
+import geofast as gf
 from geofast import _device, _reference
+from geofast.ridge import Select, fold_errors, solve_many, training
 
 TYPES = [torch.float32, torch.float64]
 SIZES = [1, 7, 16, 17, 48, 130]
@@ -234,3 +239,180 @@ def test_tensor_float_32_is_switched_off_and_on_again() -> None:
             assert products.fp32_precision == setting
     finally:
         products.fp32_precision = before
+
+
+# The solvers themselves, on a device that is pretended.
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
+    """A device that solves every width as it solves a large one."""
+    monkeypatch.setattr(training, "_SMALL", 0)
+    with Pretend() as gpu:
+        yield gpu
+
+
+def moved(gram: gf.Gram) -> gf.Gram:
+    there = gf.Gram(gram.dim, gram.targets, gram.cells, device=Pretend.device)
+    assert gram.shift is not None
+    there.matrix.copy_(gram.matrix)
+    there.shift = gram.shift.to(Pretend.device)
+    return there
+
+
+def assert_same(found: gf.Solution, want: gf.Solution, tolerance: float = 1e-7) -> None:
+    assert all(t.is_cpu for t in vars(found).values() if isinstance(t, torch.Tensor))
+    assert found.method == want.method
+    assert torch.equal(found.alpha, want.alpha)
+    for name in ("coef", "intercept", "r2", "mse", "predictions", "inner_r2"):
+        mine, theirs = getattr(found, name), getattr(want, name)
+        assert (mine is None) == (theirs is None), name
+        if mine is not None:
+            scale = float(theirs.abs().max()) if name in ("coef", "predictions") else 1.0
+            torch.testing.assert_close(mine / scale, theirs / scale, atol=tolerance, rtol=tolerance)
+
+
+FOLD = torch.arange(400) % 5
+SEEDS = {"plain": 0, "collinear": 1, "massive_dims": 2, "large_means": 3, "steep": 4}
+
+
+def grams(d: int = 40) -> list[gf.Gram]:
+    layers = [rows(d=d, kind=kind, seed=seed) for kind, seed in SEEDS.items()]
+    return [gf.Gram(d, 2, 5).update(x, y, FOLD) for x, y in layers]
+
+
+@pytest.mark.parametrize("select", ["gcv", "folds"])
+@pytest.mark.parametrize("blocks", [True, False])
+def test_statistics_of_many_layers(
+    gpu: Pretend, request: pytest.FixtureRequest, blocks: bool, select: str
+) -> None:
+    if blocks:
+        request.getfixturevalue("small_blocks")
+    here = grams()
+    for folds in (None, torch.tensor([0, 1, -1, 2, 0])):
+        want = [gf.solve(gram, folds=folds, select=select, inner=True) for gram in here]
+        together = solve_many(
+            [moved(gram) for gram in here], folds=folds, select=select, inner=True
+        )
+        for gram, one, found in zip(here, want, together, strict=True):
+            assert isinstance(found, gf.Solution)
+            assert_same(found, one)
+            alone = gf.solve(moved(gram), folds=folds, select=select, inner=True)
+            assert_same(found, alone, 1e-12)
+
+
+def test_all_rows_of_many_layers(gpu: Pretend) -> None:
+    here, everyone = grams()[:2], torch.zeros(5, dtype=torch.int64)
+    together = solve_many([moved(gram) for gram in here], folds=everyone)
+    for gram, found in zip(here, together, strict=True):
+        assert isinstance(found, gf.Solution)
+        assert found.r2 is None
+        assert_same(found, gf.solve(gram, folds=everyone))
+
+
+def test_the_host_waits_as_often_for_many_layers_as_for_one(gpu: Pretend) -> None:
+    waits = []
+    for count in (1, 8):
+        there = [moved(grams()[0]) for _ in range(count)]
+        gpu.syncs.clear()
+        solve_many(there, inner=True)
+        waits.append(len(gpu.syncs))
+    assert waits[0] == waits[1] < 60
+
+
+def test_few_features_are_solved_on_the_cpu() -> None:
+    here = grams()
+    with Pretend():
+        together = solve_many([moved(gram) for gram in here])
+    for gram, found in zip(here, together, strict=True):
+        assert isinstance(found, gf.Solution)
+        assert_same(found, gf.solve(gram), 0.0)
+
+
+def test_a_layer_that_fails_costs_no_other(gpu: Pretend) -> None:
+    """Of five layers one has a NaN, one a constant target, and one needs float64."""
+    x, y = rows(d=40)
+    bad, flat, badly_scaled = x.clone(), y * torch.tensor([1.0, 0.0]), x.clone()
+    bad[7, 5] = torch.nan
+    badly_scaled[:, 7:] = 1e3 * x[:, :1] + 1e-2 * x[:, 7:]
+    tables = [(x, y), (bad, y), (badly_scaled, y), (x, flat), (2 * x, y)]
+    here = [gf.Gram(40, 2, 5).update(*table, FOLD) for table in tables]
+    found = solve_many([moved(gram) for gram in here])
+    assert "column 5 of the Gram is not finite" in str(found[1])
+    assert "target 1 is constant over a training part" in str(found[3])
+    for i in (0, 2, 4):
+        one = found[i]
+        assert isinstance(one, gf.Solution)
+        assert ("float64, refined" in one.method) == (i == 2)
+        assert_same(one, gf.solve(here[i]), 1e-5)
+    hopeless = torch.zeros_like(here[0].matrix)
+    hopeless[:] = here[0].matrix
+    hopeless[:, 3, 3] = -1e6
+    there = [moved(here[0]), moved(here[0])]
+    there[0].matrix.copy_(hopeless)
+    first, second = solve_many(there)
+    assert "not positive definite in float64" in str(first)
+    assert isinstance(second, gf.Solution)
+
+
+@pytest.mark.parametrize(("room", "limit", "sizes"), [(3, 5, [3, 2]), (9, 2, [5, 2, 2, 1])])
+def test_layers_are_taken_in_parts_when_memory_is_short(
+    gpu: Pretend, monkeypatch: pytest.MonkeyPatch, room: int, limit: int, sizes: list[int]
+) -> None:
+    """By what is free, and when that was not enough by half of what did not fit."""
+    there, tried = [moved(gram) for gram in grams()], []
+    whole = solve_many(there)
+    module = import_module("geofast.ridge.solve")
+    inside = module._solve_layers
+
+    def limited(some: list[gf.Gram], *rest: object) -> object:
+        tried.append(len(some))
+        if len(some) > limit:
+            raise torch.OutOfMemoryError
+        return inside(some, *rest)
+
+    monkeypatch.setattr(module, "_solve_layers", limited)
+    monkeypatch.setattr(module, "_free", lambda _: 2 * room * 8 * 43 * 43 * (5 * 5 + 2 * 2 + 1))
+    parts = solve_many(there)
+    assert tried == sizes
+    for one, other in zip(parts, whole, strict=True):
+        assert isinstance(one, gf.Solution)
+        assert isinstance(other, gf.Solution)
+        assert_same(one, other, 1e-12)
+
+
+def test_layers_that_differ_are_refused(gpu: Pretend) -> None:
+    with pytest.raises(ValueError, match="must have one width"):
+        solve_many([grams(40)[0], grams(30)[0]])
+
+
+@pytest.mark.parametrize("kind", ["plain", "large_means", "massive_rows"])
+@pytest.mark.parametrize("select", ["loo", "gcv", "folds"])
+@pytest.mark.parametrize("shape", [(400, 40), (60, 80)])
+def test_rows(gpu: Pretend, shape: tuple[int, int], select: Select, kind: str) -> None:
+    x, y = rows(*shape, kind=kind, seed=1)
+    fold = torch.arange(len(x)) % 5
+    inner = select != "loo"
+    want = gf.cross_validate(x, y, fold, select=select, inner=inner)
+    there = x.to(gpu.device)
+    assert_same(gf.cross_validate(there, y, fold, select=select, inner=inner), want, 1e-6)
+    far = gf.cross_validate(
+        there, y.to(gpu.device), fold.to(gpu.device), select=select, inner=inner
+    )
+    assert_same(far, want, 1e-6)
+    if select != "folds":
+        assert_same(gf.fit(there, y, select=select), gf.fit(x, y, select=select), 1e-6)
+    errors = fold_errors(there, y, fold)
+    assert errors.is_cpu
+    torch.testing.assert_close(errors, fold_errors(x, y, fold), rtol=1e-6, atol=0)
+
+
+def test_bad_rows_on_a_device(gpu: Pretend) -> None:
+    x, y = rows()
+    fold = torch.arange(len(x)) % 5
+    bad = x.clone()
+    bad[7, 5] = torch.inf
+    with pytest.raises(ValueError, match="feature 5 of row 7 is inf"):
+        gf.cross_validate(bad.to(gpu.device), y, fold)
+    with pytest.raises(ValueError, match="target 1 is constant"):
+        gf.cross_validate(x.to(gpu.device), y * torch.tensor([1.0, 0.0]), fold)

@@ -17,9 +17,23 @@ solution needs; what the errors of the estimate leave open, exact traces decide.
 leave-one-out searches all alphas by branch and bound (`loo`). Solutions are refined against the
 float64 residual of the rows themselves (or of the float64 statistics), so their error does not
 depend on the factor's precision; where float32 fails, float64 is used and the result says so.
+
+M training sets are treated at once: those of all folds and, on a GPU, of many layers. Whatever is
+large stays on the device of the rows or the statistics. What decides (alphas, curves, which sets
+are done) is on the CPU, so the host waits for the device a few times, however many layers there
+are; solutions come back on the CPU.
 """
 
 from .solution import ALPHAS, Select, Solution
-from .solve import cross_validate, fit, fold_errors, solve
+from .solve import cross_validate, fit, fold_errors, solve, solve_many
 
-__all__ = ["ALPHAS", "Select", "Solution", "cross_validate", "fit", "fold_errors", "solve"]
+__all__ = [
+    "ALPHAS",
+    "Select",
+    "Solution",
+    "cross_validate",
+    "fit",
+    "fold_errors",
+    "solve",
+    "solve_many",
+]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from .. import _ops
+from .factor import Factor
 from .lanczos import Lanczos, lanczos
 from .solution import EQUAL, least
-from .training import Training, apply_inverse, is_small, subset
+from .training import Training, is_small, subset
 
 _STEPS = 10  # Lanczos steps: a neighbouring alpha is exact to 1e-8, one three decades off to 10 %
 _PROBES = 6  # random sign vectors for the trace
@@ -19,16 +20,19 @@ _TIE = 1e-3  # closer than this and the errors of the estimate: exact traces dec
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where the GCV curve of each training set is least, as far as the estimate goes."""
+    """Where the GCV curve of each training set is least, as far as the estimate goes.
+
+    What decides is on the CPU, whatever device the factors are on.
+    """
 
     pole: torch.Tensor  # [M]
-    factor: torch.Tensor  # [M, d, d], at the pole
+    factor: Factor  # of M, at the pole
     curve: torch.Tensor  # [M, A]
     margin: torch.Tensor  # [M, A]: how far curve / curve at the pole may be off
 
     def factor_at(
         self, train: Training, alphas: torch.Tensor, a: int, sets: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> Factor:
         """Return the factors of training `sets` at alpha number `a`, made if they must be."""
         if bool((self.pole[sets] == a).all()):
             return self.factor if len(sets) == len(self.factor) else self.factor[sets]
@@ -36,21 +40,23 @@ class Minimum:
 
 
 def least_gcv(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Minimum:
-    """Find the minimum of each GCV curve."""
+    """Find the minimum of each GCV curve; `alphas` are on the CPU."""
     if is_small(train.dim):
         return _exact(train, alphas, dtype)
-    pole = torch.full((len(train.n),), len(alphas) // 2)
-    if len(pole) > 1:
-        # One training set shows where the others' minimum will be: most then need one factor.
-        first = slice(1)
-        pole[:] = _walk(subset(train, first), alphas, dtype, pole[first], *_SCOUT).pole
+    pole = torch.full((len(train),), len(alphas) // 2)
+    folds = train.stats.folds
+    if folds > 1:
+        # One training set shows where its layer's others have it: most then need one factor.
+        first = torch.arange(0, len(train), folds)
+        found = _walk(subset(train, first), alphas, dtype, pole[first], *_SCOUT).pole
+        pole = found.repeat_interleave(folds)
     return _walk(train, alphas, dtype, pole, _STEPS, _PROBES)
 
 
 def settle_ties(
     train: Training, alphas: torch.Tensor, start: Minimum
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the index of the alpha of least GCV [M], and the factors there [M, d, d].
+) -> tuple[torch.Tensor, Factor]:
+    """Return the index of the alpha of least GCV [M], and the factors there.
 
     Wherever the estimate leaves another alpha a chance, exact traces decide. Factors of `start`
     that lose are overwritten.
@@ -70,19 +76,20 @@ def settle_ties(
         value = _exact_at(part, alpha, at)
         better = value < lowest[sets] * (1.0 - EQUAL)
         won = sets[better]
-        lowest[won], pole[won], factor[won] = value[better], a, at[better]
+        if len(won):
+            lowest[won], pole[won] = value[better], a
+            factor.put(won, at[better.nonzero()[:, 0]])
     return pole, factor
 
 
 def _exact(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Minimum:
-    m = len(train.n)
-    a = train.matrix(torch.zeros(m, dtype=torch.float64), torch.float64)
-    values, vectors = torch.linalg.eigh(a)
+    zero, grid = torch.zeros(len(train), dtype=torch.float64), _ops.send(alphas, train.device)
+    values, vectors = torch.linalg.eigh(train.matrix(zero, torch.float64))
     values = values.clamp_min(0)[:, None]
     rotated = (train.b @ vectors).square()  # [M, k, d]
-    inverse = 1.0 / (values + alphas[:, None])  # [M, A, d]
-    explained = torch.einsum("mkd,mad->mka", rotated, inverse * (1.0 + alphas[:, None] * inverse))
-    curve = _gcv_value(train, train.yy[..., None] - explained, (values * inverse).sum(-1))
+    inverse = 1.0 / (values + grid[:, None])  # [M, A, d]
+    explained = torch.einsum("mkd,mad->mka", rotated, inverse * (1.0 + grid[:, None] * inverse))
+    curve = _gcv_value(train, train.yy[..., None] - explained, (values * inverse).sum(-1)).cpu()
     pole = least(curve)
     return Minimum(pole, train.factor(alphas[pole], dtype), curve, torch.zeros_like(curve))
 
@@ -98,24 +105,25 @@ def _walk(
     """Move each pole to the minimum of its own curve, where the quadrature is exact."""
     m, pole = len(pole), pole.clone()
     signs = torch.randint(0, 2, (probes, train.dim), generator=torch.Generator().manual_seed(0))
-    signs = (2.0 * signs - 1.0).to(dtype)
+    signs = _ops.send((2.0 * signs - 1.0).to(dtype), train.device)
     curve = torch.empty(m, len(alphas), dtype=torch.float64)
     margin = torch.empty_like(curve)
     visited = torch.zeros(m, len(alphas), dtype=torch.bool)
-    todo = torch.arange(m)
-    factor = torch.empty(0)
+    todo, room, factor = torch.arange(m), None, Factor(torch.empty(0))
+    if train.device.type == "cpu":
+        room = _ops.kept.empty("factor", m, train.dim, train.dim, dtype=dtype)
     while len(todo):
-        part = subset(train, todo)
-        all_ = len(todo) == m  # then no copy of the largest tensors
-        room = _ops.kept.empty("factor", m, part.dim, part.dim, dtype=dtype) if all_ else None
-        made = part.factor(alphas[pole[todo]], dtype, room)
-        if all_:
-            factor = made
+        if len(todo) == m:  # then no copy of the largest tensors
+            part = train
+            made = factor = train.factor(alphas[pole], dtype, room)
+            room = factor.lower
         else:
-            factor[todo] = made
+            part = subset(train, todo)
+            made = part.factor(alphas[pole[todo]], dtype)
+            factor.put(todo, made)
         start = torch.cat([part.b.to(dtype), signs.expand(len(todo), -1, -1)], 1)
         krylov = lanczos(made, start, steps, keep=False)
-        curve[todo], margin[todo] = _estimate(part, alphas, pole[todo], krylov)
+        curve[todo], margin[todo] = _estimate(part, alphas, pole[todo], krylov).cpu()
         visited[todo, pole[todo]] = True
         best = least(curve[todo])
         moves = ~visited[todo, best]
@@ -126,15 +134,16 @@ def _walk(
 
 def _estimate(
     part: Training, alphas: torch.Tensor, pole: torch.Tensor, krylov: Lanczos
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """GCV at all alphas [M, A], and how far its ratio to the value at the pole may be off.
 
     The margin is the tie's, six standard errors of the random trace, and four times what the last
     two Lanczos steps changed.
     """
-    curve, noise = _quadrature(part, alphas, pole, krylov, krylov.steps)
-    before, _ = _quadrature(part, alphas, pole, krylov, krylov.steps - 2)
-    return curve, _TIE + 6.0 * noise + 4.0 * (curve / before - 1.0).abs()
+    grid, at = _ops.send(alphas, part.device), _ops.send(pole, part.device)
+    curve, noise = _quadrature(part, grid, at, krylov, krylov.steps)
+    before, _ = _quadrature(part, grid, at, krylov, krylov.steps - 2)
+    return torch.stack([curve, _TIE + 6.0 * noise + 4.0 * (curve / before - 1.0).abs()])
 
 
 def _quadrature(
@@ -155,13 +164,11 @@ def _quadrature(
     return _gcv_value(part, rss, df.mean(1)), 2.0 * ratio.std(1) / df.shape[1] ** 0.5
 
 
-def _exact_at(part: Training, alpha: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """GCV of each training set at its `alpha` [M], by the trace of the inverse: [M]."""
-    trace = torch.empty(len(factor), dtype=torch.float64)
-    _ops.backend(factor.device).inverse_trace(factor, trace)
-    w = apply_inverse(factor, part.b)
+def _exact_at(part: Training, alpha: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """GCV of each training set at its `alpha` [M], by the trace of the inverse: [M], on the CPU."""
+    w, alpha = factor.solve(part.b), _ops.send(alpha, part.device)
     rss = part.yy - (w * part.b).sum(-1) - alpha[:, None] * (w * w).sum(-1)
-    return _gcv_value(part, rss, part.dim - alpha * trace)
+    return _gcv_value(part, rss, part.dim - alpha * factor.inverse_trace()).cpu()
 
 
 def _gcv_value(part: Training, rss: torch.Tensor, df: torch.Tensor) -> torch.Tensor:

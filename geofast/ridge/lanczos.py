@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import _ops
+from .factor import Factor
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,23 @@ class Lanczos:
         return torch.einsum("mari,mrid->mard", inside, self.basis.double())
 
 
-def lanczos(factor: torch.Tensor, start: torch.Tensor, steps: int, *, keep: bool) -> Lanczos:
-    """Lanczos steps from `start` [M, r, d] with the lower Cholesky factors `factor` [M, d, d].
+def lanczos(factor: Factor, start: torch.Tensor, steps: int, *, keep: bool) -> Lanczos:
+    """Lanczos steps from `start` [M, r, d] with M factors.
 
     No reorthogonalisation: a repeated node shares its weight.
     """
-    ops = _ops.backend(factor.device)
     norm = start.norm(dim=-1, keepdim=True)
     v = start / norm.clamp_min(torch.finfo(start.dtype).tiny)
     before, beta = torch.zeros_like(v), torch.zeros_like(norm)
-    t = torch.zeros(*start.shape[:2], steps, steps, dtype=torch.float64)
+    t = start.new_zeros(*start.shape[:2], steps, steps, dtype=torch.float64)
     basis = []
     for j in range(steps):
         if keep:
             basis.append(v)
         u = v.clone()
-        ops.solve_lower(factor, u, False)
+        factor.solve_lower(u, False)
         diagonal = u.square().sum(-1, keepdim=True)
-        ops.solve_lower(factor, u, True)
+        factor.solve_lower(u, True)
         u -= diagonal * v + beta * before
         beta = u.norm(dim=-1, keepdim=True)
         # An invariant subspace ends the recurrence: the rest decouples with no weight.

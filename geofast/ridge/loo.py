@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 
 from .. import _ops
+from .factor import Factor
 from .gcv import Minimum
 from .lanczos import lanczos
 from .refine import refine, training_errors
@@ -32,14 +33,15 @@ def select_loo(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the minimum of the exact leave-one-out error over all alphas.
 
-    Returns the index of its alpha [M] and, refined there, w [M, k, d] and projections [n, M, k].
+    Of one layer. Returns the index of its alpha [M], on the CPU, and, refined there, w [M, k, d]
+    and projections [n, M, k].
     """
-    pole = alphas[start.pole]
+    shifts = _ops.send(alphas - alphas[start.pole][:, None], train.device)
     krylov = lanczos(start.factor, train.b.to(start.factor.dtype), _STEPS, keep=True)
-    guesses = krylov.solve(alphas - pole[:, None])
+    guesses = krylov.solve(shifts)
     curves = [
         _Curve(subset(train, slice(i, i + 1)), rows, i, alphas, guesses[i], start)
-        for i in range(len(pole))
+        for i in range(len(train))
     ]
     best = [int(p) for p in start.pole]
     solutions: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -51,9 +53,10 @@ def select_loo(
             factor = start.factor_at(train, alphas, a, sets)
             w, projected = refine(part, factor, alpha, rows, sets)
             assert projected is not None
-            error = training_errors(part, rows, projected, rows.training[:, sets])
+            training = rows.training[:, _ops.send(sets, train.device)]
+            error = training_errors(part, rows, projected, training)
             for j, i in enumerate(sets.tolist()):
-                curves[i].add(a, factor[j], error[:, j])
+                curves[i].add(a, factor[j : j + 1], error[:, j])
                 solutions[a, i] = w[j], projected[:, j]
         upcoming = [(curve.next(), i) for i, curve in enumerate(curves)]
         wanted = {(a, i) for a, i in upcoming if a is not None}
@@ -83,15 +86,16 @@ class _Curve:
         guesses: torch.Tensor,
         start: Minimum,
     ) -> None:
-        self.part, self.rows, self.alphas, self.gcv = part, rows, alphas, start.curve[index]
+        self.part, self.rows, self.gcv = part, rows, start.curve[index]
+        self.alphas = _ops.send(alphas, part.device)
         self.who = rows.training[:, index].nonzero()[:, 0]
         self.values: dict[int, float] = {}
         self.leverages: dict[int, torch.Tensor] = {}
         self.factor, self.guesses = start.factor[index : index + 1], guesses.contiguous()
         self.pole = alphas[start.pole[index]]
-        self.errors = torch.empty(len(self.who), 0, guesses.shape[1], dtype=torch.float64)
-        self.radius = torch.empty(0, guesses.shape[1], dtype=torch.float64)
-        self.floor = torch.zeros(len(alphas), dtype=torch.float64)
+        self.errors = guesses.new_empty(len(self.who), 0, guesses.shape[1])
+        self.radius = guesses.new_empty(0, guesses.shape[1])
+        self.floor = torch.zeros(len(alphas), dtype=torch.float64)  # on the CPU, where it decides
         # A few alphas beyond the minimum, training errors alone tend to rule out the others.
         self._reach(int(start.pole[index]) + _BEYOND)
 
@@ -100,7 +104,7 @@ class _Curve:
         lowest = min(self.values.values())
         return min(a for a, value in self.values.items() if value <= lowest * (1.0 + EQUAL))
 
-    def add(self, a: int, factor: torch.Tensor, error: torch.Tensor) -> None:
+    def add(self, a: int, factor: Factor, error: torch.Tensor) -> None:
         """Find the exact value at alpha number `a`, or that it is not the least.
 
         `error` [n, k] are the training errors. Rows that are likely to add most come first, so that
@@ -110,15 +114,12 @@ class _Curve:
         least = self._least_leverage(a)
         losses = self._losses(error, least)
         order = (losses * least / (1.0 - least).clamp_min(1e-12)).argsort(descending=True)
-        center = self.part.stats.shift[: self.part.dim] + self.part.mean[0]
+        center = self.part.stats.shift[0, : self.part.dim] + self.part.mean[0]
         for rows in order.chunk(_CHUNKS if len(self.leverages) > 1 else 1):
             self.floor[a] = losses.mean()
             if self.values and self.floor[a] > self.values[self.best] * (1.0 + EQUAL):
                 return
-            leverage = torch.empty(len(rows), dtype=torch.float64)
-            _ops.backend(factor.device).leverage(
-                factor, self.rows.x, center, self.who[rows], leverage
-            )
+            leverage = factor.leverage(self.rows.x, center, self.who[rows])
             least[rows] = leverage
             losses[rows] = self._losses(error[rows], leverage)
         self.values[a] = float(losses.mean())
@@ -131,8 +132,10 @@ class _Curve:
 
     def next(self) -> int | None:
         """Return the nearest alpha that could still be the minimum, or None."""
-        for a in self._open():
-            self.floor[a] = torch.maximum(self.floor[a], self._bound(a))
+        still = self._open()
+        if still:
+            bounds = torch.stack([self._bound(a) for a in still]).cpu()
+            self.floor[still] = torch.maximum(self.floor[still], bounds)
         best = self.best
         return min(self._open(), key=lambda a: (abs(a - best), float(self.gcv[a])), default=None)
 
@@ -155,7 +158,7 @@ class _Curve:
         )
         # Training errors, which grow with alpha, are the least that leave-one-out errors can be.
         size = (error.norm(dim=0) - radius).clamp_min(0)
-        least = (size.square().mean(-1) / len(self.who)).cummax(0).values
+        least = (size.square().mean(-1) / len(self.who)).cummax(0).values.cpu()
         self.floor[known : known + len(least)] = least
         self.floor[known + len(least) :] = least[-1]
 
@@ -168,16 +171,16 @@ class _Curve:
         by a square of at most r' (A + alpha I)^-1 r <= max(1, pole / alpha) |L^-1 r|^2.
         """
         count, k, d = guesses.shape
-        ops, shift = _ops.backend(self.rows.x.device), self.part.stats.shift[:d]
-        fit = torch.empty(len(self.who), count * k, dtype=torch.float64)
+        ops, shift = _ops.backend(self.rows.x.device), self.part.stats.shift[0, :d]
+        fit = guesses.new_empty(len(self.who), count * k)
         ops.project(self.rows.x, shift, guesses.reshape(-1, d), fit, rows=self.who)
         y = self.rows.y[self.who]
         error = ((y - y.mean(0))[:, None] - (fit - fit.mean(0)).view(-1, count, k)).contiguous()
-        residual = torch.empty(count * k, d, dtype=torch.float64)
+        residual = guesses.new_empty(count * k, d)
         ops.project_t(self.rows.x, shift, error.view(-1, count * k), residual, rows=self.who)
         residual = residual.view_as(guesses) - alphas[:, None, None] * guesses
         half = residual.view(1, -1, d).to(self.factor.dtype)
-        ops.solve_lower(self.factor, half, False)
+        self.factor.solve_lower(half, False)
         stretch = (self.pole / alphas).clamp_min(1.0).sqrt()
         return error, half.double().norm(dim=-1).view(count, k) * stretch[:, None]
 
@@ -192,7 +195,7 @@ class _Curve:
     def _least_leverage(self, a: int) -> torch.Tensor:
         alpha, known = self.alphas[a], sorted(self.leverages)
         below, above = [b for b in known if b < a], [b for b in known if b > a]
-        least = torch.zeros(len(self.who), dtype=torch.float64)
+        least = torch.zeros(len(self.who), dtype=torch.float64, device=self.who.device)
         if above:  # leverages fall with alpha
             least = self.leverages[above[0]] * (1.0 - _SLACK)
         for pair in (below[-2:], above[:2]):

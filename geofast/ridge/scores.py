@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .refine import predict
-from .training import Training, TrainingRows, subset
+from .training import Training, TrainingRows
 
 
 def score_rows(
@@ -13,7 +13,7 @@ def score_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Held-out predictions [n, k], R2 and MSE [F, k]."""
     everyone = predict(train, rows, projected, rows.training)
-    held = everyone[torch.arange(len(rows.x)), rows.fold]
+    held = everyone[torch.arange(len(rows.x), device=rows.fold.device), rows.fold]
     r2, mse = fold_r2(held, rows.y, rows.fold, rows.folds)
     return held, r2, mse
 
@@ -22,7 +22,7 @@ def fold_r2(
     predicted: torch.Tensor, y: torch.Tensor, fold: torch.Tensor, folds: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R2 and mean squared error of held-out predictions: [F, k] each, from [n, k]."""
-    member = torch.nn.functional.one_hot(fold, folds).to(torch.float64)
+    member = (fold[:, None] == torch.arange(folds, device=fold.device)).to(torch.float64)
     n = member.sum(0)[:, None]
     mean = member.mT @ y / n
     sse = member.mT @ (y - predicted).square()
@@ -39,29 +39,29 @@ def r2_score(sse: torch.Tensor, sst: torch.Tensor, squares: torch.Tensor) -> tor
 
 
 def score_held_out(train: Training, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """R2 and MSE of each training set on its own held-out part: [F, k] each."""
-    scores = [
-        scores_on(h, subset(train, slice(i, i + 1)), w[i : i + 1])
-        for i, h in enumerate(train.stats.held)
-    ]
-    return torch.cat([s[0] for s in scores]), torch.cat([s[1] for s in scores])
+    """R2 and MSE [M, k] of each training set on its own held-out part."""
+    r2, mse = scores_on(train.stats.held.flatten(0, 1), train, w[:, None])
+    return r2[:, 0], mse[:, 0]
 
 
 def scores_on(
     held: torch.Tensor, train: Training, w: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """R2 and MSE [A, k] of solutions w [A, k, d] of one training set, on statistics `held` [p, p].
+    """R2 and MSE [M, A, k] of solutions w [M, A, k, d] on statistics `held` [M, p, p].
 
     The error of target t is v'[x, 1, y] with v = (-w, w m - y_mean, 1 at t): its sum of squares is
     the quadratic form v' H v of the held-out Gram.
     """
-    a, k, d = w.shape
-    v = torch.zeros(a, k, d + 1 + k, dtype=torch.float64)
+    m, a, k, d = w.shape
+    v = w.new_zeros(m, a, k, d + 1 + k)
     v[..., :d] = -w
-    v[..., d] = w @ train.mean[0] - train.y_mean[0]
-    v[:, range(k), range(d + 1, d + 1 + k)] = 1.0
-    sse = 2.0 * ((v @ held) * v).sum(-1) - (v.square() @ held.diagonal())
-    n = held[d, d]
-    squares = held.diagonal()[d + 1 :]
-    sst = squares - held[d + 1 :, d].square() / n
+    v[..., d] = (w @ train.mean[:, None, :, None])[..., 0] - train.y_mean[:, None]
+    v[..., d + 1 :].diagonal(dim1=2, dim2=3).fill_(1.0)
+    v = v.view(m, a * k, -1)
+    diagonal = held.diagonal(dim1=1, dim2=2)
+    sse = 2.0 * ((v @ held) * v).sum(-1) - (v.square() @ diagonal[..., None])[..., 0]
+    n = held[:, d, d, None, None]
+    squares = diagonal[:, None, d + 1 :]
+    sst = squares - held[:, None, d + 1 :, d].square() / n
+    sse = sse.view(m, a, k)
     return r2_score(sse, sst, squares), sse / n

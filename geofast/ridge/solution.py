@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +39,13 @@ class Solution:
     """[F, k]: mean R2 on the inner folds of each training set, at its alpha; when asked for."""
     method: str
     """What ran, in words: selection and precision."""
+
+    def cpu(self) -> Solution:
+        """Return it with all tensors on the CPU."""
+        tensors: dict[str, Any] = {
+            n: t.cpu() for n, t in vars(self).items() if isinstance(t, torch.Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def penalties(alphas: Sequence[float]) -> torch.Tensor:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from .. import _ops
-from ..gram import Gram, Totals, totals
+from .._device import float32_products
+from ..gram import Gram, totals
 from .gcv import least_gcv, settle_ties
 from .inner import inner_at, inner_folds, path
 from .loo import select_loo
 from .refine import refine
 from .scores import score_held_out, score_rows, scores_on
 from .solution import ALPHAS, Select, Solution, least, penalties
-from .training import NotPositiveError, Training, TrainingRows, is_small, training_sets
+from .training import (
+    NotPositiveError,
+    RefusedError,
+    Statistics,
+    Training,
+    TrainingRows,
+    is_small,
+    training_sets,
+)
 from .wide import inner_products, solve_wide, wide_scores
+
+_SHARE = 0.5  # of a GPU's free memory, for layers that are solved at once
 
 
 def solve(
@@ -50,20 +61,126 @@ def solve(
         For an empty Gram, a fold without rows, alphas that are not positive, or a target that is
         constant over a whole training set.
     """
+    (found,) = solve_many([gram], alphas, folds=folds, select=select, inner=inner)
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def solve_many(
+    grams: Sequence[Gram],
+    alphas: Sequence[float] = ALPHAS,
+    *,
+    folds: torch.Tensor | None = None,
+    select: Literal["gcv", "folds"] = "gcv",
+    inner: bool = False,
+) -> list[Solution | ValueError]:
+    """Solve statistics of many layers, of one shape and on one device, as `solve` does each.
+
+    On a GPU as many at once as there is memory for; on the CPU, which one layer fills, one after
+    the other. For a layer that cannot be solved its error is returned, and the others are solved.
+
+    Parameters
+    ----------
+    grams, alphas, folds, select, inner
+        As for `solve`.
+
+    Raises
+    ------
+    ValueError
+        For arguments that are wrong whatever the statistics, and Grams that differ in shape.
+    """
     _check_select(select, ("gcv", "folds"))
-    stats = totals(gram, folds)
-    diagonal = stats.total.diagonal()
-    if not bool(diagonal.isfinite().all()):
-        column = int((~diagonal.isfinite()).nonzero()[0])
-        raise ValueError(f"column {column} of the Gram is not finite: a row held NaN or Inf")
-    whole = len(stats.held) == 1
-    _check_count(stats.held[:, gram.dim, gram.dim])
-    _check_inner(len(stats.held), select, inner and not whole)
+    grid, found = penalties(alphas), list[Solution | ValueError]()
+    shapes = {(g.dim, g.targets, g.cells, g.matrix.device) for g in grams}
+    if len(shapes) > 1:
+        raise ValueError(
+            "Grams that are solved together must have one width, number of targets and cells, and "
+            f"device; got {sorted(map(str, shapes))}"
+        )
+    most = len(grams)
+    while len(found) < len(grams):
+        left = grams[len(found) :]
+        most = min(most, _at_once(left[0], folds, len(grid) if select == "folds" else 2))
+        try:
+            found += _solve_layers(left[:most], grid, folds, select, inner)
+        except torch.OutOfMemoryError:
+            if min(most, len(left)) == 1:
+                raise
+            most = min(most, len(left)) // 2
+    return found
+
+
+def _at_once(gram: Gram, folds: torch.Tensor | None, alphas: int) -> int:
+    """How many layers there is memory for, with so many factors of every pair of folds."""
+    device, p = gram.matrix.device, gram.matrix.shape[1]
+    if device.type == "cpu" or is_small(gram.dim):
+        return 1
+    parts = gram.cells if folds is None else int(folds.max()) + 1
+    # Each part's statistics, its factor with the inverses of its blocks, and those of another
+    # alpha, in float64 if need be; of a pair the statistics and the factors with their inverses.
+    each = 8 * p * p * (5 * parts + 2 * alphas + 1)
+    return max(1, int(_SHARE * _free(device)) // each)
+
+
+def _free(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1 << 30
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + reserved
+
+
+def _solve_layers(
+    grams: Sequence[Gram],
+    alphas: torch.Tensor,
+    folds: torch.Tensor | None,
+    select: str,
+    inner: bool,
+) -> list[Solution | ValueError]:
+    if is_small(grams[0].dim):
+        grams = [gram.cpu() for gram in grams]  # where so few features are quicker
+    stats = Statistics.of([totals(gram, folds) for gram in grams])
+    k, whole = grams[0].targets, stats.folds == 1
+    _check_inner(stats.folds, select, inner and not whole)
+    found: dict[int, Solution | ValueError] = _refused(stats, grams[0].dim)
     if whole:
-        stats = Totals(stats.total, torch.zeros_like(stats.held), stats.shift)
-    return _solve_statistics(
-        stats, gram.targets, alphas, select, inner and not whole, scored=not whole
-    )
+        stats = replace(stats, held=torch.zeros_like(stats.held))
+    for dtype in (torch.float32, torch.float64)[is_small(grams[0].dim) :]:
+        left = [i for i in range(len(grams)) if i not in found]
+        while left:
+            some = stats if len(left) == len(grams) else stats[torch.tensor(left)]
+            try:
+                solved = _solve_in(
+                    dtype, training_sets(some, k), alphas, select, None, inner and not whole,
+                    not whole,
+                )  # fmt: skip
+            except RefusedError as refused:
+                found.update({left[i]: why for i, why in refused.why.items()})
+                left = [i for i in left if i not in found]
+            except NotPositiveError as failed:  # these in float64, the others once more
+                left = [one for i, one in enumerate(left) if i not in failed.layers]
+            else:
+                found.update(zip(left, solved, strict=True))
+                left = []
+    hopeless = ValueError(_not_positive(alphas.tolist()))
+    return [found.get(i, hopeless) for i in range(len(grams))]
+
+
+def _refused(stats: Statistics, dim: int) -> dict[int, Solution | ValueError]:
+    """The layers whose statistics cannot be right, and why."""
+    finite = stats.total.diagonal(dim1=1, dim2=2).isfinite().cpu()
+    why: dict[int, Solution | ValueError] = {}
+    for i, row in enumerate(finite):
+        if not row.all():
+            column = int((~row).nonzero()[0])
+            msg = f"column {column} of the Gram is not finite: a row held NaN or Inf"
+            why[i] = ValueError(msg)
+    for i, count in enumerate(stats.held[:, :, dim, dim].cpu()):
+        try:
+            _check_count(count)
+        except ValueError as error:
+            why.setdefault(i, error)
+    return why
 
 
 def cross_validate(
@@ -95,7 +212,7 @@ def cross_validate(
     """
     _check_select(select, get_args(Select))
     _check_rows(x, y)
-    rows = TrainingRows(x, y.double(), fold, _count_folds(fold, len(x)))
+    rows = _rows(x, y, fold, _count_folds(fold, len(x)))
     _check_inner(rows.folds, select, inner)
     if rows.are_wide:
         _check_finite(x, "feature")
@@ -111,7 +228,7 @@ def fit(
         raise ValueError("select='folds' needs folds: use cross_validate")
     _check_select(select, get_args(Select))
     _check_rows(x, y)
-    rows = TrainingRows(x, y.double(), torch.full((len(x),), -1), 1)
+    rows = _rows(x, y, torch.full((len(x),), -1), 1)
     if rows.are_wide:
         _check_finite(x, "feature")
         return replace(solve_wide(rows, alphas, select, False), r2=None, mse=None, predictions=None)
@@ -128,18 +245,41 @@ def fold_errors(
     """
     _check_rows(x, y)
     grid, folds = torch.as_tensor(alphas, dtype=torch.float64), _count_folds(fold, len(x))
-    rows = TrainingRows(x, y.double(), fold, folds)
+    rows = _rows(x, y, fold, folds)
     out = torch.empty(folds, len(grid), dtype=torch.float64)
     if rows.are_wide:
-        kernel = inner_products(x.double())
+        kernel, fold = inner_products(rows.x.double()), rows.fold
         for f in range(folds):
-            out[f] = wide_scores(kernel, rows.y, fold != f, [fold == f], grid)[0][1].mean(-1)
+            score = wide_scores(kernel, rows.y, fold != f, [fold == f], _ops.send(grid, x.device))
+            out[f] = score[0][1].mean(-1)
         return out
-    stats = totals(Gram(x.shape[1], y.shape[1], folds).update(x, y, fold))
+    stats = Statistics.of([totals(_gram(rows, "float64"))])
     for f in range(folds):
-        one = training_sets(replace(stats, held=stats.held[f : f + 1]), y.shape[1])
-        out[f] = scores_on(stats.held[f], one, path(one, grid))[1].mean(-1)
+        one = _sets(replace(stats, held=stats.held[:, f : f + 1]), y.shape[1])
+        out[f] = scores_on(stats.held[:, f], one, path(one, grid)[None])[1][0].mean(-1)
     return out
+
+
+def _rows(x: torch.Tensor, y: torch.Tensor, fold: torch.Tensor, folds: int) -> TrainingRows:
+    return TrainingRows(x, y.to(x.device, torch.float64), fold.to(x.device), folds)
+
+
+def _gram(rows: TrainingRows, products: str) -> Gram:
+    """Statistics of the rows, every fold a cell."""
+    d, k = rows.x.shape[1], rows.y.shape[1]
+    out = None
+    if rows.x.is_cpu:
+        out = _ops.kept.empty("gram", rows.folds, d + 1 + k, d + 1 + k, dtype=torch.float64)
+    gram = Gram(d, k, rows.folds, products=products, out=out, device=rows.x.device)
+    return gram.update(rows.x, rows.y.cpu(), rows.fold.clamp_min(0).cpu())
+
+
+def _sets(stats: Statistics, k: int) -> Training:
+    """As `training_sets`, of a single layer."""
+    try:
+        return training_sets(stats, k)
+    except RefusedError as refused:
+        raise refused.why[0] from None
 
 
 def _check_select(select: str, known: tuple[str, ...]) -> None:
@@ -197,33 +337,21 @@ def _solve_rows(
     if is_small(rows.x.shape[1]):
         tries = tries[1:]
     for products, dtype in tries:
-        p = rows.x.shape[1] + 1 + k
-        out = _ops.kept.empty("gram", rows.folds, p, p, dtype=torch.float64)
-        gram = Gram(rows.x.shape[1], k, rows.folds, products=products, out=out)
-        gram.update(rows.x, rows.y, rows.fold.clamp_min(0))
+        gram = _gram(rows, products)
         if not bool(gram.matrix.diagonal(dim1=1, dim2=2).isfinite().all()):
             _check_finite(rows.x, "feature")  # if all are, only the float32 products overflowed
-        stats = totals(gram)
+        stats = Statistics.of([totals(gram)])
         if not scored:
             stats = replace(stats, held=torch.zeros_like(stats.held))
         try:
-            return _solve_in(
-                dtype, training_sets(stats, k), penalties(alphas), select, rows, inner, scored
+            (found,) = _solve_in(
+                dtype, _sets(stats, k), penalties(alphas), select, rows, inner, scored
             )
         except NotPositiveError:
             continue
-    raise ValueError(_not_positive(alphas))
-
-
-def _solve_statistics(
-    stats: Totals, k: int, alphas: Sequence[float], select: str, inner: bool, *, scored: bool
-) -> Solution:
-    train = training_sets(stats, k)
-    for dtype in (torch.float32, torch.float64)[is_small(train.dim) :]:
-        try:
-            return _solve_in(dtype, train, penalties(alphas), select, None, inner, scored)
-        except NotPositiveError:
-            continue
+        except RefusedError as refused:
+            raise refused.why[0] from None
+        return found
     raise ValueError(_not_positive(alphas))
 
 
@@ -234,6 +362,7 @@ def _not_positive(alphas: Sequence[float]) -> str:
     )
 
 
+@float32_products()
 def _solve_in(
     dtype: torch.dtype,
     train: Training,
@@ -242,9 +371,10 @@ def _solve_in(
     rows: TrainingRows | None,
     inner: bool,
     scored: bool,
-) -> Solution:
+) -> list[Solution]:
+    """Solve every layer of `train`; rows are those of the only one. Solutions are on the CPU."""
     if select == "folds":
-        curve, table = inner_folds(train, alphas)
+        curve, table = (t.cpu() for t in inner_folds(train, alphas))
         chosen = least(curve)
         factor = train.factor(alphas[chosen], dtype)
         w, projected = refine(train, factor, alphas[chosen], rows)
@@ -263,8 +393,9 @@ def _solve_in(
             if select == "folds"
             else inner_at(train, alpha)
         )
-    d = train.dim
-    c, e = train.stats.shift[:d], train.stats.shift[d:]
+    d, folds = train.dim, train.stats.folds
+    shift = train.stats.shift.repeat_interleave(folds, 0)
+    c, e = shift[:, :d], shift[:, d:]
     intercept = e + train.y_mean - torch.einsum("mkd,md->mk", w, c + train.mean)
     r2 = mse = predictions = None
     if scored and rows is not None and projected is not None:
@@ -274,4 +405,15 @@ def _solve_in(
     name = str(dtype).removeprefix("torch.")
     against = "rows" if rows is not None else "statistics"
     method = f"{select}; Cholesky in {name}, refined in float64 against the {against}"
-    return Solution(alpha, w.mT, intercept, r2, mse, predictions, inner_r2, method)
+    found = Solution(alpha, w.mT, intercept, r2, mse, predictions, inner_r2, method).cpu()
+    if len(train) == folds:
+        return [found]
+    return [_part(found, slice(i, i + folds)) for i in range(0, len(train), folds)]
+
+
+def _part(found: Solution, at: slice) -> Solution:
+    """Solutions of some training sets; predictions are those of a single layer."""
+    tensors: dict[str, Any] = {
+        n: t[at] for n, t in vars(found).items() if isinstance(t, torch.Tensor)
+    }
+    return replace(found, **tensors)

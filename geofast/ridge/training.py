@@ -2,56 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from .. import _ops
 from ..gram import Totals
+from .factor import Factor
 
 _SMALL = 256  # up to so many features, float64 and whole spectra cost no more than the quick way
 _WIDE_ROWS = 1000  # up to here X X' takes a moment whatever the width
 
 
 @dataclass(frozen=True)
-class Training:
-    """Statistics of M training sets about their own means, all float64."""
+class Statistics:
+    """`Totals` of L cross-validations of one shape, called layers here: float64, on one device."""
 
-    stats: Totals
-    sets: torch.Tensor  # int64 [M]: which part of stats.held each leaves out
+    total: torch.Tensor  # [L, p, p]
+    held: torch.Tensor  # [L, F, p, p]
+    shift: torch.Tensor  # [L, d + k]
+
+    @staticmethod
+    def of(totals: Sequence[Totals]) -> Statistics:
+        if len(totals) == 1:  # no copies of the largest tensors
+            return Statistics(totals[0].total[None], totals[0].held[None], totals[0].shift[None])
+        parts = [[getattr(t, name) for t in totals] for name in ("total", "held", "shift")]
+        return Statistics(*(torch.stack(part) for part in parts))
+
+    def __getitem__(self, layers: torch.Tensor) -> Statistics:
+        at = _ops.send(layers, self.total.device)
+        return Statistics(self.total[at], self.held[at], self.shift[at])
+
+    @property
+    def folds(self) -> int:
+        return self.held.shape[1]
+
+
+@dataclass(frozen=True)
+class Training:
+    """Statistics of M training sets about their own means, all float64, layer after layer."""
+
+    stats: Statistics
+    sets: torch.Tensor  # int64 [M], on the CPU: which part of all stats.held each leaves out
     n: torch.Tensor  # [M]
     mean: torch.Tensor  # [M, d]
     y_mean: torch.Tensor  # [M, k]
     b: torch.Tensor  # [M, k, d]
     yy: torch.Tensor  # [M, k]
 
+    def __len__(self) -> int:
+        return len(self.sets)
+
     @property
     def dim(self) -> int:
         return self.mean.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
     def factor(
         self, alpha: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Cholesky factors of A + alpha I, lower, [M, d, d]; raises NotPositiveError."""
-        a = self.matrix(alpha, dtype, out)
-        info = torch.zeros(len(a), dtype=torch.int32)
-        _ops.backend(a.device).cholesky(a, info)
-        if info.any():
-            raise NotPositiveError
-        return a
+    ) -> Factor:
+        """Cholesky factors of A + alpha I for `alpha` [M], on the CPU; raises NotPositiveError."""
+        factor, info = Factor.of(self.matrix(alpha, dtype, out))
+        bad = info.cpu() != 0
+        if bad.any():
+            raise NotPositiveError((self.sets[bad] // self.stats.folds).tolist())
+        return factor
 
     def matrix(
         self, alpha: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """A + alpha I, lower triangles, [M, d, d]."""
-        total, held, d = self.stats.total, self.stats.held, self.dim
-        a = _ops.empty(len(alpha), d, d, dtype=dtype) if out is None else out
-        _ops.backend(total.device).training_matrix(total, held, self.sets, alpha, a)
+        total, held, d = self.stats.total, self.stats.held.flatten(0, 1), self.dim
+        total = total[0] if len(total) == 1 else total
+        a = _ops.empty(len(alpha), d, d, dtype=dtype, device=self.device) if out is None else out
+        alpha = _ops.send(alpha, self.device)
+        _ops.backend(self.device).training_matrix(total, held, self.sets, alpha, a)
         return a
 
 
 class NotPositiveError(Exception):
-    """A + alpha I is not positive definite in the precision at hand."""
+    """A + alpha I of these layers is not positive definite in the precision at hand."""
+
+    def __init__(self, layers: Iterable[int]) -> None:
+        super().__init__()
+        self.layers = sorted(set(layers))
+
+
+class RefusedError(Exception):
+    """These layers cannot be solved, for these reasons."""
+
+    def __init__(self, why: Mapping[int, ValueError]) -> None:
+        super().__init__()
+        self.why = dict(why)
 
 
 def is_small(dim: int) -> bool:
@@ -59,36 +105,49 @@ def is_small(dim: int) -> bool:
     return dim <= _SMALL
 
 
-def training_sets(stats: Totals, k: int) -> Training:
-    d = stats.total.shape[0] - 1 - k
+def training_sets(stats: Statistics, k: int) -> Training:
+    """Make every training set of every layer; raises RefusedError."""
+    layers, folds, p = stats.held.shape[:3]
+    d = p - 1 - k
     # The row of the ones and the rows of the targets are whole in the lower triangle.
-    part = stats.total[d:] - stats.held[:, d:]
+    part = (stats.total[:, None, d:] - stats.held[:, :, d:]).flatten(0, 1)
     n, sums = part[:, 0, d], part[:, 0, :d]
     y_sums = part[:, 1:, d]
     mean, y_mean = sums / n[:, None], y_sums / n[:, None]
     b = part[:, 1:, :d] - y_sums[..., None] * mean[:, None]
-    yy = part[:, 1:, d + 1 :].diagonal(dim1=1, dim2=2) - y_sums * y_mean
-    if bool((n < 2).any()):
-        raise ValueError("a training part has fewer than two rows; use fewer folds or more samples")
-    constant = yy <= 1e-14 * (
-        part[:, 1:, d + 1 :].diagonal(dim1=1, dim2=2) + n[:, None] * stats.shift[d:] ** 2
-    )
-    refuse_constant(constant.any(0))
+    squares = part[:, 1:, d + 1 :].diagonal(dim1=1, dim2=2)
+    yy = squares - y_sums * y_mean
+    shift = stats.shift[:, None, d:].expand(-1, folds, -1).flatten(0, 1)
+    constant = yy <= 1e-14 * (squares + n[:, None] * shift**2)
+    wrong = torch.cat([n[:, None] < 2, constant], 1).view(layers, folds, -1).any(1).cpu()
+    why = {i: _refusal(row) for i, row in enumerate(wrong) if row.any()}
+    if why:
+        raise RefusedError(why)
     return Training(stats, torch.arange(len(n)), n, mean, y_mean, b, yy)
 
 
+def _refusal(wrong: torch.Tensor) -> ValueError:
+    """Say what is wrong with a layer: too few rows, or which targets [1 + k] are constant."""
+    if wrong[0]:
+        few = "a training part has fewer than two rows; use fewer folds or more samples"
+        return ValueError(few)
+    return ValueError(
+        f"target {int(wrong[1:].nonzero()[0])} is constant over a training part: there is "
+        "nothing to regress; leave it out"
+    )
+
+
 def refuse_constant(constant: torch.Tensor) -> None:
-    if bool(constant.any()):
-        msg = (
-            f"target {int(constant.nonzero()[0])} is constant over a training part: there is "
-            "nothing to regress; leave it out"
-        )
-        raise ValueError(msg)
+    wrong = constant.cpu()
+    if wrong.any():
+        raise _refusal(torch.cat([wrong.new_zeros(1), wrong]))
 
 
 def subset(train: Training, sets: torch.Tensor | slice) -> Training:
-    fields = {f: getattr(train, f)[sets] for f in ("sets", "n", "mean", "y_mean", "b", "yy")}
-    return replace(train, **fields)
+    """Return these training sets, of which `sets` (on the CPU) may repeat some."""
+    at = sets if isinstance(sets, slice) else _ops.send(sets, train.device)
+    fields = {f: getattr(train, f)[at] for f in ("n", "mean", "y_mean", "b", "yy")}
+    return replace(train, sets=train.sets[sets], **fields)
 
 
 @dataclass(frozen=True)
@@ -103,19 +162,10 @@ class TrainingRows:
     @property
     def training(self) -> torch.Tensor:
         """Bool [n, F]: who trains for which fold."""
-        return self.fold[:, None] != torch.arange(self.folds)
+        return self.fold[:, None] != torch.arange(self.folds, device=self.fold.device)
 
     @property
     def are_wide(self) -> bool:
         """Whether X X' is the cheaper way: its eigenvectors cost as much as 40 factors of X'X."""
         n, d = int(self.training.sum(0).min()), self.x.shape[1]
         return n < d and (n <= _WIDE_ROWS or 3 * n < d)
-
-
-def apply_inverse(factor: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(L L')^-1 b for `factor` [M, d, d] and `b` [M, k, d]: float64 [M, k, d]."""
-    ops = _ops.backend(factor.device)
-    w = b.to(factor.dtype, copy=True, memory_format=torch.contiguous_format)
-    ops.solve_lower(factor, w, False)
-    ops.solve_lower(factor, w, True)
-    return w.double()

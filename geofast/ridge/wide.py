@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import _ops
 from .scores import fold_r2, r2_score
 from .solution import Solution, least, penalties
 from .training import TrainingRows, refuse_constant
@@ -13,13 +14,14 @@ from .training import TrainingRows, refuse_constant
 
 def solve_wide(rows: TrainingRows, alphas: Sequence[float], select: str, inner: bool) -> Solution:
     """Solve through X X' of each training part, in float64, for n < d."""
-    grid, x = penalties(alphas), rows.x.double()
+    x = rows.x.double()
+    grid = _ops.send(penalties(alphas), x.device)
     paths = [_WidePath(x[who], rows.y[who]) for who in rows.training.T]
     inner_r2 = None
     if select == "folds":
         curve, table = _inner_folds(x, rows, grid.expand(rows.folds, -1))
         best = least(curve)
-        inner_r2 = table[torch.arange(rows.folds), best] if inner else None
+        inner_r2 = table[torch.arange(rows.folds, device=x.device), best] if inner else None
     else:
         best = torch.stack([least(path.criterion(grid, select)) for path in paths])
         if inner:
@@ -31,10 +33,10 @@ def solve_wide(rows: TrainingRows, alphas: Sequence[float], select: str, inner: 
     r2 = mse = held = None
     if int(rows.fold.min()) >= 0:
         everyone = torch.stack([x @ w + c for w, c in zip(coef, intercept, strict=True)], 1)
-        held = everyone[torch.arange(len(x)), rows.fold]
+        held = everyone[torch.arange(len(x), device=x.device), rows.fold]
         r2, mse = fold_r2(held, rows.y, rows.fold, rows.folds)
     method = f"{select}; eigenvectors of X X' in float64 (fewer rows than features)"
-    return Solution(alpha, coef, intercept, r2, mse, held, inner_r2, method)
+    return Solution(alpha, coef, intercept, r2, mse, held, inner_r2, method).cpu()
 
 
 class _Dual:
@@ -85,8 +87,8 @@ def _inner_folds(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `inner.inner_folds`, at the alphas [F, A] of each training part: [F, A] and [F, A, k]."""
     folds, kernel = rows.folds, inner_products(x)
-    mse = torch.zeros(alphas.shape, dtype=torch.float64)
-    r2 = torch.zeros(*alphas.shape, rows.y.shape[1], dtype=torch.float64)
+    mse = x.new_zeros(alphas.shape)
+    r2 = x.new_zeros(*alphas.shape, rows.y.shape[1])
     for i in range(folds):
         for j in range(i):
             train = (rows.fold != i) & (rows.fold != j)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ Grams = Callable[[Tensors, Tensors, torch.Tensor, torch.Tensor, torch.Tensor, Te
 
 
 class Problem(ctypes.Structure):
-    """GramProblem of kernels/cuda/gram.h."""
+    """GramProblem of kernels/cuda/gram_cuda.h."""
 
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("x", "shift", "out")],
@@ -34,7 +36,7 @@ class Problem(ctypes.Structure):
 
 
 class Shape(ctypes.Structure):
-    """GramShape of kernels/cuda/gram.h."""
+    """GramShape of kernels/cuda/gram_cuda.h."""
 
     _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("z", "order", "offsets")],
@@ -114,6 +116,7 @@ def native(
 ) -> None:
     from geofast import _cuda
 
+    assert _cuda.unavailable(torch.cuda.current_device()) is None
     there = [on_gpu(out) for out in outs]
     _cuda.gram(
         [on_gpu(x) for x in xs],
@@ -250,3 +253,98 @@ def test_every_half_widens_exactly(grams: Grams) -> None:
     zero = torch.zeros(1, dtype=torch.float64)
     grams([x], [zero], z, torch.arange(n), torch.arange(n + 1), [out])
     assert torch.equal(out[:, 0, 0], halves.double().square())
+
+
+@pytest.fixture
+def module() -> ModuleType:
+    try:
+        return importlib.import_module("geofast._cuda")
+    except ModuleNotFoundError:
+        if shutil.which("nvcc"):
+            raise
+        pytest.skip("geofast was built without a CUDA compiler")
+
+
+def test_the_module_says_what_it_is_of_use_for(module: ModuleType) -> None:
+    assert "90" in module.architectures
+    reason = module.unavailable()
+    assert reason is None if torch.cuda.is_available() else isinstance(reason, str)
+    assert module.unavailable(99)  # there are not that many
+
+
+def test_the_module_needs_no_cuda_library(module: ModuleType) -> None:
+    needed = subprocess.run(
+        ["ldd", str(module.__file__)], capture_output=True, text=True, check=True
+    )
+    assert "libc.so" in needed.stdout
+    assert "cuda" not in needed.stdout.replace(str(module.__file__), "")
+
+
+def test_bad_arguments_are_named(module: ModuleType) -> None:
+    """All but the device is checked before it, so that the CPU's tensors are enough here."""
+    x = torch.zeros(10, 5)
+    good = {
+        "xs": [x, x],
+        "shifts": [torch.zeros(5).double()] * 2,
+        "z": torch.zeros(10, 2).double(),
+        "order": torch.arange(10),
+        "offsets": torch.tensor([0, 4, 10]),
+        "outs": [torch.zeros(2, 7, 7).double()] * 2,
+    }
+    z, out, shift = good["z"], good["outs"][0], good["shifts"][0]
+    bad = [
+        ("xs", [x], "must be of one length; got 1, 2 and 2"),
+        ("xs", [x.int(), x], r"xs\[0\] is int32; expected one of float32"),
+        ("xs", [x, x.half()], r"xs\[1\] is float16; expected float32"),
+        ("xs", [x, x[:, :4]], r"xs\[1\] has shape \[10, 4\]; expected \[10, 5\]"),
+        ("xs", [x.T.contiguous().T, x], r"xs\[0\] must be contiguous"),
+        ("xs", [x[:, :0], x], r"xs\[0\] has no columns"),
+        ("xs", [x[0], x], r"xs\[0\] has shape"),
+        ("shifts", [shift, shift[:4]], r"shifts\[1\] has shape"),
+        ("shifts", [shift.float(), shift], r"shifts\[0\] is float32"),
+        ("z", z[:9], "z has shape"),
+        ("z", z.T.contiguous().T, "z must be contiguous"),
+        ("order", torch.arange(10).int(), "order is int32"),
+        ("offsets", torch.tensor([]).long(), "offsets must hold"),
+        (
+            "offsets",
+            torch.zeros(65537).long(),
+            "offsets has size 65537 in dimension 0; at most 65536",
+        ),
+        ("outs", [out, out[:1]], r"outs\[1\] has shape"),
+        ("outs", [out, out.mT], r"outs\[1\] must be contiguous"),
+        ("outs", [out.float(), out], r"outs\[0\] is float32"),
+        ("z", z, r"xs\[0\] is on the CPU; this kernel needs all on one GPU"),
+    ]
+    for name, value, message in bad:
+        with pytest.raises(ValueError, match=message):
+            module.gram(**{**good, name: value})
+    with pytest.raises(TypeError, match=r"xs\[1\] must be a torch\.Tensor"):
+        module.gram(**{**good, "xs": [x, x.numpy()]})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_devices_must_agree(module: ModuleType) -> None:
+    x, z = torch.zeros(3, 2, device="cuda"), torch.zeros(3, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"z is on the CPU, and xs\[0\] on cuda:0"):
+        module.gram([x], [x[0].double()], z, torch.arange(3), torch.arange(2), [z])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_graph_replays_it_on_its_stream(module: ModuleType) -> None:
+    x = torch.randn(50, 70, device="cuda")
+    z = torch.ones(50, 1, dtype=torch.float64, device="cuda")
+    shift = torch.zeros(70, dtype=torch.float64, device="cuda")
+    order, offsets = torch.arange(50, device="cuda"), torch.tensor([0, 50], device="cuda")
+    out = torch.zeros(1, 71, 71, dtype=torch.float64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        module.gram([x], [shift], z, order, offsets, [out])
+    assert not out.any()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    graph.replay()
+    want = torch.zeros_like(out)
+    for _ in range(2):
+        _reference.gram(x, shift, z, order, offsets, want)
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)

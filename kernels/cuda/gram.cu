@@ -2,8 +2,8 @@
 //
 // One block owns a tile of 128 x 64 entries of the lower triangle of one cell of one problem, and
 // runs over all rows of the cell. Each of its four warps has 64 x 32 of them in registers: the
-// larger the part of a warp, the less it reads from shared memory for a product (12 bytes for 16
-// multiply-adds here, half of what an SM of Hopper can read while its tensor cores work).
+// larger the part of a warp, the less it reads from shared memory for a product. Here it is 3 bytes
+// for 8 multiply-adds, three eighths of what an SM of Hopper can read while it does them.
 //
 // Eight rows are a step. While the warps multiply one step, the numbers of the next are on their
 // way to registers, and the row numbers of the one after; then they are widened, shifted and
@@ -17,7 +17,7 @@
 
 #include <cstring>
 
-#include "gram.h"
+#include "gram_cuda.h"
 
 namespace geofast::cuda {
 
@@ -209,19 +209,25 @@ __device__ inline void write(const Accumulator& acc, double* staged, double* out
 __device__ inline void write_z(const Accumulator& acc, double* out, int64_t p, int row, int column, int end, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
+        double sum[kZ / 2];
 #pragma unroll
-        for (int tile = 0; tile < kZ / 8; ++tile)
+        for (int k = 0; k < kZ / 2; ++k) {
+            const int r = row + 8 * (k / 4) + 2 * t + k % 2;
+            const int c = column + 32 * (i / 2) + 4 * g + 2 * (i % 2) + k / 2 % 2;
+            if (r < p && c < end && c <= r) sum[k] = out[r * p + c];
+        }
 #pragma unroll
-            for (int f = 0; f < 4; ++f) {
-                const int r = row + 8 * tile + 2 * t + f % 2;
-                const int c = column + 32 * (i / 2) + 4 * g + 2 * (i % 2) + f / 2;
-                if (r < p && c < end && c <= r) out[r * p + c] += acc[i][tile][f];
-            }
+        for (int k = 0; k < kZ / 2; ++k) {
+            const int r = row + 8 * (k / 4) + 2 * t + k % 2;
+            const int c = column + 32 * (i / 2) + 4 * g + 2 * (i % 2) + k / 2 % 2;
+            if (r < p && c < end && c <= r) out[r * p + c] = sum[k] + acc[i][k / 4][k % 4];
+        }
+    }
 }
 
-// What a block computes. Tile row i has its 2 i + 2 tiles of x, the last with the first 32 columns
-// of z, and one more for every further 32; behind all of them comes z with itself.
+// What a block computes. Tile row i has its 2 i + 2 tiles of x, the last with the first columns of
+// z, and one more for every further kZ of them; behind all of these comes z with itself.
 struct Tile {
     int row;     // first column of x, or of z, for the rows
     int column;  // first column of x for the columns; from dim on where there are none
@@ -265,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
     double* const memory = reinterpret_cast<double*>(shared);
 
-    // The part of this warp: 64 of the tile's rows and 32 of its columns, or 32 of z.
+    // The part of this warp: 64 of the tile's rows and 32 of its columns, or kZ of z.
     const int rows_from = tile.row + warp / 2 * 64, columns_from = tile.column + warp % 2 * 32;
     const bool with_x = !tile.of_z && rows_from < dim && columns_from < dim && columns_from < rows_from + 64;
     const int left_from = tile.row + warp % 2 * 64;

@@ -250,7 +250,7 @@ class Recorder:
         ((_, role),), rows, dim = p.parts, self._rows, tokens.shape[-1]
         key = rows.key(site.name, p.name)
         hidden, count = tokens.reshape(-1, dim), 0
-        with rows.aside.beside(tokens, layout.roles, layout.sample):
+        with rows.aside.beside(tokens, hidden, layout.roles, layout.sample):
             means = torch.empty(layout.samples, dim, device=tokens.device)
             pool(tokens, layout.roles, parse_pools(f"mean:{role}"), [means], layout.starts)
             self._check(key, means, partial(NonFiniteError, key, tokens.dtype))

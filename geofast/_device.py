@@ -105,11 +105,11 @@ def training_matrix(
     d, total = out.shape[-1], total.view(-1, *held.shape[1:])
     folds = len(held) // len(total)
     everything = torch.equal(sets, torch.arange(len(held)))
-    at = sets.to(held.device, non_blocking=True)
+    at, layers = (s.to(held.device, non_blocking=True) for s in (sets, sets // folds))
 
     def part(i: int, j: int) -> torch.Tensor:
         if not everything:
-            return total[at // folds, i:j, :j] - held[at, i:j, :j]
+            return total[layers, i:j, :j].sub_(held[at, i:j, :j])
         grid = held[:, i:j, :j].view(-1, folds, j - i, j)  # views and no copies
         return torch.sub(total[:, None, i:j, :j], grid).flatten(0, 1)
 
@@ -132,7 +132,7 @@ def cholesky(a: torch.Tensor, info: torch.Tensor) -> None:
 
 def factor(a: torch.Tensor, info: torch.Tensor) -> torch.Tensor:
     """Do what `cholesky` does, and return what `invert_blocks` would."""
-    d = a.shape[1]
+    d, eye = a.shape[1], _eye(a)
     inverses, found = _no_blocks(a), []
     for j in range(0, d, _PANEL):
         panel = a[:, j:, j : j + _PANEL]
@@ -141,16 +141,18 @@ def factor(a: torch.Tensor, info: torch.Tensor) -> torch.Tensor:
             panel.baddbmm_(a[:, j:, :j], a[:, j : j + w, :j].mT, alpha=-1)
         root, bad = torch.linalg.cholesky_ex(panel[:, :w])
         panel[:, :w] = root
-        inverse = _invert(root)
+        inverse = _invert(root, eye)
         panel[:, w:] = panel[:, w:] @ inverse.mT
         _put_inverse(inverses, a, inverse, j)
-        found.append(torch.where(bad > 0, bad + j, d + 1))
+        found.append(bad)
     # Not every library flags infinity and NaN, but they stay on the diagonal.
     pivots = a.diagonal(dim1=1, dim2=2)
-    wrong = ~(pivots.isfinite() & (pivots > 0))
+    fine = (pivots > 0) & (pivots < torch.inf)
     count = torch.arange(1, d + 1, dtype=info.dtype, device=a.device)
-    first = torch.cat([torch.stack(found, 1), torch.where(wrong, count, d + 1)], 1).amin(1)
-    info.copy_(torch.where(first > d, 0, first))
+    flagged = torch.stack(found, 1)
+    named = (flagged + count[None, ::_PANEL] - 1).masked_fill_(flagged == 0, d + 1)
+    first = torch.cat([named, count.expand_as(fine).masked_fill(fine, d + 1)], 1).amin(1)
+    info.copy_(first.masked_fill_(first > d, 0))
     return inverses
 
 
@@ -159,10 +161,10 @@ def invert_blocks(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
 
     For `l` [m, dim, dim] that is [m, dim, min(dim, _BLOCK)], with zeros above the diagonals.
     """
-    inverses = _no_blocks(l)
+    inverses, eye = _no_blocks(l), _eye(l)
     for j in range(0, l.shape[1], _PANEL):
         here = slice(j, j + _PANEL)
-        _put_inverse(inverses, l, _invert(l[:, here, here]), j)
+        _put_inverse(inverses, l, _invert(l[:, here, here], eye), j)
     return inverses
 
 
@@ -170,9 +172,14 @@ def _no_blocks(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
     return l.new_zeros(len(l), l.shape[1], min(l.shape[1], _BLOCK))
 
 
-def _invert(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
-    eye = torch.eye(l.shape[1], dtype=l.dtype, device=l.device).expand(l.shape)
-    inverse: torch.Tensor = torch.linalg.solve_triangular(l, eye, upper=False)
+def _eye(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
+    return torch.eye(min(l.shape[1], _PANEL), dtype=l.dtype, device=l.device)
+
+
+def _invert(l: torch.Tensor, eye: torch.Tensor) -> torch.Tensor:  # noqa: E741
+    n = l.shape[1]
+    one = eye[:n, :n].expand(l.shape)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(l, one, upper=False)
     return inverse
 
 

@@ -16,6 +16,7 @@ import torch
 from . import _reference
 from ._device import (
     cholesky,
+    factor,
     inverse_trace,
     leverage,
     project,
@@ -26,7 +27,7 @@ from ._device import (
 from ._ops import send
 
 __all__ = [
-    "cholesky", "gram", "grams", "inverse_trace", "leverage", "pool", "pool_packed", "project",
+    "cholesky", "factor", "gram", "grams", "inverse_trace", "leverage", "pool", "pool_packed", "project",
     "project_t", "solve_lower", "training_matrix",
 ]  # fmt: skip
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -94,8 +95,6 @@ class Pretend(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if func.overloadpacket is aten.detach_:  # of what never had a gradient
             return args[0]
-        if torch.Tag.inplace_view in func.tags:
-            raise NotImplementedError(f"{func} changes a tensor's shape in place")
         op = func.overloadpacket
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         far = [x for x in tensors if isinstance(x, Far)]
@@ -121,6 +120,9 @@ class Pretend(TorchDispatchMode):
             self.syncs.append(str(op).removeprefix("aten."))
         wrapped = {id(x.near): x for x in far}
         out = func(*tree_map(_near, args), **tree_map(_near, kwargs))
+        if torch.Tag.inplace_view in func.tags and there:
+            with no_dispatch():  # the shape of what stands for it changes too
+                return func(*args, **kwargs)
 
         def wrap(x: Any) -> Any:
             if not there or not isinstance(x, torch.Tensor):

@@ -45,6 +45,9 @@ def test_writing_in_place_reaches_views_and_outputs(gpu: Pretend) -> None:
     assert x.mul_(2.0) is x
     assert x.tolist() == [[2.0, 14.0, 14.0], [8.0, 14.0, 14.0]]
     assert out.tolist() == [[2.0, 8.0, 8.0], [5.0, 8.0, 8.0]]
+    y = out[:, None].squeeze_(1).t_()
+    assert y.add_(1.0).shape == (3, 2)
+    assert out.tolist() == [[3.0, 9.0, 9.0], [6.0, 9.0, 9.0]]
 
 
 REFUSED: dict[str, Callable[[torch.Tensor], object]] = {

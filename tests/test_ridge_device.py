@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 
@@ -262,7 +263,9 @@ def moved(gram: gf.Gram) -> gf.Gram:
 
 def assert_same(found: gf.Solution, want: gf.Solution, tolerance: float = 1e-7) -> None:
     assert all(t.is_cpu for t in vars(found).values() if isinstance(t, torch.Tensor))
-    assert found.method == want.method
+    # How far float32 serves is not quite the same for the core and for a library.
+    mine, theirs = (re.sub(r"float\d+, ", "", one.method) for one in (found, want))
+    assert mine == theirs
     assert torch.equal(found.alpha, want.alpha)
     for name in ("coef", "intercept", "r2", "mse", "predictions", "inner_r2"):
         mine, theirs = getattr(found, name), getattr(want, name)
@@ -372,7 +375,8 @@ def test_layers_are_taken_in_parts_when_memory_is_short(
         return inside(some, *rest)
 
     monkeypatch.setattr(module, "_solve_layers", limited)
-    monkeypatch.setattr(module, "_free", lambda _: 2 * room * 8 * 43 * 43 * (5 * 5 + 2 * 2 + 1))
+    monkeypatch.setattr(module, "_SHARE", 0.5)
+    monkeypatch.setattr(module, "_free", lambda _: 2 * room * 8 * 43 * 43 * (3 * 5 + 2 * 2))
     parts = solve_many(there)
     assert tried == sizes
     for one, other in zip(parts, whole, strict=True):

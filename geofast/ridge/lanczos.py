@@ -46,24 +46,26 @@ def lanczos(factor: Factor, start: torch.Tensor, steps: int, *, keep: bool) -> L
 
     No reorthogonalisation: a repeated node shares its weight.
     """
-    norm = start.norm(dim=-1, keepdim=True)
-    v = start / norm.clamp_min(torch.finfo(start.dtype).tiny)
+    norm, tiny = start.norm(dim=-1, keepdim=True), torch.finfo(start.dtype).tiny
+    v = start / norm.clamp_min(tiny)
     before, beta = torch.zeros_like(v), torch.zeros_like(norm)
-    t = start.new_zeros(*start.shape[:2], steps, steps, dtype=torch.float64)
-    basis = []
-    for j in range(steps):
+    basis, diagonals, betas = [], [], []
+    for _ in range(steps):
         if keep:
             basis.append(v)
         u = v.clone()
         factor.solve_lower(u, False)
         diagonal = u.square().sum(-1, keepdim=True)
         factor.solve_lower(u, True)
-        u -= diagonal * v + beta * before
+        u.addcmul_(diagonal, v, value=-1).addcmul_(beta, before, value=-1)
         beta = u.norm(dim=-1, keepdim=True)
         # An invariant subspace ends the recurrence: the rest decouples with no weight.
-        beta = torch.where(beta > 1e-6 * diagonal, beta, 0.0)
-        before, v = v, torch.where(beta > 0, u / beta.clamp_min(torch.finfo(u.dtype).tiny), 0.0)
-        t[..., j, j] = diagonal[..., 0]
-        if j + 1 < steps:
-            t[..., j + 1, j] = beta[..., 0]
+        ended = (beta > 1e-6 * diagonal).logical_not_()
+        beta.masked_fill_(ended, 0.0)
+        before, v = v, u.div_(beta.clamp_min(tiny)).masked_fill_(ended, 0.0)
+        diagonals.append(diagonal)
+        betas.append(beta)
+    t = start.new_zeros(*start.shape[:2], steps, steps, dtype=torch.float64)
+    t.diagonal(dim1=2, dim2=3).copy_(torch.cat(diagonals, 2))
+    t.diagonal(-1, dim1=2, dim2=3).copy_(torch.cat(betas[:-1], 2))
     return Lanczos(t, norm[..., 0].double(), torch.stack(basis, 2) if keep else None)

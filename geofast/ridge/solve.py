@@ -28,7 +28,7 @@ from .training import (
 )
 from .wide import inner_products, solve_wide, wide_scores
 
-_SHARE = 0.5  # of a GPU's free memory, for layers that are solved at once
+_SHARE = 0.7  # of a GPU's free memory, for layers that are solved at once
 
 
 def solve(
@@ -117,9 +117,9 @@ def _at_once(gram: Gram, folds: torch.Tensor | None, alphas: int) -> int:
     if device.type == "cpu" or is_small(gram.dim):
         return 1
     parts = gram.cells if folds is None else int(folds.max()) + 1
-    # Each part's statistics, its factor with the inverses of its blocks, and those of another
-    # alpha, in float64 if need be; of a pair the statistics and the factors with their inverses.
-    each = 8 * p * p * (5 * parts + 2 * alphas + 1)
+    # Each part's statistics and its float32 factor with the inverses of its blocks, twice; of a
+    # pair the factors in float64.
+    each = 8 * p * p * (3 * parts + 2 * alphas)
     return max(1, int(_SHARE * _free(device)) // each)
 
 

@@ -1,9 +1,14 @@
-"""What has to happen before a test imports torchvision."""
+"""What has to happen before a test imports torchvision or Triton."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+if not torch.cuda.is_available():
+    # GPU kernels are interpreted. Triton reads this when it is imported, which many packages do.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _operators():

@@ -29,8 +29,9 @@ pytestmark = pytest.mark.parametrize(
 
 
 def test_the_kernel_runs_as_the_id_says(device: str) -> None:
-    interpreted = type(kernels.gram_kernel).__name__ == "InterpretedFunction"
-    assert interpreted == (device == "cpu"), "triton was imported before TRITON_INTERPRET was set"
+    for function in (kernels.gram_kernel, kernels.tl.zeros):
+        interpreted = type(function).__name__ == "InterpretedFunction"
+        assert interpreted == (device == "cpu"), "triton was imported before TRITON_INTERPRET"
 
 
 def problem(

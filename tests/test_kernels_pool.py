@@ -27,8 +27,9 @@ pytestmark = pytest.mark.parametrize(
 
 
 def test_the_kernel_runs_as_the_id_says(device: str) -> None:
-    interpreted = type(kernels.pool_kernel).__name__ == "InterpretedFunction"
-    assert interpreted == (device == "cpu"), "triton was imported before TRITON_INTERPRET was set"
+    for function in (kernels.pool_kernel, kernels.tl.zeros):
+        interpreted = type(function).__name__ == "InterpretedFunction"
+        assert interpreted == (device == "cpu"), "triton was imported before TRITON_INTERPRET"
 
 
 def tokens(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

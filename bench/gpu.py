@@ -4,7 +4,7 @@ python bench/gpu.py                    install, test, measure; print tables, wri
 python bench/gpu.py --out FILE         the JSON's place (default: gpu.json under temporary files)
 python bench/gpu.py --quick            fewer sizes and rounds
 python bench/gpu.py --seconds 300      the time for all of it; parts that do not fit are left out
-python bench/gpu.py --only gram,solve  some parts
+python bench/gpu.py --only gram,solve  some parts; --only tune tries other tiles, which takes long
 python bench/gpu.py --dry              every part at tiny sizes on the CPU: does it run at all?
 
 Every part is a process of its own and writes down each figure at once, so that a kernel that takes
@@ -45,7 +45,9 @@ PARTS = {  # the order is that of importance, but that ceilings are what others 
     "pooling": Part("pooling.main", 50, 15),
     "gram": Part("gram.main", 100, 20),
     "solve": Part("solve.main", 70, 20),
+    "tune": Part("tune.main", 500, 60),  # not unless it is asked for
 }
+ALL = [name for name in PARTS if name != "tune"]
 GRACE = 5  # seconds between the end of a part's time and the end of its process
 NO_GPU = (
     "bench/gpu.py needs a GPU that torch can use, and torch.cuda.is_available() is False (torch "
@@ -100,7 +102,7 @@ def parser():
     found.add_argument("--quick", action="store_true")
     found.add_argument("--dry", action="store_true")
     found.add_argument("--seconds", type=float, default=470)
-    found.add_argument("--only", metavar="PARTS", default=",".join(PARTS))
+    found.add_argument("--only", metavar="PARTS", default=",".join(ALL))
     # What follows starts one part, in a process of its own.
     found.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     found.add_argument("--events", help=argparse.SUPPRESS)

@@ -253,7 +253,7 @@ def against_bare(run, job, module, batch, pools, seconds):
                 ways[f"{kind}, no side stream"] = partial(inline, ways[kind])
         for way in ways.values():
             way()  # the statistics are made, and torch's memory
-        found = in_turn(run, ways, 3 if run.quick else 7, seconds)
+        found = in_turn(run, ways, 3 if run.quick else 5, seconds)
         for kind, one in probed.items():
             more = {
                 "host ms": 1e3 * host[kind],
@@ -420,7 +420,6 @@ def pool_states(hidden_states, pools):
     return [torch.stack([pooled(h, pool) for h in hidden_states]) for pool in pools]
 
 
-@torch.inference_mode()
 def study(module, batch, samples, pools):
     """Rows of the first samples, one at a time: every token of every layer goes to the host."""
     rows = []
@@ -432,7 +431,7 @@ def study(module, batch, samples, pools):
             )
             for block in find_towers(module)[0].blocks
         ]
-        module(**{k: v[i : i + 1] if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
+        forward(module, {k: v[i : i + 1] if torch.is_tensor(v) else v for k, v in batch.items()})
         for hook in hooks:
             hook.remove()
         rows.append(pool_states(kept, pools))

@@ -34,9 +34,7 @@ def measure(run, name, batch, tokens, dim, before):
         torch.randn(batch, tokens, dim, device=run.device).to(torch.bfloat16)
         for _ in range(1 if run.dry else copies(size))
     ]
-    roles = torch.full((batch, tokens), 1 << role_bit("all"), dtype=torch.uint8, device=run.device)
-    roles[:, before:] |= 1 << role_bit("patch")
-    roles[:, 0] |= 1 << role_bit("cls")
+    roles = roles_for(xs[0], before)
     copied = median_seconds(run, [copy_of_half(x) for x in xs])
     mean = None
     for kind, names in POOLS.items():
@@ -60,6 +58,14 @@ def measure(run, name, batch, tokens, dim, before):
                 "torch to ours": torchs / ours,
             },
         )  # fmt: skip
+
+
+def roles_for(x, before):
+    """Roles of an image's tokens, `before` of which stand before its patches."""
+    roles = torch.full(x.shape[:2], 1 << role_bit("all"), dtype=torch.uint8, device=x.device)
+    roles[:, before:] |= 1 << role_bit("patch")
+    roles[:, 0] |= 1 << role_bit("cls")
+    return roles
 
 
 def copy_of_half(x):

@@ -78,7 +78,7 @@ def in_turn(run, ways, rounds, seconds):
     """
     found = {name: [] for name in ways}
     begun = time.perf_counter()
-    for i in range(rounds):
+    for i in range(1 if run.dry else rounds):
         spent = time.perf_counter() - begun
         if i >= 2 and spent * (i + 1) / i > seconds:
             break

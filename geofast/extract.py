@@ -38,7 +38,10 @@ def rows_at_once(budget: Budget, lengths: Mapping[str, Lengths]) -> int:
 
 @dataclass
 class Extracted:
-    """What a pass left: `rows` [n, d] or `grams`, by "site/pool" or "site/pool/prompt"."""
+    """What a pass left: `rows` [n, d] or `grams`, by "site/pool" or "site/pool/prompt".
+
+    They lie on the CPU, or if they stay, on the device of their layer.
+    """
 
     kept: np.ndarray
     """int [n]: which samples went through, in order."""
@@ -59,7 +62,7 @@ class Storage:
     room: torch.Tensor | None = None
     """Float32 [prompts, m] on disk, for rows too large for memory."""
     stay: bool = False
-    """Keep statistics where their layer lives until the pass is over."""
+    """Keep rows and statistics where their layer lives."""
     cells: int | None = None
     """How many cells there are; None where the last has a sample."""
 
@@ -166,8 +169,7 @@ class _Pass:
             if pending:
                 self._flush(rows, statistics, pending)
             rows.aside.join()  # the end of what runs beside the model
-            on_cpu = {key: gram.cpu() for key, gram in statistics.grams.items()}
-            return Extracted(np.sort(kept), None, on_cpu, skipped)
+            return Extracted(np.sort(kept), None, statistics.grams, skipped)
         short = [key for key in rows if len(rows[key]) != len(kept)]
         if short:
             got = len(rows[short[0]])

@@ -158,7 +158,7 @@ class Plan:
     waiting: int
     """Bytes of the rows, at most, that wait to be added to statistics, where those are."""
     stay: bool
-    """Whether statistics live on the device of their layer until the pass is over."""
+    """Whether rows or statistics live on the device of their layer until they are solved."""
     sentence: str
 
 
@@ -218,9 +218,9 @@ def make_plan(
         why += f"; warning: statistics take more than {_MEMORY_SHARE:.0%} of the machine's memory"
     # Layers are spread evenly over the GPUs, and the fullest of them decides.
     free = min((torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), default=0)
-    on_gpus = as_grams + 4 * waiting * sum(widths)
-    stay = kind == "gram" and on_gpus <= _GPU_SHARE * free * len(gpus)
-    if kind == "gram" and gpus and not stay:
+    on_gpus = as_grams + 4 * waiting * sum(widths) if kind == "gram" else as_rows
+    stay = not on_disk and 0 < on_gpus <= _GPU_SHARE * free * len(gpus)
+    if gpus and not stay and not on_disk:
         why += f"; on the CPU, because more than {_GPU_SHARE:.0%} of the {readable(free)} that are "
         why += "free on a GPU"
     what = {"gram": "statistics (Gram matrices)", "rows": "pooled rows"}[kind]

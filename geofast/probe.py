@@ -203,9 +203,14 @@ def probe(
         samples=samples_table(given.samples, tasks),
         probes=probes,
         predictions=predictions_table(solved, tasks, given, asked.targets),
-        rows=found.rows if not passes.plan.on_disk else None,
-        grams=found.grams,
+        rows=None if passes.plan.on_disk else _on_cpu(found.rows),
+        grams=_on_cpu(found.grams),
     )
+
+
+def _on_cpu(kept: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Move rows or statistics to the CPU, where a run has them."""
+    return None if kept is None else {key: one.cpu() for key, one in kept.items()}
 
 
 def _sketch(asked: Request, model: str | Path | nn.Module | Model, loading: Loading) -> None:

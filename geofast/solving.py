@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ._ops import send
 from .data import Samples
 from .extract import Extracted, add_sentence
 from .gram import Gram
 from .plan import Task
 from .request import Labelled
-from .ridge import Select, Solution, cross_validate, fit, fold_errors, solve
+from .ridge import Select, Solution, cross_validate, fit, fold_errors, solve, solve_many
 from .run import Probe, key
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,16 @@ def solve_all(
         sources += [(*_parts(name), control, x) for name, x in both.items()]
     solved: list[Solved] = []
     failed: dict[str, list[str]] = {}
-    for site, pool, prompt, control, x in sources:
+    together = [_solve_grams([s[-1] for s in sources], task, alphas, select) for task in tasks]
+    for i, (site, pool, prompt, control, x) in enumerate(sources):
         for t, task in enumerate(tasks):  # one after the other, so that rows on disk are read once
             try:
-                solution, member = _solve(x, given.y, task, alphas, select)
+                member, solution = _member(x, task), together[t].get(i)
+                if solution is None:
+                    solution = _solve_rows(x, given.y, task, member, alphas, select)
+                if isinstance(solution, Exception):
+                    raise solution
+                _require_finite(solution)
             except (ValueError, RuntimeError, MemoryError) as error:
                 who = f", group {task.group!r}" if task.group else ""
                 where = f"{key(site, pool, prompt)}, split {task.split!r}{who}"
@@ -92,22 +102,65 @@ def _missing(control: str, where: Sequence[str]) -> str:
     return f"the control {control!r} could not be solved at {several}{where[0]}"
 
 
-def _solve(
-    x: torch.Tensor | Gram, y: torch.Tensor, task: Task, alphas: Sequence[float], select: Select
-) -> tuple[Solution, torch.Tensor | None]:
-    inner, member = task.folds >= 3, None
-    if isinstance(x, Gram):
-        assert select != "loo"  # refused before the model was loaded
-        solution = solve(x, alphas, folds=task.fold_of_cell, select=select, inner=inner)
-    else:
-        fold = task.fold
-        if bool((fold < 0).any()):
-            member = (fold >= 0).nonzero()[:, 0]
-            x, y, fold = x[member], y[member], fold[member]
-        solution = cross_validate(x, y, fold, alphas, select=select, inner=inner)
+def _solve_grams(
+    sources: Sequence[torch.Tensor | Gram], task: Task, alphas: Sequence[float], select: Select
+) -> dict[int, Solution | Exception]:
+    """Solve those of the sources that are statistics, all of one kind at once; by their place."""
+    grams = {i: x for i, x in enumerate(sources) if isinstance(x, Gram)}
+    assert not grams or select != "loo"  # refused before the model was loaded
+    options = {"folds": task.fold_of_cell, "select": select, "inner": task.folds >= 3}
+    found: dict[int, Solution | Exception] = {}
+    for alike in _alike(grams):
+        found |= zip(alike, _each_solved([*alike.values()], alphas, options), strict=True)
+    return found
+
+
+def _alike(grams: Mapping[Name, Gram]) -> list[dict[Name, Gram]]:
+    """Part statistics into those that can be solved together."""
+    parts: defaultdict[object, dict[Name, Gram]] = defaultdict(dict)
+    for name, gram in grams.items():
+        parts[gram.dim, gram.targets, gram.cells, gram.matrix.device][name] = gram
+    return [*parts.values()]
+
+
+def _each_solved(
+    grams: Sequence[Gram], alphas: Sequence[float], options: Mapping[str, Any]
+) -> Sequence[Solution | Exception]:
+    try:
+        return solve_many(grams, alphas, **options)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if len(grams) == 1:
+            return [error]
+    # One of them is to blame: the others need not go with it.
+    return [one for gram in grams for one in _each_solved([gram], alphas, options)]
+
+
+def _solve_rows(
+    x: torch.Tensor | Gram,
+    y: torch.Tensor,
+    task: Task,
+    member: torch.Tensor | None,
+    alphas: Sequence[float],
+    select: Select,
+) -> Solution:
+    assert isinstance(x, torch.Tensor)
+    fold = task.fold
+    if member is not None:
+        x, y, fold = x[send(member, x.device)], y[member], fold[member]
+    return cross_validate(x, y, fold, alphas, select=select, inner=task.folds >= 3)
+
+
+def _member(x: torch.Tensor | Gram, task: Task) -> torch.Tensor | None:
+    """Return the samples of the task's group, None for all; statistics know them by their cells."""
+    left_out = task.fold < 0
+    if isinstance(x, Gram) or not bool(left_out.any()):
+        return None
+    return (~left_out).nonzero()[:, 0]
+
+
+def _require_finite(solution: Solution) -> None:
     if not bool(solution.coef.isfinite().all()):
         raise ValueError("the features are too large for float64: scale them down")
-    return solution, member
 
 
 def _shape(x: torch.Tensor | Gram, task: Task) -> tuple[int, int]:
@@ -115,7 +168,7 @@ def _shape(x: torch.Tensor | Gram, task: Task) -> tuple[int, int]:
     if not isinstance(x, Gram):
         return int((task.fold >= 0).sum()), x.shape[1]
     assert task.fold_of_cell is not None
-    return int(x.count[task.fold_of_cell >= 0].sum()), x.dim
+    return int(x.count.cpu()[task.fold_of_cell >= 0].sum()), x.dim
 
 
 def _parts(name: str) -> tuple[str, str, str]:
@@ -136,19 +189,34 @@ def fit_probes(
     With all samples in one training part, `loo` and `gcv` choose alpha as they did in the folds.
     `folds` takes the alpha of least error over the folds of `task`, the first split.
     """
-    grid, by_folds, solutions = sorted(alphas), select == "folds", {}
+    grid, by_folds = sorted(alphas), select == "folds"
+    solutions: dict[str, Solution] = {}
     way: Any = "gcv" if by_folds else select  # of a single alpha there is nothing to choose
     for name, x in (found.rows or {}).items():
         errors = fold_errors(x, y, task.fold, grid).mean(0) if by_folds else None
         solutions[name] = fit(x, y, _least(grid, errors), select=way)
-    for name, gram in (found.grams or {}).items():
-        errors = _errors(gram, task, grid) if by_folds else None
-        everyone = torch.zeros(gram.cells, dtype=torch.int64)
-        solutions[name] = solve(gram, _least(grid, errors), folds=everyone)
-    return {
-        name: Probe(*_parts(name), tuple(targets), float(s.alpha[0]), s.coef[0], s.intercept[0])
-        for name, s in solutions.items()
-    }
+    for alike in _alike(found.grams or {}):
+        # By folds, each has an alpha of its own.
+        groups = [{name: gram} for name, gram in alike.items()] if by_folds else [alike]
+        for group in groups:
+            grams = [*group.values()]
+            errors = _errors(grams[0], task, grid) if by_folds else None
+            everyone = torch.zeros(grams[0].cells, dtype=torch.int64)
+            solved = solve_many(grams, _least(grid, errors), folds=everyone)
+            solutions |= zip(group, map(_or_raise, group, solved), strict=True)
+    probes = {}
+    for name in found.rows or found.grams or {}:
+        s = solutions[name]
+        alpha = float(s.alpha[0])
+        probes[name] = Probe(*_parts(name), tuple(targets), alpha, s.coef[0], s.intercept[0])
+    return probes
+
+
+def _or_raise(name: str, solved: Solution | Exception) -> Solution:
+    if isinstance(solved, Exception):
+        add_sentence(solved, f"While fitting {name} to all samples.")
+        raise solved
+    return solved
 
 
 def _errors(gram: Gram, task: Task, alphas: Sequence[float]) -> torch.Tensor:
@@ -193,7 +261,7 @@ def far_out(found: Extracted, samples: Samples) -> list[str]:
     """
     if not found.rows:
         return []
-    lengths = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in found.rows.values()])
+    lengths = torch.stack([torch.linalg.vector_norm(x, dim=1).cpu() for x in found.rows.values()])
     times = (lengths / lengths.median(1, keepdim=True).values).nan_to_num(0, 0)  # of zeros, none
     far = times > _FAR
     if not far.any():

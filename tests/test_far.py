@@ -1,5 +1,7 @@
 """What the engine does around a GPU's operations, on a device that is pretended."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tiny
@@ -7,7 +9,7 @@ import torch
 from pretend import DEVICE, Pretend
 
 import geofast as gf
-from geofast import _ops, _reference
+from geofast import _device, _ops, _reference
 from geofast.accumulate import Statistics
 from geofast.batching import Budget, Lengths
 from geofast.capture import NonFiniteError, NoTokenError
@@ -16,7 +18,10 @@ from geofast.extract import Storage, extract
 from geofast.gram import Gram
 from geofast.models.inputs import text_collate
 from geofast.models.model import Model
+from geofast.plan import Task
+from geofast.request import Labelled
 from geofast.rows import Rows
+from geofast.solving import fit_probes, solve_all
 
 POOLS = {"vit": ["cls", "mean:patch"], "llama": ["last", "mean", "max:text"]}
 
@@ -63,24 +68,24 @@ def bare(gpu, family):
     return waits
 
 
-class Kernels:
-    """Operations that a device runs without the host: the reference on the numbers themselves."""
+def pool(x, roles, jobs):
+    _reference.pool(x.near, roles.near, [(op, bit, out.near) for op, bit, out in jobs])
 
-    @staticmethod
-    def pool(x, roles, jobs):
-        _reference.pool(x.near, roles.near, [(op, bit, out.near) for op, bit, out in jobs])
 
-    @staticmethod
-    def grams(xs, shifts, z, order, offsets, outs, *, products):
-        offsets = getattr(offsets, "near", offsets)
-        for x, shift, out in zip(xs, shifts, outs, strict=True):
-            _reference.gram(x.near, shift.near, z.near, order.near, offsets, out.near)
+def grams(xs, shifts, z, order, offsets, outs, *, products):
+    offsets = getattr(offsets, "near", offsets)
+    for x, shift, out in zip(xs, shifts, outs, strict=True):
+        _reference.gram(x.near, shift.near, z.near, order.near, offsets, out.near)
+
+
+# What the device runs without the host, on the numbers themselves, and torch for all else.
+KERNELS = SimpleNamespace(**(vars(_device) | {"pool": pool, "grams": grams}))
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     real = _ops.backend
-    monkeypatch.setattr(_ops, "backend", lambda d: Kernels if d == DEVICE else real(d))
+    monkeypatch.setattr(_ops, "backend", lambda d: KERNELS if d == DEVICE else real(d))
     # A wrapped tensor cannot be an inference tensor.
     monkeypatch.setattr(Model, "forward", torch.no_grad()(Model.forward.__wrapped__))
     with Pretend() as gpu:
@@ -184,16 +189,21 @@ def language(device=None):
     return model
 
 
-def extracted(model, kind, stay=False, spoil=None):
-    texts = list(WORDS)
-    if spoil is not None:
-        texts[spoil] = ""
-    samples = from_arrays(texts, np.arange(39.0), np.arange(39.0), id=[f"id{i}" for i in range(39)])
-    y = torch.stack([torch.arange(39.0), torch.arange(39.0).cos()], 1).double()
-    lengths = {"": Lengths(np.array([len(t.split()) for t in texts]))}
+Y = torch.stack([torch.arange(39.0), torch.arange(39.0).cos()], 1).double()
+FOLD = torch.arange(39) % 3
+TASK = Task("kfold", "", FOLD, fold_of_cell=torch.arange(3))
+
+
+def samples_of(texts):
+    names = [f"id{i}" for i in range(len(texts))]
+    return from_arrays(texts, np.arange(39.0), np.arange(39.0), id=names)
+
+
+def extracted(model, kind, stay=False):
+    lengths = {"": Lengths(np.array([len(text.split()) for text in WORDS]))}
     with torch.no_grad():
         return extract(
-            model, {"": samples}, Storage(kind, y, torch.arange(39) % 3, stay=stay),
+            model, {"": samples_of(WORDS)}, Storage(kind, Y, FOLD, stay=stay),
             sites=None, pool=["last", "mean"], lengths=lengths, budget=Budget(24),
             workers=0, strict=False, progress=False,
         )  # fmt: skip
@@ -201,18 +211,36 @@ def extracted(model, kind, stay=False, spoil=None):
 
 @pytest.mark.parametrize("kind", ["rows", "gram"])
 @pytest.mark.parametrize("stay", [True, False])
-def test_what_a_pass_on_a_device_leaves_is_on_the_cpu_and_right(gpu, kind, stay, monkeypatch):
+def test_what_a_pass_on_a_device_leaves_is_right_and_solved_there(gpu, kind, stay, monkeypatch):
     monkeypatch.setattr("geofast.extract._FLUSH", 10)
     found, expected = extracted(language(DEVICE), kind, stay), extracted(language(), kind)
     assert found.kept.tolist() == expected.kept.tolist()
     if kind == "rows":
+        assert {x.device for x in found.rows.values()} == {DEVICE if stay else torch.device("cpu")}
         for key, rows in expected.rows.items():
             torch.testing.assert_close(found.rows[key].cpu(), rows, rtol=1e-5, atol=1e-5)
-        return
-    for key, gram in expected.grams.items():
-        assert found.grams[key].count.tolist() == gram.count.tolist()
-        about = found.grams[key]._about(gram.shift)
-        torch.testing.assert_close(about, gram.matrix, rtol=1e-4, atol=1e-4)
+    else:
+        for key, gram in expected.grams.items():
+            assert found.grams[key].matrix.device == (DEVICE if stay else torch.device("cpu"))
+            assert found.grams[key].count.tolist() == gram.count.tolist()
+            about = found.grams[key].cpu()._about(gram.shift)
+            torch.testing.assert_close(about, gram.matrix, rtol=1e-4, atol=1e-4)
+    for select in ("loo", "gcv", "folds") if kind == "rows" else ("gcv", "folds"):
+        for a, b in zip(solved(found, select), solved(expected, select), strict=True):
+            assert (a.site, a.pool, a.n, a.d) == (b.site, b.pool, b.n, b.d)
+            assert a.solution.alpha.tolist() == b.solution.alpha.tolist()
+            torch.testing.assert_close(a.solution.r2, b.solution.r2, rtol=1e-4, atol=1e-4)
+    probes = [fit_probes(one, Y, TASK, ["a", "b"], gf.ALPHAS, "gcv") for one in (found, expected)]
+    for name, probe in probes[1].items():
+        assert probes[0][name].alpha == probe.alpha
+        torch.testing.assert_close(probes[0][name].coef, probe.coef, rtol=1e-3, atol=1e-4)
+
+
+def solved(found, select):
+    given = Labelled(samples_of(WORDS), Y, {})
+    one, failed = solve_all({"": found}, given, [TASK], ["a", "b"], gf.ALPHAS, select)
+    assert failed == []
+    return one
 
 
 def test_the_sample_with_an_activation_that_is_not_finite_is_named(gpu):

@@ -53,8 +53,11 @@ def test_statistics_lie_on_gpus_that_have_room(monkeypatch):
     assert plan.waiting == WAITING
     assert "statistics (Gram matrices) on the GPU" in plan.sentence
     of_rows = plan_of("rows", 4 * GRAMS, monkeypatch, gpus=1)
-    assert not of_rows.stay
+    assert of_rows.stay
+    assert "pooled rows on the GPU" in of_rows.sentence
     assert not of_rows.waiting
+    assert not plan_of("rows", 4 * ROWS - 4, monkeypatch, gpus=1).stay  # on disk
+    assert not plan_of("rows", 4 * GRAMS, monkeypatch).stay
     assert plan_of("gram", 4 * GRAMS, monkeypatch, gpus=2).stay
     free["cuda:1"] -= 2
     assert not plan_of("gram", 4 * GRAMS, monkeypatch, gpus=2).stay

@@ -92,7 +92,7 @@ def _inner_folds(
     for i in range(folds):
         for j in range(i):
             train = (rows.fold != i) & (rows.fold != j)
-            both = alphas[[i, j]].unique()
+            both = torch.cat([alphas[i], alphas[j]]).unique()
             parts = [rows.fold == j, rows.fold == i]
             scores = wide_scores(kernel, rows.y, train, parts, both)
             for outer, (score, error) in zip((i, j), scores, strict=True):

@@ -27,8 +27,8 @@ from ._device import (
 from ._ops import send
 
 __all__ = [
-    "cholesky", "factor", "gram", "grams", "inverse_trace", "leverage", "pool", "pool_packed", "project",
-    "project_t", "solve_lower", "training_matrix",
+    "cholesky", "factor", "gram", "grams", "inverse_trace", "leverage", "pool", "pool_packed",
+    "project", "project_t", "solve_lower", "training_matrix",
 ]  # fmt: skip
 
 Jobs = Sequence[tuple[str, int, torch.Tensor]]

@@ -396,19 +396,19 @@ def test_layers_that_differ_are_refused(gpu: Pretend) -> None:
 def test_rows(gpu: Pretend, shape: tuple[int, int], select: Select, kind: str) -> None:
     x, y = rows(*shape, kind=kind, seed=1)
     fold = torch.arange(len(x)) % 5
-    inner = select != "loo"
+    inner, near = select != "loo", 1e-5 if kind == "massive_rows" else 1e-6
     want = gf.cross_validate(x, y, fold, select=select, inner=inner)
     there = x.to(gpu.device)
-    assert_same(gf.cross_validate(there, y, fold, select=select, inner=inner), want, 1e-6)
+    assert_same(gf.cross_validate(there, y, fold, select=select, inner=inner), want, near)
     far = gf.cross_validate(
         there, y.to(gpu.device), fold.to(gpu.device), select=select, inner=inner
     )
-    assert_same(far, want, 1e-6)
+    assert_same(far, want, near)
     if select != "folds":
-        assert_same(gf.fit(there, y, select=select), gf.fit(x, y, select=select), 1e-6)
+        assert_same(gf.fit(there, y, select=select), gf.fit(x, y, select=select), near)
     errors = fold_errors(there, y, fold)
     assert errors.is_cpu
-    torch.testing.assert_close(errors, fold_errors(x, y, fold), rtol=1e-6, atol=0)
+    torch.testing.assert_close(errors, fold_errors(x, y, fold), rtol=near, atol=0)
 
 
 def test_bad_rows_on_a_device(gpu: Pretend) -> None:

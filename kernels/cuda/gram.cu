@@ -316,7 +316,6 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
         z = z_from < q && row >= 0 ? __ldg(shape.z + int64_t{row} * shape.z_stride + z_from) : 0.0;
     };
     const auto store = [&](double* to, int at) {
-        const bool is_row[2] = {at + warp < count, at + warp + 4 < count};
         if (tile.of_z) {  // rare and not worth registers: fetched here
 #pragma unroll 4
             for (int r = 0; r < kStep; ++r) {
@@ -329,13 +328,15 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(const __grid_constant
             for (int i = 0; i < 2; ++i) {
                 double v[4];
 #pragma unroll
-                for (int k = 0; k < 4; ++k) v[k] = is_row[i] ? widen(a[i].v[k]) - a_shift[k] : 0.0;
+                for (int k = 0; k < 4; ++k) v[k] = widen(a[i].v[k]) - a_shift[k];
                 double* const places = to + (warp + 4 * i) * kRowPitch + place(lane * 4);
                 *reinterpret_cast<double2*>(places) = {v[0], v[1]};
                 *reinterpret_cast<double2*>(places + 16) = {v[2], v[3]};
             }
         }
         if (with_columns) {
+            // A row that the cell does not have counts as 0 here and in z; its other side may be anything.
+            const bool is_row[2] = {at + warp < count, at + warp + 4 < count};
             double* const places = to + kColumnsAt + warp * kPairPitch + 2 * place_pair(lane * 2);
 #pragma unroll
             for (int k = 0; k < 2; ++k) {

@@ -1,6 +1,6 @@
 # make demo   a real model probed on real data, from nothing
 # make test   all tests, from nothing
-# make check  what the gate runs beside the tests: lint, format, types
+# make check  what the gate runs beside the tests: lint, format, types, and every GPU kernel compiled
 # make bench  benchmarks against the peers; make bench-compare shows what changed since the last one
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,7 +13,7 @@ CONSTRAINTS := -c $(if $(shell command -v nvidia-smi 2>/dev/null),constraints.tx
 PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 ZOO         := $(abspath $(VENV))/zoo
 OR_SAY_WHY  := || { echo "The install failed. Where the lines above name nvidia or triton, this package index has torch for CUDA only: see the top of the README." >&2; exit 1; }
-SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.py' -o -name '*.png') CMakeLists.txt pyproject.toml constraints.txt constraints-cpu.txt
+SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.py' -o -name '*.png') CMakeLists.txt pyproject.toml constraints.txt constraints-cpu.txt
 
 .PHONY: demo test check bench bench-compare sanitize clean
 
@@ -29,8 +29,9 @@ test: $(VENV)/.dev $(VENV)/.zoo
 check: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h kernels/cuda/* tests/cuda_emulator/*)
 	$(BIN)/mypy
+	$(BIN)/python -P -m geofast.kernels.compile_report
 
 sanitize: $(VENV)/.dev
 	PYTHON="$(abspath $(BIN)/python)" tools/sanitize.sh

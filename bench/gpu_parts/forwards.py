@@ -21,7 +21,6 @@ from geofast.accumulate import Statistics
 from geofast.batching import Budget
 from geofast.extract import _FLUSH
 from geofast.models import find_towers
-from geofast.pooling import parse_pools
 from geofast.rows import Rows
 from geofast.streams import Aside
 
@@ -120,23 +119,19 @@ def tokens(run, batch, count, dim):
 
 def image_jobs(run):
     side, large = (28, 42) if run.dry else (224, 336)
-    base = Job(
-        "ViT-L/14 at 224",
-        partial(vit, run, side),
-        partial(images, run, side=side),
-        64,
-        IMAGES,
-        32,
-        0.45,
-    )
+    whole = Job(
+        name="ViT-L/14 at 224", make=partial(vit, run, side),
+        inputs=partial(images, run, side=side), batch=64, pools=IMAGES | {"every patch": PATCHES}, forwards=32, share=0.45,
+    )  # fmt: skip
+    rest = replace(whole, pools=IMAGES, whole=False)
     jobs = [
-        base,
-        replace(base, name="CLIP-L at 224", make=partial(clip, run, side), share=0.3, whole=False),
+        whole,
+        replace(rest, name="CLIP-L at 224", make=partial(clip, run, side), share=0.3),
         replace(
-            base, name="ViT-L/14 at 336", make=partial(vit, run, large),
-            inputs=partial(images, run, side=large), share=0.5, whole=False,
+            rest, name="ViT-L/14 at 336", make=partial(vit, run, large),
+            inputs=partial(images, run, side=large), share=0.5,
         ),
-        replace(base, batch=256, forwards=8, share=0.8, whole=False),
+        replace(rest, batch=256, forwards=8, share=0.8),
     ]  # fmt: skip
     return [tiny(job) for job in jobs] if run.dry else jobs
 
@@ -144,9 +139,9 @@ def image_jobs(run):
 def language_jobs(run):
     count, dim = (10, 64) if run.dry else (500, 3584)
     job = Job(
-        "Qwen2.5-VL-7B's language model, 500 tokens", partial(qwen, run),
-        partial(tokens, run, count=count, dim=dim), 8, {"last": "last", "mean": "mean"}, 8, 0.8,
-        passes=2,
+        name="Qwen2.5-VL-7B's language model, 500 tokens", make=partial(qwen, run),
+        inputs=partial(tokens, run, count=count, dim=dim), batch=8,
+        pools={"last": "last", "mean": "mean"}, forwards=8, share=0.8, passes=2,
     )  # fmt: skip
     return [replace(tiny(job), forwards=1)] if run.dry else [job]
 
@@ -229,21 +224,20 @@ def measure(run, job):
     torch.manual_seed(0)
     seconds = job.share * run.left()
     module, batch = job.make(), job.inputs(batch=job.batch)
-    pools = pools_of(job)
-    for pool in pools.values():
+    for pool in job.pools.values():
         check(run, job, module, batch, pool)
-    found = against_bare(run, job, module, batch, pools, seconds)
+    found = against_bare(run, job, module, batch, seconds)
     if job.whole:
         others(run, job, module, batch, found)
 
 
-def against_bare(run, job, module, batch, pools, seconds):
+def against_bare(run, job, module, batch, seconds):
     """Record a row for every pool; return all ways' seconds a window."""
     bare = partial(forward, module, batch)
     ways, peaks = {"bare": partial(times, job, bare)}, {"bare": peak_bytes(run, bare)}
     host = {"bare": host_seconds(run, bare)}
     with ExitStack() as stack:
-        probed = {kind: Probed(job, module, pool, stack) for kind, pool in pools.items()}
+        probed = {kind: Probed(job, module, pool, stack) for kind, pool in job.pools.items()}
         for kind, one in probed.items():
             call = partial(one.forward, batch)
             peaks[kind], host[kind] = peak_bytes(run, call), host_seconds(run, call)
@@ -279,16 +273,6 @@ def report(run, job, kind, found, flush, more):
         "flush share": flush / bare, "samples/s": job.batch * job.forwards / (ratio * bare),
     }  # fmt: skip
     run.row("probing every layer", goals, **values, **more, rounds=len(found["bare"]))
-
-
-def pools_of(job):
-    """The job's pools, and every patch a row where the engine can."""
-    try:
-        parse_pools(PATCHES)
-    except ValueError:
-        return job.pools
-    with_patches = job.whole and "mean:patch" in job.pools.values()
-    return job.pools | ({"every patch": PATCHES} if with_patches else {})
 
 
 def forward(module, batch, **options):
@@ -389,14 +373,14 @@ def peak_bytes(run, call):
 
 def others(run, job, module, batch, found):
     """What the model's own hidden states cost, and the study's way."""
-    pools = list(job.pools.values())
+    pools = {kind: pool for kind, pool in job.pools.items() if pool != PATCHES}
     bare = statistics.median(found["bare"]) / job.forwards
-    ours = max(statistics.median(found[kind]) for kind in job.pools) / job.forwards / job.batch
+    ours = max(statistics.median(found[kind]) for kind in pools) / job.forwards / job.batch
     given, few = clone(module), 2 if run.dry else 16
     ways = {
-        "hidden states, pooled by torch": lambda: pool_states(states(given, batch), pools),
+        "hidden states, pooled by torch": lambda: pool_states(states(given, batch), pools.values()),
         "hidden states, all to the host": lambda: [h.cpu() for h in states(given, batch)],
-        "the study's": lambda: study(given, batch, few, pools),
+        "the study's": lambda: study(given, batch, few, pools.values()),
     }
     for name, way in ways.items():
         way()

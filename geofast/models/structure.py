@@ -178,9 +178,9 @@ def match_sites(
     towers
         From `find_towers`.
     patterns
-        A name, a glob (`lm.layers.*`), or several. A glob takes branch outputs (`.attn`, `.mlp`)
-        and norms only when it spells them. None: `embed`, every layer and `joint` of every tower,
-        and the projector.
+        A name, a glob (`lm.layers.*`), or several. A star stays between two dots: `lm.*` takes no
+        layer, and `lm.layers.*` no branch (`.attn`, `.mlp`). None: `embed`, every layer and `joint`
+        of every tower, and the projector.
 
     Raises
     ------

@@ -291,17 +291,17 @@ def test_statistics_of_many_layers(
 ) -> None:
     if blocks:
         request.getfixturevalue("small_blocks")
-    here = grams()
-    for folds in (None, torch.tensor([0, 1, -1, 2, 0])):
-        want = [gf.solve(gram, folds=folds, select=select, inner=True) for gram in here]
-        together = solve_many(
-            [moved(gram) for gram in here], folds=folds, select=select, inner=True
-        )
-        for gram, one, found in zip(here, want, together, strict=True):
-            assert isinstance(found, gf.Solution)
-            assert_same(found, one)
-            alone = gf.solve(moved(gram), folds=folds, select=select, inner=True)
-            assert_same(found, alone, 1e-12)
+    here = grams(24)
+    folds = torch.tensor([0, 1, -1, 2, 0]) if blocks else None
+    want = [gf.solve(gram, folds=folds, select=select, inner=True) for gram in here]
+    there = [moved(gram) for gram in here]
+    together = solve_many(there, folds=folds, select=select, inner=True)
+    for one, found in zip(want, together, strict=True):
+        assert isinstance(found, gf.Solution)
+        assert_same(found, one)
+    alone = gf.solve(there[1], folds=folds, select=select, inner=True)
+    assert isinstance(together[1], gf.Solution)
+    assert_same(together[1], alone, 1e-12)
 
 
 def test_all_rows_of_many_layers(gpu: Pretend) -> None:
@@ -390,25 +390,26 @@ def test_layers_that_differ_are_refused(gpu: Pretend) -> None:
         solve_many([grams(40)[0], grams(30)[0]])
 
 
-@pytest.mark.parametrize("kind", ["plain", "large_means", "massive_rows"])
+@pytest.mark.parametrize("kind", ["plain", "large_means"])
 @pytest.mark.parametrize("select", ["loo", "gcv", "folds"])
-@pytest.mark.parametrize("shape", [(400, 40), (60, 80)])
+@pytest.mark.parametrize("shape", [(200, 24), (60, 80)])
 def test_rows(gpu: Pretend, shape: tuple[int, int], select: Select, kind: str) -> None:
     x, y = rows(*shape, kind=kind, seed=1)
     fold = torch.arange(len(x)) % 5
-    inner, near = select != "loo", 1e-5 if kind == "massive_rows" else 1e-6
+    inner, near = select != "loo", 1e-6
     want = gf.cross_validate(x, y, fold, select=select, inner=inner)
     there = x.to(gpu.device)
     assert_same(gf.cross_validate(there, y, fold, select=select, inner=inner), want, near)
-    far = gf.cross_validate(
-        there, y.to(gpu.device), fold.to(gpu.device), select=select, inner=inner
-    )
-    assert_same(far, want, near)
-    if select != "folds":
+    if kind != "plain":
+        return
+    far = (there, y.to(gpu.device), fold.to(gpu.device))
+    assert_same(gf.cross_validate(*far, select=select, inner=inner), want, near)
+    if select == "folds":
+        errors = fold_errors(there, y, fold)
+        assert errors.is_cpu
+        torch.testing.assert_close(errors, fold_errors(x, y, fold), rtol=near, atol=0)
+    else:
         assert_same(gf.fit(there, y, select=select), gf.fit(x, y, select=select), near)
-    errors = fold_errors(there, y, fold)
-    assert errors.is_cpu
-    torch.testing.assert_close(errors, fold_errors(x, y, fold), rtol=near, atol=0)
 
 
 def test_bad_rows_on_a_device(gpu: Pretend) -> None:

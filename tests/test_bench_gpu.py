@@ -256,6 +256,20 @@ def test_geofast_is_built_apart_from_the_checkout(monkeypatch, new_run, tmp_path
     assert str(folder) == part("checks").environment(folder)["PYTHONPATH"].split(":")[0]
 
 
+@pytest.mark.parametrize(("code", "told"), [(None, "pip ran out of time"), (1, "pip ended with 1")])
+def test_a_build_that_fails_is_told_and_not_kept(code, told, monkeypatch, new_run, tmp_path):
+    install, run = part("install"), new_run()
+    monkeypatch.setattr(install.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(install, "editable", lambda: None)
+    monkeypatch.setattr(
+        install, "call", lambda command, seconds, cwd: (code, "the compiler's words")
+    )
+    run.dry = False
+    assert install.install(run) is None
+    (error,) = part("report").gather(run.path)["errors"]
+    assert error == f"{told}:\nthe compiler's words"
+
+
 class Far:
     """Operations of a device: the reference on the numbers themselves, and torch's solvers."""
 

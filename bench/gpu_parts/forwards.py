@@ -121,7 +121,8 @@ def image_jobs(run):
     side, large = (28, 42) if run.dry else (224, 336)
     whole = Job(
         name="ViT-L/14 at 224", make=partial(vit, run, side),
-        inputs=partial(images, run, side=side), batch=64, pools=IMAGES | {"every patch": PATCHES}, forwards=32, share=0.45,
+        inputs=partial(images, run, side=side), batch=64,
+        pools=IMAGES | {"every patch": PATCHES}, forwards=32, share=0.45,
     )  # fmt: skip
     rest = replace(whole, pools=IMAGES, whole=False)
     jobs = [

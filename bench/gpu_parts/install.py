@@ -41,8 +41,9 @@ def install(run):
         source = Path(copied, "geofast")
         shutil.copytree(ROOT, source, ignore=LEFT_OUT)
         code, output = call(command(source, folder), run.left(), cwd=copied)
-    if code:
-        run.error(f"pip ended with {code}:\n{output[-4000:]}")
+    if code != 0:
+        ended = "ran out of time" if code is None else f"ended with {code}"
+        run.error(f"pip {ended}:\n{output[-4000:]}")
         return None
     (folder / "done").touch()
     run.note(f"installed in {folder}")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .capture import Recorder, modules_around
+from .data.samples import decode
 from .models import Model, Site, Stage, Tower
 from .models.example import examples_of
 from .models.layout import Call, Layout, as_tokens
@@ -203,11 +204,8 @@ def explain(model: Model, given: str | None = None) -> str:
 
 
 def _examples(model: Model, given: str | None) -> list[tuple[Model, Any, str]]:
-    from PIL import Image
-
     if given is not None and isfile(given):  # Path.is_file raises for a text too long for a name
-        with Image.open(given) as opened:
-            image = opened.convert("RGB")
+        image = decode(given)
         return [(model.reading("image"), image, f"{given}, {image.width} x {image.height} pixels")]
     if given is not None and model.prompts:
         model = model.asking([given])

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import nn
 
 import geofast as gf
@@ -560,6 +560,11 @@ def test_a_listing(load, tmp_path):
     said = explain(load(families.qwen2_5_vl), str(tmp_path / "one.png"))
     assert "one.png, 24 x 16 pixels" in said
     assert "rows 0-3, columns 0-5, not row by row but 0,0 0,1 1,0 1,1 0,2 0,3 1,2 1,3" in said
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    photo((16, 24)).save(tmp_path / "turned.jpg", exif=turned)  # upright, as a probe reads it
+    said = explain(load(families.qwen2_5_vl), str(tmp_path / "turned.jpg"))
+    assert "turned.jpg, 16 x 24 pixels" in said
     said = explain(load(families.llava_next), "w1 w2")
     assert "asked 'w1 w2'" in said
     assert "more such lines" not in said

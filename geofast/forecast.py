@@ -24,10 +24,13 @@ from .models.location import of_places
 from .models.skeleton import has_skeleton, skeleton, weight_bytes
 from .plan import Plan, Task, check_disk, make_plan, readable, with_cells
 from .pooling import Pool
+from .report.text import fill
 from .request import Options, Request
 from .ridge import ALPHAS, Select
 from .speed import multiply_rate, pool_seconds, solve_rate, solve_work
 from .survey import Survey, survey, token_count
+
+_NARROWEST = 44  # column of sites
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,8 @@ class Forecast:
         return "\n".join(
             [
                 f"{self.model} on {self.device} in {self.dtype}{loaded if self.loaded else ''}",
-                f"{self.samples} samples, {self.prompts} prompt(s); {self.batches}",
+                fill(f"{self.samples} samples, {self.prompts} prompt(s); {self.batches}"),
                 "",
-                f"{'site':44}{'tokens x width':>18}   pool",
                 *self._site_lines(),
                 "",
                 f"memory   weights      {weights}{twin}",
@@ -95,9 +97,11 @@ class Forecast:
                 f"({_operations(self.flops / self.samples)} a sample)",
                 f"         probing      {_time(self.seconds['pool'])} of pooling and "
                 f"{_time(self.seconds['solve'])} of solving: {self.share:.1%} of the time",
-                f"Tokens, operations and activations: {self.how}.",
-                "Times are by this machine's speed, measured now, and good to a factor of three; "
-                "decoding is not counted.",
+                fill(f"Tokens, operations and activations: {self.how}."),
+                fill(
+                    "Times are by this machine's speed, measured now, and good to a factor of "
+                    "three; decoding is not counted."
+                ),
             ]
         )
 
@@ -108,11 +112,13 @@ class Forecast:
             if not groups or groups[-1][:2] != (tower, shape):
                 groups.append((tower, shape, []))
             groups[-1][2].append(name)
-        return [
-            f"{site_range(names):44}{f'{shape[0]:,} x {shape[1]:,}':>18}   "
-            + ", ".join(self.pools[tower])
-            for tower, shape, names in groups
+        lines = [("site", "tokens x width", "pool")]
+        lines += [
+            (site_range(names), f"{tokens:,} x {width:,}", ", ".join(self.pools[tower]))
+            for tower, (tokens, width), names in groups
         ]
+        wide = max(_NARROWEST, *(len(names) for names, _, _ in lines))
+        return [f"{names:{wide}}{shape:>18}   {pools}" for names, shape, pools in lines]
 
 
 def _tower(site: str, towers: Iterable[str]) -> str:

@@ -86,7 +86,7 @@ def survey(model: Model, sites: Sequence[Site], batch: Batch) -> Survey:
     try:
         return _run(model, sites, batch, "one sample was run without numbers")
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0][:100]
+        reason = str(error).partition("\n")[0][:100].rstrip(".!")
         how = (
             f"estimated from the shapes of the blocks, as it does not run without weights: {reason}"
         )

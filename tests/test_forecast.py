@@ -1,5 +1,6 @@
 """What `plan` says before weights are loaded, against what a run does."""
 
+import dataclasses
 import inspect
 import json
 import re
@@ -195,6 +196,19 @@ def test_what_is_printed(tmp_path):
     assert "activations" in text
     assert f"{told.share:.1%} of the time" in text
     assert 0 < told.share < 1
+
+
+def test_what_is_printed_fits_100_columns(tmp_path):
+    """Qwen's plan says why it was estimated; the names of branches are the longest."""
+    sites = ["vision.layers.*.attn", "vision.layers.*", "lm.layers.*.attn"]
+    told = gf.plan(save(families.qwen2_5_vl, tmp_path), photos(), sites=sites, prompts="w1")
+    assert "does not run without weights" in " ".join(str(told).split())
+    many = {f"vision.layers.{i}.attn": shape for i, shape in enumerate([(16, 32)] * 32)}
+    lines = str(dataclasses.replace(told, sites={**many, "lm.embed": (9, 32)})).splitlines()
+    assert max(map(len, lines)) <= 100
+    cells = [cell for line in lines if (cell := re.search(" x (width|32)", line))]
+    assert [cell.end() for cell in cells] == [68] * 3
+    assert "!." not in str(told)
 
 
 def test_a_model_that_is_there_is_planned_from_as_it_is():

@@ -12,7 +12,6 @@ inverts the diagonal blocks of a factor, and a solve is two products for each of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -21,7 +20,6 @@ from ._reference import gram, pool
 __all__ = [
     "cholesky",
     "factor",
-    "float32_products",
     "gram",
     "inverse_trace",
     "invert_blocks",
@@ -37,21 +35,6 @@ _PANEL = 128  # columns that are factored at once: the width of the products tha
 _BLOCK = 1024  # rows of a diagonal block that is inverted: up to there a solve is one product
 _STRIP = 512  # rows of a training matrix that are made at once
 _BYTES = 1 << 28  # of float64 copies of rows, or of whole inverses, at once
-
-
-@contextmanager
-def float32_products() -> Iterator[None]:
-    """Have products of float32 matrices in float32 on GPUs, whatever the model was allowed."""
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    if before != "tf32":
-        yield
-        return
-    products.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
 
 
 def project(

@@ -121,7 +121,7 @@ class Gram:
             raise ValueError(f"{msg}: make it with device={str(x.device)!r}, or move the rows")
 
     def cpu(self) -> Gram:
-        """Return the statistics on the CPU, where they are solved; themselves if they are there."""
+        """Return the statistics on the CPU; themselves if they are there."""
         if self.matrix.is_cpu:
             return self
         moved = Gram(self.dim, self.targets, self.cells, products=self.products)

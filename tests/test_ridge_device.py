@@ -229,19 +229,6 @@ def test_projections(
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_tensor_float_32_is_switched_off_and_on_again() -> None:
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    try:
-        for setting, inside in (("tf32", "ieee"), ("ieee", "ieee")):
-            products.fp32_precision = setting
-            with _device.float32_products():
-                assert products.fp32_precision == inside
-            assert products.fp32_precision == setting
-    finally:
-        products.fp32_precision = before
-
-
 # The solvers themselves, on a device that is pretended.
 
 
@@ -346,7 +333,7 @@ def test_a_layer_that_fails_costs_no_other(gpu: Pretend) -> None:
     for i in (0, 2, 4):
         one = found[i]
         assert isinstance(one, gf.Solution)
-        assert ("float64, refined" in one.method) == (i == 2)
+        assert "Cholesky in float64, refined" in one.method
         assert_same(one, gf.solve(here[i]), 1e-5)
     hopeless = torch.zeros_like(here[0].matrix)
     hopeless[:] = here[0].matrix
@@ -376,7 +363,7 @@ def test_layers_are_taken_in_parts_when_memory_is_short(
 
     monkeypatch.setattr(module, "_solve_layers", limited)
     monkeypatch.setattr(module, "_SHARE", 0.5)
-    monkeypatch.setattr(module, "_free", lambda _: 2 * room * 8 * 43 * 43 * (3 * 5 + 2 * 2))
+    monkeypatch.setattr(module, "_free", lambda _: 2 * room * 8 * 43 * 43 * (5 * 5 + 2 * 2))
     parts = solve_many(there)
     assert tried == sizes
     for one, other in zip(parts, whole, strict=True):
@@ -390,14 +377,18 @@ def test_layers_that_differ_are_refused(gpu: Pretend) -> None:
         solve_many([grams(40)[0], grams(30)[0]])
 
 
-@pytest.mark.parametrize("kind", ["plain", "large_means"])
+@pytest.mark.parametrize("kind", ["plain", "massive_rows"])
 @pytest.mark.parametrize("select", ["loo", "gcv", "folds"])
 @pytest.mark.parametrize("shape", [(200, 24), (60, 80)])
-def test_rows(gpu: Pretend, shape: tuple[int, int], select: Select, kind: str) -> None:
+def test_rows(
+    gpu: Pretend, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], select: Select, kind: str
+) -> None:
     x, y = rows(*shape, kind=kind, seed=1)
     fold = torch.arange(len(x)) % 5
     inner, near = select != "loo", 1e-6
-    want = gf.cross_validate(x, y, fold, select=select, inner=inner)
+    with monkeypatch.context() as exact:  # float64 and whole spectra, as befits so few features
+        exact.setattr(training, "_SMALL", 256)
+        want = gf.cross_validate(x, y, fold, select=select, inner=inner)
     there = x.to(gpu.device)
     assert_same(gf.cross_validate(there, y, fold, select=select, inner=inner), want, near)
     if kind != "plain":

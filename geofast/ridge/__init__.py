@@ -18,7 +18,8 @@ leave-one-out searches all alphas by branch and bound (`loo`). Solutions are ref
 float64 residual of the rows themselves (or of the float64 statistics), so their error does not
 depend on the factor's precision; where float32 fails, float64 is used and the result says so.
 
-M training sets are treated at once: those of all folds and, on a GPU, of many layers. Whatever is
+M training sets are treated at once: those of all folds and, on a GPU, of many layers, whose factors
+are float64 there. Whatever is
 large stays on the device of the rows or the statistics. What decides (alphas, curves, which sets
 are done) is on the CPU, so the host waits for the device a few times, however many layers there
 are; solutions come back on the CPU.

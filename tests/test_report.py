@@ -713,6 +713,20 @@ def test_long_prompts_have_numbers_and_a_legend(tmp_path: Path) -> None:
     assert f"<li>{asked[2]}</li></ol>" in (tmp_path / "report.html").read_text()
 
 
+def test_prompts_of_several_lines_break_no_table(tmp_path: Path) -> None:
+    asked = ("{name}", "{name}\n", "Where\tis\r\n{name} on the Earth?")
+    run = example_run(40, blocks=1, prompts=asked, pools=("cls",), splits=("kfold",))
+    told = [r"1 {name}", r"2 {name}\n", r"3 Where\tis\r\n{nam…"]
+    assert [row[1] for row in text.summary_table(run, "kfold").cells] == told
+    assert r"3: Where\tis\r\n{name} on the Earth?" in run.summary()
+    run.predictions = pd.DataFrame()
+    page.write_report(run, tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert r"| cls | 2 {name}\n | " in readme
+    assert "3. `Where\\tis\\r\\n{name} on the Earth?`" in readme
+    assert r"<li>{name}\n</li>" in (tmp_path / "report.html").read_text()
+
+
 def test_captions_speak_of_what_is_drawn(tmp_path: Path) -> None:
     run = example_run(40, blocks=1, splits=("kfold",))
     run.predictions = pd.DataFrame()

@@ -187,7 +187,7 @@ def _markdown(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
         parts += [f"## {left_out[0]}", "\n".join(f"- {line}" for line in left_out[1:])]
     if prompts := text.long_prompts(run):
         # A prompt is told as it is, whatever Markdown would make of it.
-        items = (f"{i}. `{p}`" for i, p in enumerate(prompts, 1))
+        items = (f"{i}. `{text.one_line(p)}`" for i, p in enumerate(prompts, 1))
         parts += ["## Prompts", "\n".join(items)]
     for name in pictures:
         caption = _caption(run, name)
@@ -240,7 +240,7 @@ def _html(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
         if (groups := text.groups_table(run, split)) is not None:
             body.append(_html_table(groups))
     if prompts := text.long_prompts(run):
-        items = "".join(f"<li>{escape(p)}</li>" for p in prompts)
+        items = "".join(f"<li>{escape(text.one_line(p))}</li>" for p in prompts)
         body.append(f"<h2>Prompts</h2><ol>{items}</ol>")
     body += [_html_picture(folder / name, _caption(run, name)) for name in pictures]
     body.append("<h2>Method</h2>")

@@ -106,7 +106,7 @@ def prompt_name(run: Run, prompt: str, width: int | None = None, mark: str = " "
 def long_prompts(run: Run) -> list[str]:
     """Return all prompts of a run, which a legend tells in full; none when no table cuts one."""
     prompts = [p for p in dict.fromkeys(run.layers["prompt"]) if p]
-    return prompts if any(len(p) > _label_width(run) for p in prompts) else []
+    return prompts if any(len(one_line(p)) > _label_width(run) for p in prompts) else []
 
 
 def _label_width(run: Run) -> int:
@@ -114,8 +114,14 @@ def _label_width(run: Run) -> int:
 
 
 def clip_label(label: str, width: int = _LABEL) -> str:
-    """Cut a long label, with an ellipsis."""
+    """Cut a long label, with an ellipsis; it has no line breaks then."""
+    label = one_line(label)
     return label if len(label) <= width else label[: width - 1] + "…"
+
+
+def one_line(words: str) -> str:
+    r"""Write line breaks and tabs, which would break a table, as `\n`, `\r` and `\t`."""
+    return words.replace("\n", r"\n").replace("\r", r"\r").replace("\t", r"\t")
 
 
 # ---------------------------------------------------------------- the finding
@@ -371,7 +377,7 @@ def summary(run: Run) -> str:
         if (groups := groups_table(run, split)) is not None:
             blocks.append(f"Groups, {split_words(split)}\n{groups.text()}")
     if prompts := long_prompts(run):
-        told = (fill(f"{i}: {p}") for i, p in enumerate(prompts, 1))
+        told = (fill(f"{i}: {one_line(p)}") for i, p in enumerate(prompts, 1))
         blocks.append("\n".join(["Prompts", *told]))
     if warned := run.info.get("warnings"):
         blocks.append("\n".join(fill(f"Warning: {w}", "  ") for w in warned))

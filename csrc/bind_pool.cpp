@@ -64,7 +64,21 @@ struct Aligned {
     void operator()(float* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
 
-void pool(py::handle x_, py::handle roles_, const py::list& jobs_, const char* isa_) {
+bool all_finite(const PoolArgs& args, const std::vector<PoolJob>& jobs) {
+    constexpr uint32_t exponent = 0x7f800000;  // all of it in infinity and NaN; integers vectorise
+    uint32_t bad = 0;
+    for (const PoolJob& job : jobs)
+        for (int64_t b = 0; b < args.batch; ++b)
+            for (int64_t c = 0; c < args.dim; ++c) {
+                uint32_t bits;
+                std::memcpy(&bits, job.out + b * job.stride + c, sizeof bits);
+                bad |= (bits & exponent) == exponent;
+            }
+    return bad == 0;
+}
+
+// Returns whether all that was written is finite, which is cheap to see while it is in the cache.
+bool pool(py::handle x_, py::handle roles_, const py::list& jobs_, const char* isa_) {
     const Isa isa = isa_from_name(isa_);
     const TensorView x("x", x_), roles("roles", roles_);
     PoolArgs args{};
@@ -98,6 +112,7 @@ void pool(py::handle x_, py::handle roles_, const py::list& jobs_, const char* i
     args.scratch = scratch.get();
     py::gil_scoped_release release;
     GEOFAST_SELECT(isa, pool)(args);
+    return all_finite(args, jobs);
 }
 
 }  // namespace

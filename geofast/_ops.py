@@ -33,8 +33,10 @@ def pool(
     roles: torch.Tensor,
     jobs: Sequence[tuple[str, int, torch.Tensor]],
     starts: Sequence[int] | None = None,
-) -> None:
+) -> bool:
     """Do what the backend's `pool` does; with float64 rows, what the reference does.
+
+    Returns True when all that was written is known to be finite; others need not know.
 
     With `starts` [samples + 1], sample s is tokens starts[s]:starts[s + 1] of the sequences laid
     end to end, `roles` are [1, sequences * tokens], and rows are [samples, dim].
@@ -43,17 +45,17 @@ def pool(
         operations = " ".join(operation for operation, _, _ in jobs)
         bits, outs = [bit for _, bit, _ in jobs], [out for _, _, out in jobs]
         _compiled_pool(x, roles, operations, bits, outs, None if starts is None else list(starts))
-        return
+        return False
     ops = _reference if jobs[0][2].dtype == torch.float64 else backend(x.device)
     if starts is None:
-        ops.pool(x, roles, jobs)
-    elif hasattr(ops, "pool_packed"):
-        ops.pool_packed(x, roles, jobs, starts)
-    else:
-        ends = x.reshape(1, -1, x.shape[-1])
-        for i, (a, b) in enumerate(itertools.pairwise(starts)):
-            one = [(operation, bit, rows[i : i + 1]) for operation, bit, rows in jobs]
-            ops.pool(ends[:, a:b], roles[:, a:b], one)
+        return ops.pool(x, roles, jobs) is True
+    if hasattr(ops, "pool_packed"):
+        return ops.pool_packed(x, roles, jobs, starts) is True
+    ends, finite = x.reshape(1, -1, x.shape[-1]), True
+    for i, (a, b) in enumerate(itertools.pairwise(starts)):
+        one = [(operation, bit, rows[i : i + 1]) for operation, bit, rows in jobs]
+        finite = ops.pool(ends[:, a:b], roles[:, a:b], one) is True and finite
+    return finite
 
 
 def grams(

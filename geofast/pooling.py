@@ -112,7 +112,7 @@ def pool(
     pools: Sequence[Pool],
     out: Sequence[torch.Tensor],
     starts: Sequence[int] | None = None,
-) -> None:
+) -> bool:
     """Pool hidden states into rows; every pool comes out of one read of the tokens.
 
     Parameters
@@ -130,6 +130,11 @@ def pool(
     starts
         Where a sample is not a sequence of `hidden`: where each begins in the sequences laid end to
         end, and the end, [samples + 1]; `roles` are [1, sequences * tokens].
+
+    Returns
+    -------
+    bool
+        True when all rows are known to be finite; the kernels of the CPU tell.
     """
     dim = hidden.shape[-1]
     jobs = [
@@ -137,4 +142,4 @@ def pool(
         for pool_, rows in zip(pools, out, strict=True)
         for i, (operation, role) in enumerate(pool_.parts)
     ]
-    _ops.pool(hidden, roles, jobs, starts)
+    return _ops.pool(hidden, roles, jobs, starts)

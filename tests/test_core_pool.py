@@ -314,3 +314,17 @@ def test_bad_arguments(
 def test_unknown_isa() -> None:
     with pytest.raises(ValueError, match="unknown isa 'sse'; expected 'baseline' or 'avx2'"):
         _core.pool(X, ROLES, [], isa="sse")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38])
+def test_whether_all_that_was_written_is_finite(value: float, isa: str) -> None:
+    for place in ((0, 0), (1, 6)):
+        x, outs = torch.ones(2, 3, 7), [torch.empty(2, 7), torch.empty(2, 9)[:, 1:8]]
+        roles = torch.ones(2, 3, dtype=torch.uint8)
+        jobs = [("mean", 0, outs[0]), ("last", 0, outs[1])]
+        assert _core.pool(x, roles, jobs, isa=isa) is True
+        x[place[0], 2, place[1]] = value
+        assert _core.pool(x, roles, jobs, isa=isa) is (value == 3e38)
+        assert all(bool(out.isfinite().all()) for out in outs) == (value == 3e38)
+    assert _core.pool(x, torch.zeros_like(roles), jobs, isa=isa) is False  # no token: NaN

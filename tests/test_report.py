@@ -911,7 +911,9 @@ def test_pages_say_only_what_is_known(tmp_path: Path) -> None:
     run.predictions = pd.DataFrame()
     page.write_report(run, tmp_path)
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert readme.startswith("# the model on the data: 40 samples, 2 sites")
+    assert readme.startswith("# the model on the data: 40 samples, 2 sites\n")
+    run.layers = run.layers[run.layers["site"] == run.layers["site"].iloc[0]]
+    assert text.headline(run) == "the model on the data: 40 samples, 1 site"
     assert "It ran with" not in readme
     assert "penalty" not in readme
     assert "None" not in readme

@@ -353,7 +353,8 @@ def headline(run: Run) -> str:
     sites = run.layers.loc[run.layers["control"] == "", "site"].nunique()
     skipped = run.info.get("counts", {}).get("skipped", 0)
     samples = f"{len(run.samples):,} samples" + (f" ({skipped:,} skipped)" if skipped else "")
-    return f"{model_name(run)} on {data_name(run)}: {samples}, {sites} sites"
+    places = f"{sites} site{'s' * (sites != 1)}"
+    return f"{model_name(run)} on {data_name(run)}: {samples}, {places}"
 
 
 def skipped(run: Run) -> list[str]:

@@ -143,6 +143,31 @@ def _parser() -> argparse.ArgumentParser:
     _loading_options(doctor)
     doctor.set_defaults(run=_doctor)
 
+    subspace = commands.add_parser(
+        "subspace", help="find which dimensions hold the place, from a run: no forward pass"
+    )
+    subspace.add_argument("folder", type=Path, help="a run's, with rows or statistics")
+    subspace.add_argument("--out", type=Path, help="folder for subspace.csv and other tables")
+    subspace.add_argument("--sites", nargs="+", help="names or globs (default: all of the run)")
+    subspace.add_argument("--split", help="a split of the run (default: the first)")
+    subspace.add_argument(
+        "--fractions", nargs="+", type=float, metavar="SHARE",
+        help="shares of the dimensions to keep (default: 0.1, 0.2 to 1)",
+    )  # fmt: skip
+    subspace.add_argument(
+        "--rankings", nargs="+", choices=["coef", "coef_std", "forward", "backward"],
+        help="by |coef|, by |coef| x standard deviation, greedily, by elimination (default: all)",
+    )  # fmt: skip
+    subspace.add_argument(
+        "--random", type=_count_or_none, default=5, help="random orders beside (default: 5)"
+    )
+    subspace.add_argument("--seed", type=int, default=0, help="of those (default: 0)")
+    subspace.add_argument(
+        "--protocol", choices=["corrected", "study"], default="corrected",
+        help="study: also the study's procedure, faults included",
+    )  # fmt: skip
+    subspace.set_defaults(run=_subspace)
+
     show = commands.add_parser("show", help="print what a run found")
     show.add_argument("folder", type=Path)
     show.set_defaults(run=_show)
@@ -349,6 +374,19 @@ def _doctor(o: argparse.Namespace) -> None:
     print(diagnosis)
     if not diagnosis.ok:
         raise SystemExit(1)
+
+
+def _subspace(o: argparse.Namespace) -> None:
+    from .run import open as open_run
+
+    with _whoever_listens():
+        found = open_run(o.folder).subspace(
+            fractions=o.fractions, split=o.split, sites=o.sites, rankings=o.rankings,
+            random=o.random, seed=o.seed, protocol=o.protocol, progress=True,
+        )  # fmt: skip
+        if o.out:
+            found.save(o.out)
+    print(found)
 
 
 def _show(o: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -17,6 +17,8 @@ from . import _folder
 
 if TYPE_CHECKING:
     from .gram import Gram
+    from .subspace.measure import Protocol
+    from .subspace.result import Subspace
 
 _PAGES = 1_500_000  # bytes of the two pictures and of the page that embeds them
 _PARTS = ("layers", "samples", "predictions")
@@ -295,6 +297,73 @@ class Run:
         from .report import text
 
         return text.layer_table(self, split)
+
+    def subspace(
+        self,
+        *,
+        fractions: Sequence[float] | None = None,
+        split: str | None = None,
+        sites: str | Sequence[str] | None = None,
+        rankings: Sequence[str] | None = None,
+        random: int = 5,
+        seed: int = 0,
+        protocol: Protocol = "corrected",
+        progress: bool = False,
+    ) -> Subspace:
+        """Find which dimensions hold the targets, from rows or statistics: no forward pass.
+
+        In every training part the dimensions are ranked for each target on its own, the ridge is
+        refit on the first of them, and the held-out part scores the refit. The alpha of a training
+        part is that of its solution on all dimensions, chosen among the run's by generalised
+        cross-validation, for all targets together.
+
+        Parameters
+        ----------
+        fractions
+            Shares of the dimensions to keep, above 0 and at most 1; all of them, 1, is always
+            measured. More of them cost little. None takes 0.1, 0.2 to 1.
+        split
+            A split of the run; None takes the first.
+        sites
+            Names or globs; None takes every site.
+        rankings
+            Some of `coef` (by |coef|), `coef_std` (by |coef| times the feature's standard
+            deviation), `forward` (greedy selection) and `backward` (elimination); None takes all.
+        random
+            How many random orders to measure beside, as a control; `seed` draws them.
+        protocol
+            `study` adds the ranking `study`: the procedure of Locatelli et al. (ICML 2026) with its
+            faults. One order, by |coef| of latitude, for all targets and all folds, from the fold
+            with the best held-out R²; so what is scored has chosen the order. Alpha is chosen for
+            every share and target, by generalised cross-validation, where the study has
+            leave-one-out.
+        progress
+            Show a bar on stderr.
+
+        Returns
+        -------
+        Subspace
+
+        Raises
+        ------
+        ValueError
+            When the run keeps neither rows nor statistics, for an argument that is wrong, or where
+            a layer cannot be solved.
+        """
+        from .subspace.measure import FRACTIONS, of_run
+        from .subspace.ranking import RANKINGS
+
+        return of_run(
+            self,
+            fractions=FRACTIONS if fractions is None else fractions,
+            rankings=RANKINGS if rankings is None else rankings,
+            split=split,
+            sites=sites,
+            random=random,
+            seed=seed,
+            protocol=protocol,
+            progress=progress,
+        )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the run's folder, all of it or nothing.

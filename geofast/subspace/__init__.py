@@ -1,0 +1,14 @@
+"""Which dimensions of a layer hold the place, from the statistics alone: no forward pass.
+
+Held-out R2 against the share of dimensions kept. In every training part of a split the dimensions
+are ranked, for each target on its own, and the ridge is refit on the first of them; the held-out
+part scores the refit. Nothing of the held-out part ranks, fits or chooses a penalty. The alpha of a
+training part is that of its solution on all dimensions, by generalised cross-validation, one for
+all targets as the probe has it; so one Cholesky factor serves every share (see `nested`).
+"""
+
+from .measure import FRACTIONS, of_grams, of_run
+from .ranking import RANKINGS
+from .result import Subspace
+
+__all__ = ["FRACTIONS", "RANKINGS", "Subspace", "of_grams", "of_run"]

@@ -1,0 +1,305 @@
+"""The curves of every layer, from statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+
+from ..gram import Gram, totals
+from ..models.structure import _matches
+from ..ridge.scores import scores_on
+from ..ridge.solution import ALPHAS, penalties
+from ..ridge.solve import solve
+from ..ridge.training import NotPositiveError, Statistics, Training, subset, training_sets
+from .nested import refits, refits_by_gcv, symmetric
+from .ranking import RANKINGS, orders, random_orders
+from .result import Layer, Subspace, collect
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+FRACTIONS = tuple(i / 10 for i in range(1, 11))
+"""Those of Locatelli et al. (ICML 2026): a tenth of the dimensions to all."""
+
+Protocol = Literal["corrected", "study"]
+_BYTES = 512 << 20  # of the permuted matrices that are factored at once
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is measured of every layer."""
+
+    fractions: tuple[float, ...]
+    rankings: tuple[str, ...]
+    random: int
+    seed: int
+    study: bool
+    alphas: tuple[float, ...]
+
+
+def of_run(
+    run: Run,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    split: str | None = None,
+    sites: str | Sequence[str] | None = None,
+    rankings: Sequence[str] = RANKINGS,
+    random: int = 5,
+    seed: int = 0,
+    protocol: Protocol = "corrected",
+    progress: bool = False,
+) -> Subspace:
+    """Measure the layers of a run; see `Run.subspace`."""
+    asked = _asked(fractions, rankings, random, seed, protocol, _alphas(run))
+    split = split or next(iter(run.splits), "")
+    run.rows_of(split)  # says which splits there are
+    names = _chosen(run, sites)
+    many = _bar(names, progress)
+    return _measure(_statistics(run, many, split), run.targets, split, asked)
+
+
+def of_grams(
+    grams: Mapping[str, Gram],
+    targets: Sequence[str],
+    *,
+    folds: torch.Tensor | None = None,
+    alphas: Sequence[float] = ALPHAS,
+    fractions: Sequence[float] = FRACTIONS,
+    rankings: Sequence[str] = RANKINGS,
+    random: int = 5,
+    seed: int = 0,
+    protocol: Protocol = "corrected",
+) -> Subspace:
+    """Measure layers from their statistics.
+
+    Parameters
+    ----------
+    grams
+        Statistics by cell, float64 products, under names `site/pool` or `site/pool/prompt`.
+    targets
+        Names of the k targets.
+    folds
+        int64 [cells]: the fold of each cell, -1 for none; None makes every cell a fold.
+    alphas, fractions, rankings, random, seed, protocol
+        As for `Run.subspace`.
+
+    Raises
+    ------
+    ValueError
+        As `Run.subspace`, and when the names are not of that form or the targets not k.
+    """
+    asked = _asked(fractions, rankings, random, seed, protocol, alphas)
+    for name, gram in grams.items():
+        if "/" not in name or len(targets) != gram.targets:
+            raise ValueError(
+                f"statistics must be named site/pool and have as many targets as there are names; "
+                f"got {name!r} with {gram.targets} targets for {list(targets)}"
+            )
+    layers = ((name, gram, folds) for name, gram in grams.items())
+    return _measure(layers, tuple(targets), "", asked)
+
+
+def _asked(
+    fractions: Sequence[float],
+    rankings: Sequence[str],
+    random: int,
+    seed: int,
+    protocol: str,
+    alphas: Sequence[float],
+) -> _Asked:
+    if not fractions or not all(0 < f <= 1 for f in fractions):
+        raise ValueError(f"fractions must be above 0 and at most 1; got {list(fractions)}")
+    unknown = [r for r in rankings if r not in RANKINGS]
+    if unknown or isinstance(rankings, str):
+        raise ValueError(f"rankings must be some of {list(RANKINGS)}; got {rankings!r}")
+    if protocol not in get_args(Protocol):
+        raise ValueError(f"protocol must be one of {get_args(Protocol)}; got {protocol!r}")
+    if random < 0:
+        raise ValueError(f"random must be a number of draws, 0 for none; got {random}")
+    # A share of R2 needs the R2 on all dimensions, so that is always measured.
+    every = tuple(sorted({*map(float, fractions), 1.0}))
+    grid = tuple(penalties(alphas).tolist())
+    return _Asked(every, tuple(rankings), random, seed, protocol == "study", grid)
+
+
+# ------ what a run keeps
+
+
+def _alphas(run: Run) -> Sequence[float]:
+    found: Sequence[float] = run.info.get("arguments", {}).get("alphas") or ALPHAS
+    return found
+
+
+def _chosen(run: Run, sites: str | Sequence[str] | None) -> list[str]:
+    """Names of the probes at `sites`, all for None."""
+    names = [*(run.rows or run.grams or {})]
+    if not names:
+        raise ValueError(
+            "this run keeps neither rows nor statistics to search for dimensions: probe again "
+            "with storage='gram' (--storage gram), or with room for rows in memory"
+        )
+    if sites is None:
+        return names
+    wanted = [sites] if isinstance(sites, str) else list(sites)
+    for pattern in wanted:
+        if not any(_matches(name.split("/", 1)[0], pattern) for name in names):
+            there = dict.fromkeys(name.split("/", 1)[0] for name in names)
+            raise ValueError(f"the run has no site {pattern!r}; it has {', '.join(there)}")
+    return [n for n in names if any(_matches(n.split("/", 1)[0], p) for p in wanted)]
+
+
+def _bar(names: Sequence[str], progress: bool) -> Iterable[str]:
+    from tqdm import tqdm
+
+    return tqdm(names, "dimensions", unit="layer", leave=False) if progress else names
+
+
+def _statistics(
+    run: Run, names: Iterable[str], split: str
+) -> Iterator[tuple[str, Gram, torch.Tensor | None]]:
+    """Statistics of one layer after the other, and the fold of every cell."""
+    column = f"fold_{split}"
+    if column not in run.samples:
+        raise ValueError(f"the run's samples have no column {column!r}, which says their folds")
+    fold = torch.from_numpy(run.samples[column].to_numpy("int64", copy=True))
+    if run.rows is None:
+        assert run.grams is not None
+        of_cell = None
+        for name in names:
+            if of_cell is None:
+                of_cell = _fold_of_cell(run, split, run.grams[name])
+            yield name, run.grams[name], of_cell
+        return
+    y = torch.from_numpy(run.samples[list(run.targets)].to_numpy("float64", copy=True))
+    for name in names:
+        x = run.rows[name]
+        if len(x) != len(y):
+            raise ValueError(
+                f"{name} has {len(x)} rows for {len(y)} samples: the table of samples is not theirs"
+            )
+        gram = Gram(x.shape[1], y.shape[1], int(fold.max()) + 1)
+        yield name, gram.update(x, y, fold), None
+
+
+def _fold_of_cell(run: Run, split: str, gram: Gram) -> torch.Tensor:
+    """Find the fold of every cell of a run's statistics.
+
+    A cell is a combination of the folds of all splits, and of those of the groups; they are in
+    the order of the combinations, the first split first.
+    """
+    columns = [f"fold_{s}" for s in run.splits]
+    folds = torch.from_numpy(run.samples[columns].to_numpy("int64", copy=True))
+    cells, count = folds.unique(dim=0, return_counts=True)
+    here = run.splits.index(split)
+    if len(cells) == gram.cells:
+        return cells[:, here].clone()
+    if here == 0:
+        # With groups, or without some samples, cells are split further but stay in this order.
+        ends = torch.bincount(folds[:, 0]).cumsum(0)
+        before = gram.count.cumsum(0) - gram.count
+        if int(ends[-1]) == int(gram.count.sum()):
+            return torch.searchsorted(ends, before.long(), right=True).clamp_max(len(ends) - 1)
+    raise ValueError(
+        f"the statistics of this run have {gram.cells} cells, of groups too, and its samples tell "
+        f"{len(cells)}: which of them split {split!r} holds out cannot be told; probe again "
+        "without group="
+    )
+
+
+# ------ layers
+
+
+def _measure(
+    layers: Iterable[tuple[str, Gram, torch.Tensor | None]],
+    targets: Sequence[str],
+    split: str,
+    asked: _Asked,
+) -> Subspace:
+    found = {}
+    for name, gram, folds in layers:
+        try:
+            found[name] = _layer(gram.cpu(), folds, targets, asked)
+        except NotPositiveError:
+            raise ValueError(
+                f"{name}: X'X + alpha I is not positive definite in float64: the features are too "
+                "badly scaled for so small a penalty; raise the smallest alpha"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return collect(found, tuple(targets), split, asked.fractions)
+
+
+def _layer(gram: Gram, folds: torch.Tensor | None, targets: Sequence[str], asked: _Asked) -> Layer:
+    """Rank, refit and score one layer."""
+    folds = torch.arange(gram.cells) if folds is None else folds
+    count = int(folds.max()) + 1
+    if count < 2:
+        raise ValueError(f"held-out R2 needs two folds or more; got {count}")
+    d, sizes = gram.dim, _sizes(gram.dim, asked.fractions)
+    solved = solve(gram, asked.alphas, folds=folds)
+    whole = solve(gram, asked.alphas, folds=folds.clamp_max(0))
+    assert solved.r2 is not None
+    alpha = torch.cat([solved.alpha, whole.alpha])
+    coef = torch.cat([solved.coef, whole.coef]).mT.contiguous()
+    train = _training(gram, folds)
+    drawn = random_orders(d, asked.random, asked.seed)
+    names = [*asked.rankings, *(["random"] if asked.random else []), *(["study"] * asked.study)]
+    order: dict[str, list[torch.Tensor]] = {r: [] for r in asked.rankings}
+    r2: dict[str, list[torch.Tensor]] = {r: [] for r in names}
+    step = max(1, _BYTES // (8 * d * d * gram.targets))
+    for sets in [slice(i, min(i + step, count)) for i in range(0, count, step)]:
+        part = subset(train, sets)
+        matrix = symmetric(part, alpha[sets])
+        for ranking in asked.rankings:
+            order[ranking].append(orders(ranking, part, matrix, alpha[sets], coef[sets]))
+            w = refits(matrix, part.b, order[ranking][-1], sizes)
+            r2[ranking].append(_score(part, w))
+        if asked.random:
+            each = (one.expand(len(part), 1, d) for one in drawn)
+            scores = [_score(part, refits(matrix, part.b, one, sizes)) for one in each]
+            r2["random"].append(torch.stack(scores, -1))
+        if asked.study:
+            one = _study_order(solved.r2, coef[:count], targets).expand(len(part), 1, d)
+            grid = torch.tensor(asked.alphas, dtype=torch.float64)
+            r2["study"].append(_score(part, refits_by_gcv(part, grid, one, sizes)))
+    last = subset(train, slice(count, count + 1))
+    matrix = symmetric(last, alpha[count:])
+    final = {r: orders(r, last, matrix, alpha[count:], coef[count:])[0] for r in asked.rankings}
+    return Layer(
+        sizes,
+        {r: torch.cat(parts) for r, parts in r2.items()},
+        {r: torch.cat(parts) for r, parts in order.items()},
+        final,
+    )
+
+
+def _sizes(d: int, fractions: Sequence[float]) -> torch.Tensor:
+    return torch.tensor([max(1, round(d * f)) for f in fractions])
+
+
+def _training(gram: Gram, folds: torch.Tensor) -> Training:
+    """Training sets of all folds, and at the end one of all rows, which leaves nothing out."""
+    stats = Statistics.of([totals(gram, folds)])
+    nothing = torch.zeros_like(stats.held[:, :1])
+    return training_sets(replace(stats, held=torch.cat([stats.held, nothing], 1)), gram.targets)
+
+
+def _score(part: Training, w: torch.Tensor) -> torch.Tensor:
+    """Held-out R2 of solutions w [M, P, k, d]: [M, P, k]."""
+    held = part.stats.held.flatten(0, 1)[part.sets]
+    return scores_on(held, part, w)[0]
+
+
+def _study_order(r2: torch.Tensor, coef: torch.Tensor, targets: Sequence[str]) -> torch.Tensor:
+    """Order [d] as the study has it: by |coef| of latitude in the fold of the best held-out R2.
+
+    Both of its faults are kept: the order has seen the held-out parts, since their R2 chose the
+    fold and the other folds hold out rows it was trained on; and longitude gets latitude's.
+    """
+    first = targets.index("latitude") if "latitude" in targets else 0
+    best = int(r2.mean(1).nan_to_num(-math.inf).argmax())
+    return coef[best, first].abs().argsort(dim=-1, descending=True, stable=True)

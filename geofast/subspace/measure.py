@@ -118,6 +118,8 @@ def _asked(
         raise ValueError(f"rankings must be some of {list(RANKINGS)}; got {rankings!r}")
     if protocol not in get_args(Protocol):
         raise ValueError(f"protocol must be one of {get_args(Protocol)}; got {protocol!r}")
+    if not rankings and not random and protocol != "study":
+        raise ValueError("there is nothing to measure: name rankings, or draw random orders")
     if random < 0:
         raise ValueError(f"random must be a number of draws, 0 for none; got {random}")
     # A share of R2 needs the R2 on all dimensions, so that is always measured.
@@ -193,16 +195,18 @@ def _fold_of_cell(run: Run, split: str, gram: Gram) -> torch.Tensor:
     """
     columns = [f"fold_{s}" for s in run.splits]
     folds = torch.from_numpy(run.samples[columns].to_numpy("int64", copy=True))
-    cells, count = folds.unique(dim=0, return_counts=True)
+    cells = folds.unique(dim=0)
     here = run.splits.index(split)
     if len(cells) == gram.cells:
-        return cells[:, here].clone()
+        of_cell: torch.Tensor = cells[:, here].clone()
+        return of_cell
     if here == 0:
         # With groups, or without some samples, cells are split further but stay in this order.
         ends = torch.bincount(folds[:, 0]).cumsum(0)
         before = gram.count.cumsum(0) - gram.count
         if int(ends[-1]) == int(gram.count.sum()):
-            return torch.searchsorted(ends, before.long(), right=True).clamp_max(len(ends) - 1)
+            at: torch.Tensor = torch.searchsorted(ends, before.long(), right=True)
+            return at.clamp_max(len(ends) - 1)
     raise ValueError(
         f"the statistics of this run have {gram.cells} cells, of groups too, and its samples tell "
         f"{len(cells)}: which of them split {split!r} holds out cannot be told; probe again "
@@ -238,7 +242,7 @@ def _layer(gram: Gram, folds: torch.Tensor | None, targets: Sequence[str], asked
     folds = torch.arange(gram.cells) if folds is None else folds
     count = int(folds.max()) + 1
     if count < 2:
-        raise ValueError(f"held-out R2 needs two folds or more; got {count}")
+        raise ValueError(f"held-out R² needs two folds or more; got {count}")
     d, sizes = gram.dim, _sizes(gram.dim, asked.fractions)
     solved = solve(gram, asked.alphas, folds=folds)
     whole = solve(gram, asked.alphas, folds=folds.clamp_max(0))

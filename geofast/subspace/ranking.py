@@ -59,10 +59,10 @@ def orders(
     return (found.flip(1) if ranking == "backward" else found).view(m, k, d)
 
 
-def random_orders(d: int, draws: int, seed: int) -> torch.Tensor:
-    """Draw orders of d dimensions: int64 [draws, d]."""
+def random_orders(d: int, draws: int, seed: int) -> list[torch.Tensor]:
+    """Draw orders of d dimensions: int64 [d] each."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(d, generator=generator) for _ in range(draws)])
+    return [torch.randperm(d, generator=generator) for _ in range(draws)]
 
 
 def _descending(score: torch.Tensor) -> torch.Tensor:

@@ -139,7 +139,11 @@ class Subspace:
             for name, by_ranking in self.ranks.items()
             for ranking, order in by_ranking.items()
         }
-        save_file(ranks, folder / "subspace.safetensors")
+        path = folder / "subspace.safetensors"
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(ranks, path)
+        path.chmod(mode)  # which safetensors narrows to the owner
         return folder
 
 
@@ -147,15 +151,16 @@ def collect(
     layers: Mapping[str, Layer], targets: tuple[str, ...], split: str, fractions: Sequence[float]
 ) -> Subspace:
     """Put what was measured into tables."""
-    tables: list[list[dict[str, Any]]] = [[], [], []]
+    curves, few, stable = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
     for name, layer in layers.items():
         for where, at in _each(name, layer, targets):
-            tables[0] += _curve(where, layer, at, fractions)
+            curves += _curve(where, layer, at, fractions)
             if where["ranking"] != "random":
-                tables[1].append(_smallest(where, layer, at, fractions))
-        tables[2] += _stability(name, layer, targets, fractions)
+                few.append(_smallest(where, layer, at, fractions))
+        stable += _stability(name, layer, targets, fractions)
     ranks = {name: layer.final for name, layer in layers.items()}
-    return Subspace(*map(pd.DataFrame, tables), ranks, targets, split)
+    tables = pd.DataFrame(curves), pd.DataFrame(few), pd.DataFrame(stable)
+    return Subspace(*tables, ranks, targets, split)
 
 
 def _each(

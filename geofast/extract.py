@@ -22,7 +22,7 @@ from .data.stream import Batch, batches
 from .gram import Gram
 from .models import Model
 from .rows import Rows
-from .survey import shapes_of, token_count
+from .survey import shapes_of, token_count, up_to
 
 _FLUSH = (
     2048  # rows of a site that are added to its Grams at once: fewer would read the Grams too often
@@ -295,7 +295,8 @@ def try_one(
         As `first` and `forward`.
     """
     samples, index, example = first(model, inputs, lengths)
-    with capture(model, sites, pool) as rows, shapes_of(model, model.sites(sites)) as shapes:
+    ran = up_to(model, model.sites(sites))
+    with capture(model, sites, pool) as rows, shapes_of(model, ran) as shapes:
         forward(model, samples, index, example, rows)
     widths = tuple(rows[key].shape[1] for key in rows)
     return Example(widths, token_count(shapes), numbers(example[0]))

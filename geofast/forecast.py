@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from .report.text import fill
 from .request import Options, Request
 from .ridge import ALPHAS, Select
 from .speed import multiply_rate, pool_seconds, solve_rate, solve_work
-from .survey import Survey, survey, token_count
+from .survey import Survey, survey, token_count, up_to
 
 _NARROWEST = 44  # column of sites
 
@@ -305,7 +305,9 @@ def _look(
     """Survey one sample, of texts the longest, and the rows that it will leave."""
     _, _, (sample,) = first(model, inputs, lengths)
     wanted = model.sites(sites)
-    seen = survey(model, wanted, model.collate([sample]))
+    seen = survey(model, up_to(model, wanted), model.collate([sample]))
+    tokens = token_count(seen.shapes)
+    seen = replace(seen, shapes={site.name: seen.shapes[site.name] for site in wanted})
     pools = pools_by_tower(model.towers, wanted, pool)
     widths: list[int] = []
     for site in wanted:
@@ -314,7 +316,7 @@ def _look(
         # Of several prompts about an image, every one leaves a row of the language model.
         times = len(model.prompts) if site.tower == "lm" and model.prompts else 1
         widths += [p.width(width) for p in mine] * times
-    return seen, Example(tuple(widths), token_count(seen.shapes), numbers(sample)), pools
+    return seen, Example(tuple(widths), tokens, numbers(sample)), pools
 
 
 def _pooling(

@@ -45,6 +45,12 @@ def shapes_of(model: Model, sites: Sequence[Site]) -> Iterator[dict[str, tuple[i
         yield shapes
 
 
+def up_to(model: Model, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Return all sites up to the deepest of `sites`: a batch must fit the towers before it too."""
+    names = [site.name for site in model.every_site]
+    return model.every_site[: names.index(model.deepest(sites).name) + 1]
+
+
 def token_count(shapes: Shapes) -> int:
     """Return how long a sample is to the model, in tokens of the greatest width.
 

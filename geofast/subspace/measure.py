@@ -260,12 +260,12 @@ def _layer(gram: Gram, folds: torch.Tensor | None, targets: Sequence[str], asked
         matrix = symmetric(part, alpha[sets])
         for ranking in asked.rankings:
             order[ranking].append(orders(ranking, part, matrix, alpha[sets], coef[sets]))
-            w = refits(matrix, part.b, order[ranking][-1], sizes)
+            w = _refits(matrix, part, order[ranking][-1], sizes, coef[sets])
             r2[ranking].append(_score(part, w))
         if asked.random:
             each = (one.expand(len(part), 1, d) for one in drawn)
-            scores = [_score(part, refits(matrix, part.b, one, sizes)) for one in each]
-            r2["random"].append(torch.stack(scores, -1))
+            solutions = (_refits(matrix, part, one, sizes, coef[sets]) for one in each)
+            r2["random"].append(torch.stack([_score(part, w) for w in solutions], -1))
         if asked.study:
             one = _study_order(solved.r2, coef[:count], targets).expand(len(part), 1, d)
             grid = torch.tensor(asked.alphas, dtype=torch.float64)
@@ -283,6 +283,17 @@ def _layer(gram: Gram, folds: torch.Tensor | None, targets: Sequence[str], asked
 
 def _sizes(d: int, fractions: Sequence[float]) -> torch.Tensor:
     return torch.tensor([max(1, round(d * f)) for f in fractions])
+
+
+def _refits(
+    matrix: torch.Tensor, part: Training, order: torch.Tensor, sizes: torch.Tensor, w: torch.Tensor
+) -> torch.Tensor:
+    """As `refits`; w [M, k, d] is that of all dimensions, so the factor of fewer will do."""
+    few = sizes[sizes < part.dim]
+    every = w[:, None].expand(-1, len(sizes) - len(few), -1, -1)
+    if not len(few):
+        return every
+    return torch.cat([refits(matrix, part.b, order[..., : few[-1]], few), every], 1)
 
 
 def _training(gram: Gram, folds: torch.Tensor) -> Training:

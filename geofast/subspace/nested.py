@@ -7,6 +7,8 @@ solution on the first p is L^-T applied to z with zeros after p: one triangular 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -33,21 +35,21 @@ def refits(
     b
         float64 [M, k, d].
     order
-        int64 [M, k, d], best dimension first, or [M, 1, d] for all targets.
+        int64 [M, k, q], best dimension first, or [M, 1, q] for all targets; q of d dimensions.
     sizes
-        int64 [P].
+        int64 [P], q at most.
 
     Raises
     ------
     NotPositiveError
         When a matrix is not positive definite in float64.
     """
-    m, k, d = b.shape
+    (m, k, d), q = b.shape, order.shape[2]
     factor, z = _nested(matrix, b, order)
-    keep = torch.arange(d) < sizes[:, None]
+    keep = torch.arange(q) < sizes[:, None]
     w = (z[:, :, None] * keep).flatten(1, 2)
     factor.solve_lower(w, True)
-    return _in_place(w.view(m, k, len(sizes), d), order)
+    return _in_place(w.view(m, k, len(sizes), q), order, d)
 
 
 def refits_by_gcv(
@@ -77,28 +79,34 @@ def refits_by_gcv(
         better = least(torch.stack([lowest.expand_as(error), error], -1)) == 1
         lowest = torch.where(better, error, lowest)
         best = torch.where(better[..., None], w, best)
-    return _in_place(best, order)
+    return _in_place(best, order, train.dim)
+
+
+def taken(matrices: torch.Tensor, dims: torch.Tensor) -> torch.Tensor:
+    """Rows and columns `dims` [M, g, q] of matrices [M, d, d], in their order: [M g, q, q]."""
+    m, groups, q = dims.shape
+    out = matrices.new_empty(m, groups, q, q)
+    for i, j in itertools.product(range(m), range(groups)):
+        at = dims[i, j].numpy()
+        # NumPy takes a fifth of the time of torch for this; `clip` spares it a buffer.
+        np.take(matrices[i].numpy()[at], at, axis=1, out=out[i, j].numpy(), mode="clip")
+    return out.flatten(0, 1)
 
 
 def _nested(
     matrix: torch.Tensor, b: torch.Tensor, order: torch.Tensor
 ) -> tuple[Factor, torch.Tensor]:
-    """Factors of M g permuted matrices, and z [M g, k / g, d], for `order` [M, g, d]."""
-    (m, k, d), groups = b.shape, order.shape[1]
-    permuted = matrix.new_empty(m * groups, d, d)
-    for i, one in enumerate(order.reshape(-1, d).numpy()):
-        # NumPy takes a fifth of the time of torch for this; `clip` spares it a buffer.
-        rows = matrix[i // groups].numpy()[one]
-        np.take(rows, one, axis=1, out=permuted[i].numpy(), mode="clip")
-    factor, info = Factor.of(permuted)
+    """Factors of M g permuted matrices, and z [M g, k / g, q], for `order` [M, g, q]."""
+    (m, k, _), (_, groups, q) = b.shape, order.shape
+    factor, info = Factor.of(taken(matrix, order))
     if info.any():
         raise NotPositiveError((info.nonzero()[:, 0] // groups).tolist())
-    z = b.gather(2, order.expand(m, k, d)).reshape(m * groups, k // groups, d)
+    z = b.gather(2, order.expand(m, k, q)).reshape(m * groups, k // groups, q)
     factor.solve_lower(z, False)
     return factor, z
 
 
-def _in_place(w: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Put w [M, k, P, d] back into the order of the features: [M, P, k, d]."""
+def _in_place(w: torch.Tensor, order: torch.Tensor, d: int) -> torch.Tensor:
+    """Put w [M, k, P, q] back into the order of the features: [M, P, k, d]."""
     at = order[:, :, None].expand_as(w)
-    return torch.zeros_like(w).scatter_(3, at, w).transpose(1, 2)
+    return w.new_zeros(*w.shape[:3], d).scatter_(3, at, w).transpose(1, 2)

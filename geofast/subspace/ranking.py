@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 from ..ridge.training import NotPositiveError, Training
+from .nested import taken
 
 RANKINGS = ("coef", "coef_std", "forward", "backward")
 _BLOCK = 64  # pivots between two products of matrices
@@ -87,7 +88,7 @@ def pivots(s: torch.Tensor, r: torch.Tensor, *, least: bool) -> torch.Tensor:
     every, found = torch.arange(m), torch.empty(m, d, dtype=torch.int64)
     left, r, diagonal = torch.arange(d).repeat(m, 1), r.clone(), s.diagonal(dim1=1, dim2=2).clone()
     # No pivot may be taken twice: the worst score there is.
-    taken = torch.inf if least else -torch.inf
+    worst = torch.inf if least else -torch.inf
     tiny = torch.finfo(torch.float64).tiny
     for start in range(0, d, _BLOCK):
         width = min(_BLOCK, d - start)
@@ -95,7 +96,7 @@ def pivots(s: torch.Tensor, r: torch.Tensor, *, least: bool) -> torch.Tensor:
         done = torch.zeros(m, d - start, dtype=torch.bool)
         for j in range(width):
             score = r.square() / diagonal.clamp_min(tiny)
-            score.masked_fill_(done, taken)
+            score.masked_fill_(done, worst)
             i = score.argmin(1) if least else score.argmax(1)
             column = s[every, i]
             if j:
@@ -112,6 +113,5 @@ def pivots(s: torch.Tensor, r: torch.Tensor, *, least: bool) -> torch.Tensor:
         stay = (~done).nonzero()[:, 1].view(m, -1)
         left, r, diagonal = (t.gather(1, stay) for t in (left, r, diagonal))
         columns = columns.gather(2, stay[:, None].expand(-1, width, -1))
-        s = torch.stack([one[at][:, at] for one, at in zip(s, stay, strict=True)])
-        s = torch.baddbmm(s, columns.mT, columns, alpha=-1)
+        s = taken(s, stay[:, None]).baddbmm_(columns.mT, columns, alpha=-1)
     return found

@@ -239,17 +239,17 @@ def _measure(
 
 def _layer(gram: Gram, folds: torch.Tensor | None, targets: Sequence[str], asked: _Asked) -> Layer:
     """Rank, refit and score one layer."""
-    folds = torch.arange(gram.cells) if folds is None else folds
-    count = int(folds.max()) + 1
+    sums = totals(gram, folds)
+    count = len(sums.held)
     if count < 2:
         raise ValueError(f"held-out R² needs two folds or more; got {count}")
     d, sizes = gram.dim, _sizes(gram.dim, asked.fractions)
-    solved = solve(gram, asked.alphas, folds=folds)
-    whole = solve(gram, asked.alphas, folds=folds.clamp_max(0))
+    by_fold = _gram(gram, sums.held)
+    everyone = _gram(gram, sums.total[None])
+    solved, whole = solve(by_fold, asked.alphas), solve(everyone, asked.alphas)
     assert solved.r2 is not None
-    alpha = torch.cat([solved.alpha, whole.alpha])
-    coef = torch.cat([solved.coef, whole.coef]).mT.contiguous()
-    train = _training(gram, folds)
+    alpha, coef = solved.alpha, solved.coef.mT.contiguous()
+    train = training_sets(Statistics.of([sums]), gram.targets)
     drawn = random_orders(d, asked.random, asked.seed)
     names = [*asked.rankings, *(["random"] if asked.random else []), *(["study"] * asked.study)]
     order: dict[str, list[torch.Tensor]] = {r: [] for r in asked.rankings}
@@ -267,12 +267,13 @@ def _layer(gram: Gram, folds: torch.Tensor | None, targets: Sequence[str], asked
             solutions = (_refits(matrix, part, one, sizes, coef[sets]) for one in each)
             r2["random"].append(torch.stack([_score(part, w) for w in solutions], -1))
         if asked.study:
-            one = _study_order(solved.r2, coef[:count], targets).expand(len(part), 1, d)
+            one = _study_order(solved.r2, coef, targets).expand(len(part), 1, d)
             grid = torch.tensor(asked.alphas, dtype=torch.float64)
             r2["study"].append(_score(part, refits_by_gcv(part, grid, one, sizes)))
-    last = subset(train, slice(count, count + 1))
-    matrix = symmetric(last, alpha[count:])
-    final = {r: orders(r, last, matrix, alpha[count:], coef[count:])[0] for r in asked.rankings}
+    nothing = replace(sums, held=torch.zeros_like(sums.held[:1]))  # is left out
+    last = training_sets(Statistics.of([nothing]), gram.targets)
+    matrix, coef = symmetric(last, whole.alpha), whole.coef.mT.contiguous()
+    final = {r: orders(r, last, matrix, whole.alpha, coef)[0] for r in asked.rankings}
     return Layer(
         sizes,
         {r: torch.cat(parts) for r, parts in r2.items()},
@@ -296,11 +297,11 @@ def _refits(
     return torch.cat([refits(matrix, part.b, order[..., : few[-1]], few), every], 1)
 
 
-def _training(gram: Gram, folds: torch.Tensor) -> Training:
-    """Training sets of all folds, and at the end one of all rows, which leaves nothing out."""
-    stats = Statistics.of([totals(gram, folds)])
-    nothing = torch.zeros_like(stats.held[:, :1])
-    return training_sets(replace(stats, held=torch.cat([stats.held, nothing], 1)), gram.targets)
+def _gram(like: Gram, matrix: torch.Tensor) -> Gram:
+    """Statistics with other cells: float64 [cells, p, p] about the same shift."""
+    made = Gram(like.dim, like.targets, 0, products=like.products)
+    made.cells, made.matrix, made.shift = len(matrix), matrix, like.shift
+    return made
 
 
 def _score(part: Training, w: torch.Tensor) -> torch.Tensor:

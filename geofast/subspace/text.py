@@ -57,10 +57,11 @@ def _curve(found: Subspace, target: str) -> str:
 
 def _smallest(found: Subspace, target: str) -> str:
     """The smallest share that suffices, a row a layer."""
-    table = found.smallest[found.smallest["target"] == target]
-    table = table[table["ranking"] != "study"]  # of an R2 that is not held out
-    if table.empty:
+    table = found.smallest
+    if table.empty or set(table["ranking"]) == {"study"}:
         return ""
+    # The study's R2 is not held out, so that it keeps more of it than it should.
+    table = table[(table["target"] == target) & (table["ranking"] != "study")]
     rankings = list(dict.fromkeys(table["ranking"]))
     cells = []
     for _, rows in table.groupby(_KEYS, sort=False):

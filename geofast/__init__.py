@@ -23,11 +23,25 @@ if TYPE_CHECKING:
     from .ridge.solve import cross_validate, fit, solve
     from .rows import Rows
     from .run import Probe, Run, open
+    from .steering import (
+        Edit,
+        States,
+        ablate,
+        add,
+        load_edits,
+        patch,
+        save_edits,
+        set_to,
+        states,
+        swap,
+        top_dims,
+    )
     from .tokens import tokens
 
 __all__ = [
     "ALPHAS",
     "Blocks",
+    "Edit",
     "Forecast",
     "Gram",
     "GroupKFold",
@@ -39,18 +53,28 @@ __all__ = [
     "Rows",
     "Run",
     "Solution",
+    "States",
     "__version__",
+    "ablate",
+    "add",
     "capture",
     "cross_validate",
     "data",
     "doctor",
     "fit",
     "load",
+    "load_edits",
     "open",
+    "patch",
     "plan",
     "probe",
+    "save_edits",
+    "set_to",
     "solve",
+    "states",
+    "swap",
     "tokens",
+    "top_dims",
 ]
 
 _OF_MODULE = {
@@ -67,6 +91,19 @@ _OF_MODULE = {
     "ridge": ["ALPHAS", "Solution", "cross_validate", "fit", "solve"],
     "rows": ["Rows"],
     "run": ["Probe", "Run", "open"],
+    "steering": [
+        "Edit",
+        "States",
+        "ablate",
+        "add",
+        "load_edits",
+        "patch",
+        "save_edits",
+        "set_to",
+        "states",
+        "swap",
+        "top_dims",
+    ],
     "tokens": ["tokens"],
 }
 _MODULE_OF = {name: module for module, names in _OF_MODULE.items() for name in names}

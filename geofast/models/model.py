@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from .structure import Site, Tower, find_towers, match_sites
+
+if TYPE_CHECKING:
+    from ..steering import Edit
 
 Kind = Literal["image", "text", "location"]
 Batch = Mapping[str, Any]
@@ -167,16 +170,89 @@ class Model:
             if not more and "prompts" not in batch:
                 _run(first.body, batch)
                 return
-            seen = _run(first.body, batch["image"])
-            if getattr(seen, "hidden_states", None) is not None:
-                # LLaVA's tower returns every layer, of which it reads one. The language model takes
-                # the features; all layers of a batch need not stay in memory beside it.
-                seen = replace(seen, hidden_states=None)
+            seen = _look(first, batch)
             for stage in more:
                 for i, prompt in enumerate(batch["prompts"]):
                     before(i)
                     with suppress(_ReachedError):
                         _run(stage.body, prompt, mm_encoder_outputs={"image": seen})
+
+    @torch.inference_mode()
+    def look(self, batch: Batch) -> Any:
+        """Run the first of two stages, in eval mode, and return what it makes of the images."""
+        with evaluating(self.module):
+            return _look(self.stages[0], batch)
+
+    def edited(self, edits: Sequence[Edit], copies: int = 1) -> AbstractContextManager[None]:
+        """Apply edits to whatever the model runs inside the block.
+
+        A call without a cache, or with an empty one, is a prompt; one of a single token on top of a
+        cache is a generated one. Of two blocks inside each other the inner one's edits come first.
+        The model is as it was when the block ends, after an exception too.
+
+        Parameters
+        ----------
+        edits
+            One after the other. Those with values for single samples want batches of just these,
+            in their order.
+        copies
+            How many rows of the batch each sample has: `num_beams` or `num_return_sequences` of the
+            module's `generate`, whichever is larger.
+
+        Raises
+        ------
+        ValueError
+            On entering, when an edit does not go with the model; in a forward pass, when the batch
+            has other samples than the edit, a sample has no token of its role, or the hidden states
+            have another width.
+        RuntimeError
+            When a site did not run, as in a model that was compiled before; when several tokens
+            come on top of a cache, so that prompt and generated tokens cannot be told apart.
+        """
+        from ..steering import edited
+
+        return edited(self, edits, copies)
+
+    def generate(
+        self,
+        inputs: Sequence[Any],
+        edits: Sequence[Edit] = (),
+        *,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Answer inputs, with the hidden states edited on the way.
+
+        Parameters
+        ----------
+        inputs
+            As the model takes them: strings, or images, about which its one prompt is asked
+            (see `asking`). They are padded on the left.
+        edits
+            Applied one after the other. Those with values for single samples have them for these
+            inputs, in their order; see `Edit.take`.
+        batch_size
+            Inputs that run together; None takes all.
+        options
+            Of transformers' `generate`: `max_new_tokens` (20 here), `num_beams`, `do_sample`,
+            `temperature` and the like. Greedy when nothing is said.
+
+        Returns
+        -------
+        list of str
+            What is generated for each input, special tokens left out; with
+            `num_return_sequences`, so many for each, together.
+
+        Raises
+        ------
+        ValueError
+            Before anything is generated: when the model makes no text, an edit does not go with
+            it, has values for another number of samples or for fewer generated tokens; otherwise
+            as `edited` does.
+        """
+        from ..steering import generate
+
+        return generate(self, inputs, edits, batch_size=batch_size, **options)
 
 
 class _ReachedError(Exception):
@@ -185,6 +261,15 @@ class _ReachedError(Exception):
 
 def _reached(hidden: torch.Tensor) -> None:
     raise _ReachedError
+
+
+def _look(first: Stage, batch: Batch) -> Any:
+    seen = _run(first.body, batch["image"])
+    if getattr(seen, "hidden_states", None) is not None:
+        # LLaVA's tower returns every layer, of which it reads one. The language model takes the
+        # features; all layers of a batch need not stay in memory beside it.
+        seen = replace(seen, hidden_states=None)
+    return seen
 
 
 def _run(body: nn.Module, batch: Batch, **more: Any) -> Any:

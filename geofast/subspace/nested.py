@@ -19,8 +19,9 @@ from ..ridge.training import NotPositiveError, Training
 
 def symmetric(train: Training, alpha: torch.Tensor) -> torch.Tensor:
     """A + alpha I of every training set, whole: float64 [M, d, d] for `alpha` [M]."""
-    lower = train.matrix(alpha, torch.float64).tril_()
-    return lower + lower.tril(-1).mT
+    matrix = train.matrix(alpha, torch.float64).tril_()
+    matrix += matrix.tril(-1).mT
+    return matrix
 
 
 def refits(

@@ -49,8 +49,8 @@ class Subspace:
         (jaccard - chance) / (1 - chance), missing for all dimensions.
     ranks : mapping of str to mapping of str to Tensor
         By name (`site/pool` or `site/pool/prompt`) and ranking: int64 [k, d], all dimensions, best
-        first, ranked from all rows. For use on other samples than those of the run; the rows of
-        `curves` used ranks of their own in each training part.
+        first, ranked from all rows at the best of the alphas of the folds. For use on other samples
+        than those of the run: for `curves` every training part had ranks of its own.
     targets : tuple of str
     split : str
         The split of the run; empty when there was no run.

@@ -7,7 +7,7 @@ import itertools
 import torch
 
 KEEP = 0.95  # of the R2 on all dimensions
-_DRAWS = 2000
+_DRAWS = 1000
 
 
 def jaccard(order: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def smallest(r2: torch.Tensor, keep: float = KEEP) -> tuple[int | None, int | No
     -------
     tuple
         The place of the size by the mean over folds, and the ends of its 95 % interval: by the
-        bootstrap of the folds (percentiles of 2000 draws). Draws without an R2 above zero are left
+        bootstrap of the folds (percentiles of 1000 draws). Draws without an R2 above zero are left
         out; where the mean has none, there is nothing to keep, and all three are None.
     """
     generator = torch.Generator().manual_seed(0)

@@ -410,6 +410,8 @@ def test_beams_keep_to_the_edit_of_their_sample(options):
         gf.add("lm.layers.0", torch.randn(32), [5.0, -5.0, 0.0], 1.0, phase="both"),
     ]
     said = model.generate(TARGETS, edits, max_new_tokens=STEPS, **options)
+    fixed = {"cache_implementation": "static"}
+    assert said == model.generate(TARGETS, edits, max_new_tokens=STEPS, **options, **fixed)
     bare = model.generate(TARGETS, max_new_tokens=STEPS, **options)
     alone = [
         text
@@ -449,6 +451,32 @@ def test_pairs_take_the_states_of_sources_that_ran_once():
     for (source, target), text in zip(pairs, said, strict=True):
         one = gf.swap(gf.states(model, [SOURCES[source]], SITE, steps=STEPS - 1), phase="both")
         assert model.generate([TARGETS[target]], [one], max_new_tokens=STEPS) == [text]
+
+
+def test_states_of_a_model_without_tokenizer_or_head():
+    ids = [[3, 4, 5], [6, 7, 8]]
+    make = lambda some: {"input_ids": torch.tensor(some)}  # noqa: E731
+    module = tiny.llama()
+    headed, bare = gf.load(module, prepare=make), gf.load(module.model, prepare=make)
+    held = gf.states(headed, ids, SITE).at[SITE]
+    torch.testing.assert_close(held, gf.states(bare, ids, SITE).at[SITE])
+    with pytest.raises(ValueError, match="brought no tokenizer"):
+        headed.generate(ids)
+    with pytest.raises(ValueError, match="makes no text"):
+        gf.states(bare, ids, SITE, steps=2)
+    vision = gf.load(tiny.dinov2(), prepare=lambda images: {"pixel_values": torch.stack(images)})
+    images = list(torch.randn(2, 3, 28, 28))
+    with pytest.raises(ValueError, match="runs once"):
+        gf.states(vision, images, "vision.layers.1", steps=2)
+    edit = gf.patch(gf.states(vision, images, "vision.layers.1", "patch"))
+    with vision.edited([edit.take([1, 0])]), gf.capture(vision, pool=["cls", "mean:patch"]) as rows:
+        vision.forward(vision.prepare(images))
+    with gf.capture(vision, pool=["cls", "mean:patch"]) as plain:
+        vision.forward(vision.prepare(images))
+    key = "vision.layers.1/mean:patch"
+    assert torch.equal(rows[key], plain[key].flip(0))
+    assert torch.equal(rows["vision.layers.1/cls"], plain["vision.layers.1/cls"])
+    assert not torch.equal(rows["vision.layers.2/cls"], plain["vision.layers.2/cls"])
 
 
 def test_states_are_the_same_in_batches_of_any_size():
@@ -681,6 +709,8 @@ def test_what_does_not_go_with_the_model_is_refused_before_it_runs():
         model.generate(TARGETS, [own], max_new_tokens=4)
     with pytest.raises(ValueError, match="use_cache=False"):
         model.generate(TARGETS, [own], use_cache=False)
+    with pytest.raises(ValueError, match="generation_config="):
+        model.generate(TARGETS, [own], generation_config=model.module.generation_config)
     assert not calls
     with pytest.raises(ValueError, match="32 wide, and the edit is for 16"):
         model.generate(TARGETS, [gf.add(SITE, torch.ones(16), 1.0, 1.0)])

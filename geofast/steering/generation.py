@@ -14,6 +14,8 @@ from ..models.model import evaluating
 from .apply import Job, Tokens, edited, watching
 from .edit import EDIT_ROLES, Edit
 
+_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 20}
+
 
 @dataclass(frozen=True, eq=False)
 class States:
@@ -59,7 +61,7 @@ def states(
     ------
     ValueError
         When there is no input, a site or the role is unknown, an input has no token of the role or
-        another number than those before it.
+        another number than those before it; when steps are asked of what does not generate.
     """
     if role not in EDIT_ROLES:
         raise ValueError(f"role must be one of {', '.join(EDIT_ROLES)}; got {role!r}")
@@ -68,9 +70,12 @@ def states(
     if not inputs:
         raise ValueError("inputs is empty: there are no states to keep")
     wanted = model.sites(sites)
+    ahead = [site.name for site in wanted if site.tower != "lm"]
+    if steps and ahead:
+        raise ValueError(f"{ahead[0]} runs once, before anything is generated: leave steps= out")
     kept: dict[str, list[torch.Tensor]] = {site.name: [] for site in wanted}
     phase = "both" if steps else "prompt"
-    speaks = any(site.tower == "lm" for site in wanted)
+    speaks = len(ahead) < len(wanted) and (steps > 0 or _can_generate(model))
     for start in range(0, len(inputs), batch_size):
         some = inputs[start : start + batch_size]
         seen: dict[str, list[torch.Tensor]] = {site.name: [] for site in wanted}
@@ -122,10 +127,17 @@ def generate(
     inputs = list(inputs)
     if not inputs:
         return []
+    tokenizer = _tokenizer(model)
+    if tokenizer is None:
+        msg = f"{model.name} brought no tokenizer: run model.module.generate inside "
+        raise ValueError(msg + "model.edited(edits)")
     if options.get("use_cache") is False:
         raise ValueError("without a cache every step is a prompt: leave use_cache=False out")
-    copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-    steps = int(options.get("max_new_tokens") or 20) - 1
+    if "generation_config" in options:
+        raise ValueError("give what generation_config= says by name: max_new_tokens=, num_beams=")
+    options = _GREEDY | options
+    copies = max(options["num_beams"], options["num_return_sequences"])
+    steps = options["max_new_tokens"] - 1
     for edit in edits:
         edit.sites_in(model)
         if edit.samples not in (1, len(inputs)):
@@ -141,15 +153,15 @@ def generate(
         here = [edit.take(numbers) if edit.samples > 1 else edit for edit in edits]
         with edited(model, here, copies):
             ids = _generate(model, [inputs[i] for i in numbers], **options)
-        said += _tokenizer(model).batch_decode(ids, skip_special_tokens=True)
+        said += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return said
 
 
 def _generate(model: Model, inputs: Sequence[Any], **options: Any) -> torch.Tensor:
     """Return the ids of the generated tokens, int64 [rows, tokens]."""
     arguments = prompt_of(model, inputs)
-    options = {"do_sample": False, "max_new_tokens": 20, **options}
-    if (pad := _tokenizer(model).pad_token_id) is not None:
+    options = _GREEDY | options
+    if (pad := getattr(_tokenizer(model), "pad_token_id", None)) is not None:
         options.setdefault("pad_token_id", pad)
     module: Any = model.module
     with evaluating(module), torch.inference_mode():
@@ -167,8 +179,7 @@ def prompt_of(model: Model, inputs: Sequence[Any]) -> dict[str, Any]:
     ValueError
         When the model makes no text, or would be asked several prompts.
     """
-    can: Any = getattr(model.module, "can_generate", None)
-    if can is None or not can() or not any(t.name == "lm" for t in model.towers):
+    if not _can_generate(model):
         raise ValueError(f"{model.name} makes no text: it has no language model to generate with")
     if len(model.prompts) > 1:
         msg = f"{model.name} would be asked {len(model.prompts)} prompts: choose one by "
@@ -196,11 +207,12 @@ def _to_left(batch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _can_generate(model: Model) -> bool:
+    can: Any = getattr(model.module, "can_generate", None)
+    return can is not None and bool(can()) and any(t.name == "lm" for t in model.towers)
+
+
 def _tokenizer(model: Model) -> Any:
+    """Return the tokenizer of the texts; None where the model brought none."""
     found = getattr(model.collate, "tokenizer", None)
-    if found is None:
-        found = getattr(getattr(model.transform, "processor", None), "tokenizer", None)
-    if found is None:
-        msg = f"{model.name} brought no tokenizer: run model.module.generate inside "
-        raise ValueError(msg + "model.edited(edits)")
-    return found
+    return found or getattr(getattr(model.transform, "processor", None), "tokenizer", None)

@@ -61,8 +61,9 @@ def swap(states: States, dims: Dims = None, *, phase: Phase = "prompt") -> Edit:
     ----------
     states
         Of the sources, from `gf.states`: one each for the samples of a batch, or one for all; see
-        `Edit.take`. With steps, each generated token takes what the source has at the same step;
-        without, all take what its prompt has.
+        `Edit.take`. Token by token, where the sources have several of the role; what they have one
+        of is written to all. With steps, each generated token takes what the source has at the
+        same step; without, all take what its prompt has.
     dims
         int64 [m]; None for all.
     phase

@@ -1,11 +1,11 @@
 """The dimension search: held-out R2 against the share of dimensions kept, refit.
 
-10 fractions, 5 folds, 12 alphas, two targets. geofast has the statistics, as a run keeps them, and
-chooses alpha in every training part; what it takes beyond one curve are more rankings. The solve
-stage is the one a probe of rows and one of statistics pays. scikit-learn refits from rows, as the
-study does: RidgeCV over the alphas on each share; one fold and one target are timed, a tenth of a
-layer, which takes minutes. What is timed is checked first, on a smaller layer, against
-scikit-learn's refits in float64.
+10 fractions, 5 folds, 12 alphas, two targets, one layer. geofast has the statistics, as a run keeps
+them, and chooses alpha in every training part; its time is that of one ranking, and of all. The
+solve stage is what a probe took before, from rows or from statistics. scikit-learn refits from
+rows, as the study does: RidgeCV over the alphas on each share. One fold and one target of it are
+timed, a tenth of a layer, since the layer takes minutes. What is timed is checked first, on a
+smaller layer, against scikit-learn's refits in float64.
 """
 
 import numpy as np

@@ -120,7 +120,8 @@ class Subspace:
         """Write subspace.csv (`curves`), subspace_smallest.csv and subspace_stability.csv.
 
         Also subspace.safetensors with the `ranks`, under `name/ranking`. The folder is made where
-        it is missing; files of these names in it are replaced.
+        it is missing; files of these names in it are replaced. Take another than the run's own: a
+        run is not replaced while others' files lie in its folder.
 
         Raises
         ------

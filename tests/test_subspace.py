@@ -131,6 +131,15 @@ def test_random_subsets_and_their_interval():
     assert not np.allclose(again.curves["r2_low"], found.curves["r2_low"])
 
 
+def test_a_ranking_named_twice_is_measured_once():
+    gram = gram_of(*rows(60, 6), folds_of(60))
+    once, twice = (
+        of_grams({"a/cls": gram}, TARGETS, fractions=np.array([0.5]), rankings=by, random=0).curves
+        for by in (["coef"], ["coef", "coef"])
+    )
+    pd.testing.assert_frame_equal(once, twice)
+
+
 def test_few_sets_at_a_time_are_the_same(monkeypatch):
     gram = gram_of(*rows(200, 20), folds_of(200))
     whole = of_grams({"a/cls": gram}, TARGETS, protocol="study").curves

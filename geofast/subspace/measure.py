@@ -111,8 +111,9 @@ def _asked(
     protocol: str,
     alphas: Sequence[float],
 ) -> _Asked:
-    if not fractions or not all(0 < f <= 1 for f in fractions):
-        raise ValueError(f"fractions must be above 0 and at most 1; got {list(fractions)}")
+    shares = [float(f) for f in fractions]
+    if not shares or not all(0 < f <= 1 for f in shares):
+        raise ValueError(f"fractions must be above 0 and at most 1; got {shares}")
     unknown = [r for r in rankings if r not in RANKINGS]
     if unknown or isinstance(rankings, str):
         raise ValueError(f"rankings must be some of {list(RANKINGS)}; got {rankings!r}")
@@ -123,9 +124,10 @@ def _asked(
     if random < 0:
         raise ValueError(f"random must be a number of draws, 0 for none; got {random}")
     # A share of R2 needs the R2 on all dimensions, so that is always measured.
-    every = tuple(sorted({*map(float, fractions), 1.0}))
+    every = tuple(sorted({*shares, 1.0}))
     grid = tuple(penalties(alphas).tolist())
-    return _Asked(every, tuple(rankings), random, seed, protocol == "study", grid)
+    once = tuple(dict.fromkeys(rankings))
+    return _Asked(every, once, random, seed, protocol == "study", grid)
 
 
 # ------ what a run keeps

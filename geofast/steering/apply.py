@@ -184,7 +184,6 @@ class _Watcher:
         self._sites = {job.site.name: job.site for job in jobs}
         for job in jobs:
             self._jobs.setdefault(job.site.name, []).append(job)
-        self._open = True
         self._met = False
         self._calls: dict[str, Call] = {}
         self._expected: set[str] = set()
@@ -196,7 +195,6 @@ class _Watcher:
 
     def attach(self, hooks: ExitStack) -> None:
         """Register every hook so that leaving `hooks` removes it."""
-        hooks.callback(self._close)
         bodies = [stage.body for stage in self._stages]
 
         def add(handle: RemovableHandle) -> None:
@@ -231,13 +229,7 @@ class _Watcher:
                 "torch.compiler.set_stance('force_eager')"
             )
 
-    def _close(self) -> None:
-        # A model that was compiled inside the block may go on calling its hooks.
-        self._open = False
-
     def _start(self, stage: Stage, given: Mapping[str, Any]) -> None:
-        if not self._open:
-            return
         call = Call(given)
         before = self._stages[: self._stages.index(stage) + 1]
         names = [t.name for s in before for t in s.towers]
@@ -276,14 +268,12 @@ class _Watcher:
             raise RuntimeError(msg + "generated token; leave prefill_chunk_size and assistants out")
 
     def _note_mask(self, tower: str, given: Mapping[str, Any]) -> None:
-        if self._open and not (self._step and tower == "lm"):
+        if not (self._step and tower == "lm"):
             if tower == "lm":
                 given = {**given, "attention_mask": _of_tokens(given.get("attention_mask"))}
             self._calls.setdefault(tower, Call()).note_mask(tower, given)
 
     def _at(self, site: Site, jobs: Sequence[Job], hidden: torch.Tensor) -> torch.Tensor | None:
-        if not self._open:
-            return None
         if site.name in self._seen:
             raise RuntimeError(f"{site.name} ran twice in one forward pass; it cannot be edited")
         self._seen.add(site.name)
@@ -324,8 +314,6 @@ class _Watcher:
         return self._places[of_role]
 
     def _finish(self, stage: Stage, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._open:
-            return
         self._expected.clear()
         here = {t.name for t in stage.towers}
         phase = "steps" if self._step else "prompt"

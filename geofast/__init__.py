@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         swap,
         top_dims,
     )
+    from .subspace import Subspace
     from .tokens import tokens
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "Run",
     "Solution",
     "States",
+    "Subspace",
     "__version__",
     "ablate",
     "add",
@@ -104,6 +106,7 @@ _OF_MODULE = {
         "swap",
         "top_dims",
     ],
+    "subspace": ["Subspace"],
     "tokens": ["tokens"],
 }
 _MODULE_OF = {name: module for module, names in _OF_MODULE.items() for name in names}

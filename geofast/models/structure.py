@@ -192,7 +192,7 @@ def match_sites(
         patterns = [name for t in towers for name in t.default_sites]
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        names = [s.name for s in sites if _matches(s.name, pattern)]
+        names = [s.name for s in sites if matches(s.name, pattern)]
         if not names:
             msg = f"no site matches {pattern!r}; this model has {_ranges(towers)}"
             raise ValueError(msg)
@@ -202,7 +202,7 @@ def match_sites(
     return tuple(site for site in sites if site.name in chosen)
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     # A star stays inside one part of the name: lm.layers.* must not take lm.layers.3.attn too.
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))

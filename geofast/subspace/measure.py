@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from ..gram import Gram, totals
-from ..models.structure import _matches
+from ..models.structure import matches
 from ..ridge.scores import scores_on
 from ..ridge.solution import ALPHAS, penalties
 from ..ridge.solve import solve
@@ -150,10 +150,10 @@ def _chosen(run: Run, sites: str | Sequence[str] | None) -> list[str]:
         return names
     wanted = [sites] if isinstance(sites, str) else list(sites)
     for pattern in wanted:
-        if not any(_matches(name.split("/", 1)[0], pattern) for name in names):
+        if not any(matches(name.split("/", 1)[0], pattern) for name in names):
             there = dict.fromkeys(name.split("/", 1)[0] for name in names)
             raise ValueError(f"the run has no site {pattern!r}; it has {', '.join(there)}")
-    return [n for n in names if any(_matches(n.split("/", 1)[0], p) for p in wanted)]
+    return [n for n in names if any(matches(n.split("/", 1)[0], p) for p in wanted)]
 
 
 def _bar(names: Sequence[str], progress: bool) -> Iterable[str]:

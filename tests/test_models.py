@@ -68,14 +68,20 @@ def test_registers_are_told_from_patches():
 
 
 def test_models_know_nothing_of_what_is_built_on_them():
-    """Of the package around them they take what tokens may be, and the weights of a demo."""
+    """Of the package around them they take what tokens may be, how tensors travel, a demo's weights.
+
+    `Model.edited` and `Model.generate` are the names of what steering does, and only they ask it.
+    """
     room = Path(gf.models.__file__).parent
     taken = {
         name
         for path in room.glob("*.py")
         for name in re.findall(r"^ *from \.\.(\w*)", path.read_text(), re.MULTILINE)
     }
-    assert taken == {"pooling", "data"}
+    assert taken == {"pooling", "data", "_ops", "steering"}
+    asks = [p.name for p in room.glob("*.py") if "from ..steering" in p.read_text()]
+    assert asks == ["model.py"]
+    assert "\nfrom ..steering" not in (room / "model.py").read_text()
 
 
 SEES = dict(

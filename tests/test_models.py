@@ -68,7 +68,7 @@ def test_registers_are_told_from_patches():
 
 
 def test_models_know_nothing_of_what_is_built_on_them():
-    """Of the package around them they take what tokens may be, how tensors travel, a demo's weights.
+    """Of the package around them they take what tokens may be, how tensors travel, and a demo.
 
     `Model.edited` and `Model.generate` are the names of what steering does, and only they ask it.
     """

@@ -163,20 +163,14 @@ class TokenStatistics:
         if kind not in self._batches:
             cell = self._cell
             if had:
-                cell = torch.tensor(
-                    [
-                        -1 if i in had else c
-                        for i, c in zip(self._samples, cell.tolist(), strict=True)
-                    ]
-                )
+                again = torch.tensor([i in had for i in self._samples])
+                cell = cell.masked_fill(again, -1)
             sample, device = layout.sample, chosen.device
             of_token = torch.where(chosen, send(cell, device)[sample], -1)
             y = send(self._y, device)[sample]
             made = Batch.of(y, of_token, self._cells, gram.target_shift, device)
-            self._batches[kind] = (
-                layout,
-                made,
-            )  # a layout that is gone would leave its id to another
+            # With the layout: one that is gone would leave its id to another.
+            self._batches[kind] = layout, made
         return self._batches[kind][1]
 
 

@@ -5,7 +5,6 @@ Importing it needs no GPU. What a machine lacks, `lacking` says, and torch's ope
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
@@ -24,7 +23,7 @@ from ._device import (
     solve_lower,
     training_matrix,
 )
-from ._ops import send
+from ._ops import pool_by_sample, send
 
 __all__ = [
     "cholesky", "factor", "gram", "grams", "inverse_trace", "leverage", "pool", "pool_packed",
@@ -75,13 +74,11 @@ def pool(x: torch.Tensor, roles: torch.Tensor, jobs: Jobs) -> None:
 def pool_packed(x: torch.Tensor, roles: torch.Tensor, jobs: Jobs, starts: Sequence[int]) -> None:
     """As `_ops.pool` with `starts`, in one read of `x`."""
     kernels = _triton(x.device)
-    ends = x.reshape(1, -1, x.shape[-1])
-    if not isinstance(kernels, str) and x.dtype != torch.float64:
+    if isinstance(kernels, str) or x.dtype == torch.float64:
+        pool_by_sample(_reference, x, roles, jobs, starts)
+    else:
+        ends = x.reshape(1, -1, x.shape[-1])
         kernels[0].pool(ends, roles, jobs, send(torch.tensor(starts), x.device))
-        return
-    for i, (a, b) in enumerate(itertools.pairwise(starts)):
-        one = [(operation, bit, rows[i : i + 1]) for operation, bit, rows in jobs]
-        _reference.pool(ends[:, a:b], roles[:, a:b], one)
 
 
 def gram(

@@ -51,6 +51,17 @@ def pool(
         return ops.pool(x, roles, jobs) is True
     if hasattr(ops, "pool_packed"):
         return ops.pool_packed(x, roles, jobs, starts) is True
+    return pool_by_sample(ops, x, roles, jobs, starts)
+
+
+def pool_by_sample(
+    ops: ModuleType,
+    x: torch.Tensor,
+    roles: torch.Tensor,
+    jobs: Sequence[tuple[str, int, torch.Tensor]],
+    starts: Sequence[int],
+) -> bool:
+    """Do what `pool` does with `starts`, by one call of a backend's `pool` for every sample."""
     ends, finite = x.reshape(1, -1, x.shape[-1]), True
     for i, (a, b) in enumerate(itertools.pairwise(starts)):
         one = [(operation, bit, rows[i : i + 1]) for operation, bit, rows in jobs]

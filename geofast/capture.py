@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._ops import send
 from .models import Model, Site, Stage, Tower, find_towers, match_sites
 from .models.layout import Call, Layout, as_tokens, lay_out
 from .pooling import ROLES, Pool, parse_pools, pool
@@ -79,7 +80,7 @@ def capture(
     ------
     Rows
         `rows["lm.layers.3/last"]` is float32 [n, d] on the CPU, a row a sample in the order in
-        which they came.
+        which they came; of the pool `each`, a row a token.
 
     Raises
     ------
@@ -330,8 +331,8 @@ def _lacking(layout: Layout, role: str) -> torch.Tensor:
     has = layout.has(role)
     if layout.starts is None:
         return ~has.any(1)
-    ends = torch.nn.functional.pad(has[0].cumsum(0), (1, 0))[list(layout.starts)]
-    return ends.diff() == 0
+    starts = send(torch.tensor(layout.starts), has.device)
+    return torch.nn.functional.pad(has[0].cumsum(0), (1, 0))[starts].diff() == 0
 
 
 def _lack(

@@ -19,7 +19,7 @@ from .data import Samples
 from .geo import Split
 from .models import Model
 
-_GPU_SHARE = 0.5  # of what is free beside the weights, for statistics; activations need the rest
+_GPU_SHARE = 0.5  # of what is free beside the weights; activations need the rest
 _MEMORY_SHARE = 0.25  # of the machine's memory, for pooled rows
 
 

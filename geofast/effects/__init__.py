@@ -1,0 +1,1 @@
+"""What edits change: effect, damage, controls, and where to edit."""

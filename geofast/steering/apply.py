@@ -29,10 +29,11 @@ class Tokens:
     samples: int
     """How many rows the batch has."""
     number: torch.Tensor | int
-    """int64 [n]: its number among the tokens of its role in its prompt; of a generated token, 1
-    and up."""
+    """int64 [n]: its number among the tokens of its role in its prompt; of a token that comes
+    alone, 1 and up where it is generated, 0 where it is the prompt's last."""
     counts: torch.Tensor | None
-    """int64 [samples]: how many tokens of the role the prompts have; None of a generated token."""
+    """int64 [samples]: how many tokens of the role the prompts have; None of one that comes
+    alone."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Job:
 
 
 @contextmanager
-def edited(model: Model, edits: Sequence[Edit], copies: int = 1) -> Iterator[None]:
+def edited(
+    model: Model, edits: Sequence[Edit], copies: int = 1, *, begun: bool = False
+) -> Iterator[None]:
     """Apply edits, one after the other, to whatever `model.module` runs inside the block.
 
     A call without a cache, or with an empty one, is a prompt; one of a single token on top of a
@@ -63,6 +66,8 @@ def edited(model: Model, edits: Sequence[Edit], copies: int = 1) -> Iterator[Non
     copies
         How many rows of the batch each sample has: `num_beams` or `num_return_sequences` of
         `generate`, whichever is larger. Rows of one sample lie together, as transformers has them.
+    begun
+        The first call has a cache that holds the prompt but for its last token.
 
     Raises
     ------
@@ -81,21 +86,23 @@ def edited(model: Model, edits: Sequence[Edit], copies: int = 1) -> Iterator[Non
         if len(edit.dims)
     ]
     # Ahead of other hooks: by such transformers keeps the layers that LLaVA takes from its tower.
-    with watching(model, jobs, ahead=True):
+    with watching(model, jobs, ahead=True, begun=begun):
         yield
 
 
 @contextmanager
-def watching(model: Model, jobs: Sequence[Job], *, ahead: bool = False) -> Iterator[None]:
+def watching(
+    model: Model, jobs: Sequence[Job], *, ahead: bool = False, begun: bool = False
+) -> Iterator[None]:
     """Do jobs, one after the other where they are at one site, while the model runs.
 
-    `ahead` of whatever other hooks are there, or after them.
+    `ahead` of whatever other hooks are there, or after them; `begun` as for `edited`.
     """
     if not jobs:
         yield
         return
     with ExitStack() as hooks:
-        watcher = _Watcher(model, jobs, ahead)
+        watcher = _Watcher(model, jobs, ahead, begun)
         watcher.attach(hooks)
         yield
         watcher.require_met()
@@ -177,8 +184,8 @@ class _Change:
 class _Watcher:
     """The hooks, and the state of the run under way."""
 
-    def __init__(self, model: Model, jobs: Sequence[Job], ahead: bool) -> None:
-        self._stages, self._ahead = model.stages, ahead
+    def __init__(self, model: Model, jobs: Sequence[Job], ahead: bool, begun: bool) -> None:
+        self._stages, self._ahead, self._begun = model.stages, ahead, begun
         self._towers = {t.name: t for t in model.towers}
         self._jobs: dict[str, list[Job]] = {}
         self._sites = {job.site.name: job.site for job in jobs}
@@ -190,6 +197,7 @@ class _Watcher:
         self._seen: set[str] = set()
         self._prompt = 0  # its length
         self._step = 0  # which generated token it is, from 1; 0 in the prompt
+        self._alone = False  # one token on top of a cache: a generated one, or the prompt's last
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._places: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor, Tokens]] = {}
 
@@ -258,17 +266,18 @@ class _Watcher:
             (given[n].shape[1] for n in ("input_ids", "inputs_embeds") if given.get(n) is not None),
             0,
         )
+        self._alone = past > 0 and tokens == 1
         if past == 0:
             self._prompt, self._step = tokens, 0
-        elif tokens == 1:
-            self._prompt = self._prompt or past
+        elif self._alone:
+            self._prompt = self._prompt or past + self._begun
             self._step = past - self._prompt + 1
         else:
             msg = f"{tokens} tokens come on top of {past} in the cache: neither a prompt nor one "
             raise RuntimeError(msg + "generated token; leave prefill_chunk_size and assistants out")
 
     def _note_mask(self, tower: str, given: Mapping[str, Any]) -> None:
-        if not (self._step and tower == "lm"):
+        if not (self._alone and tower == "lm"):
             if tower == "lm":
                 given = {**given, "attention_mask": _of_tokens(given.get("attention_mask"))}
             self._calls.setdefault(tower, Call()).note_mask(tower, given)
@@ -278,18 +287,19 @@ class _Watcher:
             raise RuntimeError(f"{site.name} ran twice in one forward pass; it cannot be edited")
         self._seen.add(site.name)
         self._met = True
-        generated = site.tower == "lm" and self._step > 0
-        due = [job for job in jobs if job.phase != ("prompt" if generated else "steps")]
+        alone = site.tower == "lm" and self._alone
+        other = "prompt" if alone and self._step else "steps"
+        due = [job for job in jobs if job.phase != other]
         if not due:
             return None
-        call = Call() if generated else self._calls.get(site.tower, Call())
+        call = Call() if alone else self._calls.get(site.tower, Call())
         # A copy: the model may keep what it has made, and autograd wants it as it was.
         copy = hidden.clone(memory_format=torch.contiguous_format)
         tokens = as_tokens(site, self._towers[site.tower], copy, call)
         changed = False
         for job in due:
             where: Any
-            if generated:
+            if alone:
                 rows = tokens.shape[0]
                 everyone = torch.arange(rows, device=tokens.device)
                 where, which = (slice(None), -1), Tokens(everyone, rows, self._step, None)

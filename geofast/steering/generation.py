@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,9 @@ from typing import Any
 import torch
 
 from ..models import Model
-from ..models.model import evaluating
-from .apply import Job, Tokens, edited, watching
+from .apply import Job, Tokens, watching
+from .asking import ask, can_generate, prompt_of, require_tokenizer, run
 from .edit import EDIT_ROLES, Edit
-
-_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 20}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +72,7 @@ def states(
         raise ValueError(f"{ahead[0]} runs once, before anything is generated: leave steps= out")
     kept: dict[str, list[torch.Tensor]] = {site.name: [] for site in wanted}
     phase = "both" if steps else "prompt"
-    speaks = len(ahead) < len(wanted) and (steps > 0 or _can_generate(model))
+    speaks = len(ahead) < len(wanted) and (steps > 0 or can_generate(model))
     for start in range(0, len(inputs), batch_size):
         some = inputs[start : start + batch_size]
         seen: dict[str, list[torch.Tensor]] = {site.name: [] for site in wanted}
@@ -86,7 +83,8 @@ def states(
         with watching(model, jobs):
             if speaks:
                 # As `generate` runs it, to the last bit: padded on the left, with its positions.
-                _generate(model, some, max_new_tokens=steps + 1, min_new_tokens=steps + 1)
+                both = {"max_new_tokens": steps + 1, "min_new_tokens": steps + 1}
+                run(model, prompt_of(model, some), **both)
             else:
                 model.until(wanted).forward(model.prepare(some))
         for name, parts in seen.items():
@@ -124,95 +122,66 @@ def generate(
     **options: Any,
 ) -> list[str]:
     """See `Model.generate`."""
-    inputs = list(inputs)
-    if not inputs:
-        return []
-    tokenizer = _tokenizer(model)
-    if tokenizer is None:
-        msg = f"{model.name} brought no tokenizer: run model.module.generate inside "
-        raise ValueError(msg + "model.edited(edits)")
-    if options.get("use_cache") is False:
-        raise ValueError("without a cache every step is a prompt: leave use_cache=False out")
-    if "generation_config" in options:
-        raise ValueError("give what generation_config= says by name: max_new_tokens=, num_beams=")
-    options = _GREEDY | options
-    copies = max(options["num_beams"], options["num_return_sequences"])
-    steps = options["max_new_tokens"] - 1
-    for edit in edits:
-        edit.sites_in(model)
-        if edit.samples not in (1, len(inputs)):
-            msg = f"the edit {edit!r} is for {edit.samples} samples, and there are {len(inputs)}"
-            raise ValueError(msg + " inputs")
-        have = edit.values.shape[2]
-        if edit.phase != "prompt" and 1 < have <= steps:
-            msg = f"the edit {edit!r} has states of {have - 1} generated tokens, and "
-            raise ValueError(f"{msg}max_new_tokens={steps + 1} feeds {steps} back")
-    said = []
-    for start in range(0, len(inputs), batch_size or len(inputs)):
-        numbers = range(start, min(start + (batch_size or len(inputs)), len(inputs)))
-        here = [edit.take(numbers) if edit.samples > 1 else edit for edit in edits]
-        with edited(model, here, copies):
-            ids = _generate(model, [inputs[i] for i in numbers], **options)
-        said += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return said
+    size = len(inputs) or 1 if batch_size is None else batch_size
+    return generate_arms(model, inputs, [edits], batch_size=size, **options)[0]
 
 
-def _generate(model: Model, inputs: Sequence[Any], **options: Any) -> torch.Tensor:
-    """Return the ids of the generated tokens, int64 [rows, tokens]."""
-    arguments = prompt_of(model, inputs)
-    options = _GREEDY | options
-    if (pad := getattr(_tokenizer(model), "pad_token_id", None)) is not None:
-        options.setdefault("pad_token_id", pad)
-    module: Any = model.module
-    with evaluating(module), torch.inference_mode():
-        ids: torch.Tensor = module.generate(**arguments, **options)
-    return ids[:, arguments["input_ids"].shape[1] :]
+def generate_arms(
+    model: Model,
+    inputs: Sequence[Any],
+    arms: Sequence[Sequence[Edit]],
+    *,
+    batch_size: int = 32,
+    **options: Any,
+) -> list[list[str]]:
+    """Answer inputs under each of several arms of edits.
 
+    Where edits are at the last token, of the language model, every distinct input is read once for
+    all arms and rows; see `ask`.
 
-def prompt_of(model: Model, inputs: Sequence[Any]) -> dict[str, Any]:
-    """Return what the module's own `generate` takes: padded on the left, images looked at already.
+    Parameters
+    ----------
+    model, inputs, options
+        As for `Model.generate`.
+    arms
+        Edits of each arm; none for the model as it is.
+    batch_size
+        Inputs that run together.
 
-    An edit in a vision tower or a projector must therefore be in force when this is called.
+    Returns
+    -------
+    list of list of str
+        For every arm what `Model.generate` gives.
 
     Raises
     ------
     ValueError
-        When the model makes no text, or would be asked several prompts.
+        As `Model.generate`.
     """
-    if not _can_generate(model):
-        raise ValueError(f"{model.name} makes no text: it has no language model to generate with")
-    if len(model.prompts) > 1:
-        msg = f"{model.name} would be asked {len(model.prompts)} prompts: choose one by "
-        raise ValueError(msg + "model.asking([prompt])")
-    batch = model.prepare(inputs)
-    if "prompts" not in batch:
-        return _to_left(batch)
-    if "mm_encoder_outputs" not in inspect.signature(model.module.forward).parameters:
-        msg = f"{type(model.module).__name__} takes no images that were looked at before: run "
-        raise ValueError(msg + "model.module.generate inside model.edited(edits)")
-    (prompt,) = batch["prompts"]
-    return {**_to_left(prompt), "mm_encoder_outputs": {"image": model.look(batch)}}
+    inputs = list(inputs)
+    if not inputs:
+        return [[] for _ in arms]
+    tokenizer = require_tokenizer(model)
+    if options.get("use_cache") is False:
+        raise ValueError("without a cache every step is a prompt: leave use_cache=False out")
+    if "generation_config" in options:
+        raise ValueError("give what generation_config= says by name: max_new_tokens=, num_beams=")
+    each = options.get("num_return_sequences", 1)
+    steps = options.setdefault("max_new_tokens", 20) - 1
+    for edit in (edit for arm in arms for edit in arm):
+        have = edit.values.shape[2]
+        if edit.phase != "prompt" and 1 < have <= steps:
+            msg = f"the edit {edit!r} has states of {have - 1} generated tokens, and "
+            raise ValueError(f"{msg}max_new_tokens={steps + 1} feeds {steps} back")
+    said = [[""] * (len(inputs) * each) for _ in arms]
 
+    def answer(arm: int, rows: list[int], arguments: dict[str, Any]) -> None:
+        made = run(model, arguments, **options)[:, arguments["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+        for i, row in enumerate(rows):
+            said[arm][row * each : (row + 1) * each] = texts[i * each : (i + 1) * each]
 
-def _to_left(batch: dict[str, Any]) -> dict[str, Any]:
-    """Move the padding of every sequence to its left; the mask says where it is."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return batch
-    # Stable: padding first, the tokens in their order after it.
-    order = (mask != 0).int().argsort(dim=1, stable=True)
-    return {
-        k: v.gather(1, order) if isinstance(v, torch.Tensor) and v.shape == mask.shape else v
-        for k, v in batch.items()
-    }
-
-
-def _can_generate(model: Model) -> bool:
-    can: Any = getattr(model.module, "can_generate", None)
-    return can is not None and bool(can()) and any(t.name == "lm" for t in model.towers)
-
-
-def _tokenizer(model: Model) -> Any:
-    """Return the tokenizer of the texts; None where the model brought none."""
-    found = getattr(model.collate, "tokenizer", None)
-    return found or getattr(getattr(model.transform, "processor", None), "tokenizer", None)
+    copies = max(options.get("num_beams", 1), each)
+    share = not {"cache_implementation", "past_key_values"} & options.keys()
+    ask(model, inputs, arms, answer, batch_size=batch_size, copies=copies, share=share)
+    return said

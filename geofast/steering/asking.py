@@ -1,0 +1,229 @@
+"""Asks a model about inputs under several arms of edits, every prompt read as seldom as may be."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..models import Model
+from ..models.model import evaluating
+from .apply import edited
+from .edit import Edit
+
+_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 20}
+
+Answer = Callable[[int, list[int], dict[str, Any]], None]
+"""Given the number of an arm, rows, and what the module's `generate` takes to answer them."""
+
+
+def ask(
+    model: Model,
+    inputs: Sequence[Any],
+    arms: Sequence[Sequence[Edit]],
+    answer: Answer,
+    *,
+    batch_size: int,
+    copies: int = 1,
+    share: bool = True,
+) -> None:
+    """Call `answer` for some rows of `inputs` at a time under every arm, its edits in force.
+
+    Where several rows or arms have the same input, and edits are at last tokens of the language
+    model alone, all but the last token of every distinct input is read once: later tokens change
+    nothing before them. All arms of a call go the same way, so that what they differ by is edits.
+
+    Raises
+    ------
+    ValueError
+        Before anything runs, when an edit does not go with the model or has values for another
+        number of samples.
+    """
+    for arm in arms:
+        for edit in arm:
+            edit.sites_in(model)
+            if edit.samples not in (1, len(inputs)):
+                raise ValueError(
+                    f"the edit {edit!r} is for {edit.samples} samples, and there are {len(inputs)} "
+                    "inputs"
+                )
+    numbers, distinct = _distinct(inputs)
+    repeated = len(inputs) * len(arms) > len(distinct)
+    edits = [edit for arm in arms for edit in arm]
+    groups = range(0, len(distinct), batch_size)
+    if share and repeated and all(_is_late(model, edit) for edit in edits):
+        for start in groups:
+            prefix = _Prefix.read(model, distinct[start : start + batch_size])
+            if prefix is None:  # the first says it for all
+                break
+            here = [
+                row
+                for row, number in enumerate(numbers)
+                if number // batch_size == start // batch_size
+            ]
+            for rows in _chunks(here, batch_size):
+                which = torch.tensor([numbers[row] - start for row in rows])
+                for number, arm in enumerate(arms):
+                    with edited(model, _take(arm, rows), copies, begun=True):
+                        answer(number, rows, prefix.take(which, copies))
+        else:
+            return
+    in_text = all(site.tower == "lm" for edit in edits for site in edit.sites_in(model))
+    for rows in _chunks(range(len(inputs)), batch_size):
+        some = [inputs[row] for row in rows]
+        seen = prompt_of(model, some) if in_text else None
+        for number, arm in enumerate(arms):
+            with edited(model, _take(arm, rows), copies):
+                answer(number, rows, prompt_of(model, some) if seen is None else dict(seen))
+
+
+def run(model: Model, arguments: dict[str, Any], **options: Any) -> Any:
+    """Run the module's own `generate`, greedily where nothing is said."""
+    options = _GREEDY | options
+    if (pad := getattr(tokenizer_of(model), "pad_token_id", None)) is not None:
+        options.setdefault("pad_token_id", pad)
+    module: Any = model.module
+    with evaluating(module), torch.inference_mode():
+        return module.generate(**arguments, **options)
+
+
+def prompt_of(model: Model, inputs: Sequence[Any]) -> dict[str, Any]:
+    """Return what the module's own `generate` takes: padded on the left, images looked at already.
+
+    An edit in a vision tower or a projector must therefore be in force when this is called.
+
+    Raises
+    ------
+    ValueError
+        When the model makes no text, or would be asked several prompts.
+    """
+    if not can_generate(model):
+        raise ValueError(f"{model.name} makes no text: it has no language model to generate with")
+    if len(model.prompts) > 1:
+        msg = f"{model.name} would be asked {len(model.prompts)} prompts: choose one by "
+        raise ValueError(msg + "model.asking([prompt])")
+    batch = model.prepare(inputs)
+    if "prompts" not in batch:
+        return _to_left(batch)
+    if "mm_encoder_outputs" not in inspect.signature(model.module.forward).parameters:
+        msg = f"{type(model.module).__name__} takes no images that were looked at before: run "
+        raise ValueError(msg + "model.module.generate inside model.edited(edits)")
+    (prompt,) = batch["prompts"]
+    return {**_to_left(prompt), "mm_encoder_outputs": {"image": model.look(batch)}}
+
+
+def can_generate(model: Model) -> bool:
+    """Tell whether the model makes text."""
+    can: Any = getattr(model.module, "can_generate", None)
+    return can is not None and bool(can()) and any(t.name == "lm" for t in model.towers)
+
+
+def tokenizer_of(model: Model) -> Any:
+    """Return the tokenizer of the texts; None where the model brought none."""
+    found = getattr(model.collate, "tokenizer", None)
+    return found or getattr(getattr(model.transform, "processor", None), "tokenizer", None)
+
+
+def require_tokenizer(model: Model) -> Any:
+    """Return the tokenizer of the texts, or raise ValueError."""
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        msg = f"{model.name} brought no tokenizer: run model.module.generate inside "
+        raise ValueError(msg + "model.edited(edits)")
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """Some prompts, read but for their last tokens."""
+
+    model: Model
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cache: Any
+    deltas: dict[Any, torch.Tensor]
+    """By module: how far positions are ahead of numbers of tokens, which Qwen-VL keeps so."""
+
+    @classmethod
+    def read(cls, model: Model, inputs: Sequence[Any]) -> _Prefix | None:
+        """Read prompts; None where what the model keeps cannot be handed to several answers."""
+        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+        given = prompt_of(model, inputs)
+        ids = given["input_ids"]
+        if ids.shape[1] < 2:
+            return None
+        mask = given.setdefault("attention_mask", torch.ones_like(ids))
+        before = {
+            k: v[:, :-1] if isinstance(v, torch.Tensor) and v.shape == ids.shape else v
+            for k, v in given.items()
+        }
+        made = run(model, before, max_new_tokens=1, return_dict_in_generate=True)
+        layers = getattr(made.past_key_values, "layers", [])
+        # Others write into what they hold, or have no rows to choose from.
+        if {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
+            return None
+        deltas = {
+            module: delta
+            for module in model.module.modules()
+            if isinstance(delta := getattr(module, "rope_deltas", None), torch.Tensor)
+        }
+        return cls(model, ids, mask, made.past_key_values, deltas) if layers else None
+
+    def take(self, which: torch.Tensor, copies: int) -> dict[str, Any]:
+        """Return what `generate` takes to answer some of the prompts; a number may come again."""
+        which = which.to(self.ids.device)
+        rows = which.repeat_interleave(copies)
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        cache.batch_select_indices(rows)
+        for module, delta in self.deltas.items():
+            module.rope_deltas = delta[rows.to(delta.device)]
+        return {
+            "input_ids": self.ids[which],
+            "attention_mask": self.mask[which],
+            "past_key_values": cache,
+        }
+
+
+def _distinct(inputs: Sequence[Any]) -> tuple[list[int], list[Any]]:
+    """Number the inputs so that equal texts and the same objects have one number."""
+    seen: dict[Any, int] = {}
+    distinct, numbers = [], []
+    for one in inputs:
+        key = one if isinstance(one, str) else id(one)
+        if key not in seen:
+            seen[key] = len(distinct)
+            distinct.append(one)
+        numbers.append(seen[key])
+    return numbers, distinct
+
+
+def _is_late(model: Model, edit: Edit) -> bool:
+    """Tell whether an edit leaves alone whatever comes before a prompt's last token."""
+    return edit.role == "last" and all(site.tower == "lm" for site in edit.sites_in(model))
+
+
+def _take(arm: Sequence[Edit], rows: list[int]) -> list[Edit]:
+    return [edit.take(rows) if edit.samples > 1 else edit for edit in arm]
+
+
+def _chunks(rows: Sequence[int], size: int) -> list[list[int]]:
+    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def _to_left(batch: dict[str, Any]) -> dict[str, Any]:
+    """Move the padding of every sequence to its left; the mask says where it is."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    # Stable: padding first, the tokens in their order after it.
+    order = (mask != 0).int().argsort(dim=1, stable=True)
+    return {
+        k: v.gather(1, order) if isinstance(v, torch.Tensor) and v.shape == mask.shape else v
+        for k, v in batch.items()
+    }

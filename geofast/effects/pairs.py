@@ -1,0 +1,105 @@
+"""Pairs of samples: the source, which is run and edited, and the target, which is written into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ..data import Samples
+
+_COLUMNS = ("source", "target")
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of some samples, by their rows in the samples' table."""
+
+    samples: Samples
+    source: NDArray[np.int64]
+    """[n]"""
+    target: NDArray[np.int64]
+    """[n]"""
+
+    @classmethod
+    def of(cls, pairs: pd.DataFrame | str | Path, samples: Samples) -> Pairs:
+        """Find the samples that pairs name.
+
+        Parameters
+        ----------
+        pairs
+            Columns `source` and `target`, ids of samples; or the path of a CSV with them.
+        samples
+            With those ids.
+
+        Raises
+        ------
+        FileNotFoundError
+            When there is no such CSV.
+        ValueError
+            When a column is missing, there is no pair, or a pair names an unknown sample.
+        """
+        where = "pairs" if isinstance(pairs, pd.DataFrame) else str(pairs)
+        table = pairs if isinstance(pairs, pd.DataFrame) else pd.read_csv(pairs, dtype=str)
+        missing = [name for name in _COLUMNS if name not in table]
+        if missing:
+            has = ", ".join(map(str, table.columns))
+            raise ValueError(f"{where} has no column {missing[0]!r}; it has {has}")
+        if table.empty:
+            raise ValueError(f"{where} has no pair: give a row for each, source and target")
+        ids = pd.Index(samples.table["id"].astype(str))
+        source, target = (ids.get_indexer(table[name].astype(str)) for name in _COLUMNS)
+        for name, found in zip(_COLUMNS, (source, target), strict=True):
+            for row in np.flatnonzero(found < 0)[:1]:
+                msg = f"{where}, row {row}: {samples.source} has no sample {table[name].iloc[row]!r}"
+                raise ValueError(f"{msg}, the {name}")
+        return cls(samples, source.astype(np.int64), target.astype(np.int64))
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.source)
+
+    def take(self, which: NDArray[Any]) -> Pairs:
+        """Keep some pairs, by their numbers or by truth."""
+        return Pairs(self.samples, self.source[which], self.target[which])
+
+    def of_both(self, column: str) -> tuple[list[Any], list[Any]]:
+        """Return what a column of the samples says of the sources and of the targets.
+
+        Raises
+        ------
+        ValueError
+            When there is no such column, or no value for a sample of a pair.
+        """
+        table = self.samples.table
+        if column not in table:
+            has = ", ".join(map(str, table.columns))
+            raise ValueError(f"{self.samples.source} has no column {column!r}; it has {has}")
+        values = table[column]
+        for row in np.concatenate([self.source, self.target]):
+            if pd.isna(values.iloc[row]) or not str(values.iloc[row]).strip():
+                msg = f"{self.samples.where(row)} has no {column}, and a pair names it"
+                raise ValueError(f"{msg}: fill it in, or leave the pair out")
+        return values.iloc[self.source].tolist(), values.iloc[self.target].tolist()
+
+    def inputs(self) -> tuple[list[Any], list[Any]]:
+        """Read the inputs of sources and of targets; what is in several pairs is one object."""
+        read: dict[int, Any] = {}
+        for row in (*self.source.tolist(), *self.target.tolist()):
+            if row not in read:
+                read[row] = self.samples.load(row)
+        return [read[r] for r in self.source.tolist()], [read[r] for r in self.target.tolist()]
+
+
+def once(inputs: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:
+    """Return each input once, and the number of each: equal texts and the same objects are one."""
+    numbers: dict[Any, int] = {}
+    several = [x if isinstance(x, str) else id(x) for x in inputs]
+    index = [numbers.setdefault(key, len(numbers)) for key in several]
+    distinct = dict(zip(index, inputs, strict=True))
+    return list(distinct.values()), np.array(index, dtype=np.int64)

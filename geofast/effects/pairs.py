@@ -56,7 +56,9 @@ class Pairs:
         source, target = (ids.get_indexer(table[name].astype(str)) for name in _COLUMNS)
         for name, found in zip(_COLUMNS, (source, target), strict=True):
             for row in np.flatnonzero(found < 0)[:1]:
-                msg = f"{where}, row {row}: {samples.source} has no sample {table[name].iloc[row]!r}"
+                msg = (
+                    f"{where}, row {row}: {samples.source} has no sample {table[name].iloc[row]!r}"
+                )
                 raise ValueError(f"{msg}, the {name}")
         return cls(samples, source.astype(np.int64), target.astype(np.int64))
 

@@ -1,7 +1,7 @@
 """Generation under edits: what the hooks take, and pairs in batches against one pair at a time.
 
 SmolLM2-135M on the CPU. The loop beside the pairs is the study's: for every pair, at every step,
-the source is run whole to take its state, then the target is run whole with the state written in.
+the target is run whole to take its state, then the source is run whole with the state written in.
 """
 
 import statistics
@@ -88,7 +88,7 @@ def test_generation_with_an_edit(benchmark, model):
 def looped(model, source, target):
     """One pair as the study runs it; greedy."""
     layer = model.sites(SITE)[0].module
-    ids = [prompt_of(model, [text])["input_ids"] for text in (source, target)]
+    ids = [prompt_of(model, [text])["input_ids"] for text in (target, source)]
     kept = []
 
     def keep(_module, _args, output):
@@ -115,9 +115,9 @@ def test_pairs(benchmark, model):
 
     def batched():
         held = gf.states(model, PROMPTS, SITE, steps=PAIR_TOKENS - 1)
-        edit = gf.swap(held, DIMS, phase="both").take([s for s, _ in pairs])
-        targets = [PROMPTS[t] for _, t in pairs]
-        return model.generate(targets, [edit], batch_size=40, max_new_tokens=PAIR_TOKENS)
+        edit = gf.swap(held, DIMS, phase="both").take([t for _, t in pairs])
+        sources = [PROMPTS[s] for s, _ in pairs]
+        return model.generate(sources, [edit], batch_size=40, max_new_tokens=PAIR_TOKENS)
 
     start = time.perf_counter()
     said = batched()

@@ -14,8 +14,8 @@ import geofast as gf
 from geofast.steering.generation import prompt_of
 
 STEPS = 5
-TARGETS = ["w1 w2 w3 w4 w5", "w6", "w7 w8 w9"]
-SOURCES = ["w20 w21", "w30 w31 w32 w33", "w40"]
+SOURCES = ["w1 w2 w3 w4 w5", "w6", "w7 w8 w9"]
+TARGETS = ["w20 w21", "w30 w31 w32 w33", "w40"]
 DIMS = torch.tensor([1, 4, 30, 7, 8, 9, 17])
 SITE = "lm.layers.1"
 
@@ -110,8 +110,8 @@ def fast(model, inputs, edits, steps=STEPS, copies=1, **options):
 
 def swap_held(model):
     layer = layers_of(model)[1]
-    held = [answer(model, ids_of(model, s), 1, layer)[2][0].double() for s in SOURCES]
-    edit = gf.swap(gf.states(model, SOURCES, SITE), DIMS, phase="both")
+    held = [answer(model, ids_of(model, s), 1, layer)[2][0].double() for s in TARGETS]
+    edit = gf.swap(gf.states(model, TARGETS, SITE), DIMS, phase="both")
 
     def change(b, state, _step):
         state[DIMS] = held[b][DIMS]
@@ -122,8 +122,8 @@ def swap_held(model):
 
 def swap_own(model):
     layer = layers_of(model)[1]
-    own = [answer(model, ids_of(model, s), STEPS, layer)[2] for s in SOURCES]
-    edit = gf.swap(gf.states(model, SOURCES, SITE, steps=STEPS - 1), DIMS, phase="both")
+    own = [answer(model, ids_of(model, s), STEPS, layer)[2] for s in TARGETS]
+    edit = gf.swap(gf.states(model, TARGETS, SITE, steps=STEPS - 1), DIMS, phase="both")
 
     def change(b, state, step):
         state[DIMS] = own[b][step][DIMS].double()
@@ -134,8 +134,8 @@ def swap_own(model):
 
 def patch(model):
     layer = layers_of(model)[1]
-    held = [answer(model, ids_of(model, s), 1, layer)[2][0].double() for s in SOURCES]
-    return gf.patch(gf.states(model, SOURCES, SITE)), lambda b, _state, _step: held[b]
+    held = [answer(model, ids_of(model, s), 1, layer)[2][0].double() for s in TARGETS]
+    return gf.patch(gf.states(model, TARGETS, SITE)), lambda b, _state, _step: held[b]
 
 
 def add(model):
@@ -175,10 +175,10 @@ CASES = [swap_held, swap_own, patch, add, set_to, ablate]
 def test_batched_and_cached_is_what_one_sample_without_a_cache_gives(make, case):
     model = language(make)
     edit, change = case(model)
-    tokens, logits = fast(model, TARGETS, [edit])
-    bare, _ = fast(model, TARGETS, [])
+    tokens, logits = fast(model, SOURCES, [edit])
+    bare, _ = fast(model, SOURCES, [])
     layer, moved = layers_of(model)[1], 0
-    for b, text in enumerate(TARGETS):
+    for b, text in enumerate(SOURCES):
         inputs = ids_of(model, text)
         length = inputs["input_ids"].shape[1]
         with editing(layer, length, lambda h, s, b=b: change(b, h, s), edit.phase, [length - 1]):
@@ -203,9 +203,9 @@ def test_edits_are_applied_in_their_order(role):
         state[DIMS] += torch.linalg.pinv(coef[DIMS].T) @ miss
         return state
 
-    _, logits = fast(model, TARGETS, [first, second])
-    _, other = fast(model, TARGETS, [second, first])
-    for b, text in enumerate(TARGETS):
+    _, logits = fast(model, SOURCES, [first, second])
+    _, other = fast(model, SOURCES, [second, first])
+    for b, text in enumerate(SOURCES):
         inputs = ids_of(model, text)
         length = inputs["input_ids"].shape[1]
         where = [length - 1] if role == "last" else range(length)
@@ -250,14 +250,14 @@ def asked(model, image):
 def test_images_as_one_sample_without_a_cache(site, role, phase):
     model = talking()
     tower, module = site.partition(".")[0], model.sites(site)[0].module
-    targets, sources = pictures(3), pictures(3, seed=1)
+    sources, targets = pictures(3), pictures(3, seed=1)
     dims = torch.arange(0, 32, 3)
-    edit = gf.swap(gf.states(model, sources, site, role), dims, phase=phase)
-    tokens, logits = fast(model, targets, [edit])
-    _, bare = fast(model, targets, [])
+    edit = gf.swap(gf.states(model, targets, site, role), dims, phase=phase)
+    tokens, logits = fast(model, sources, [edit])
+    _, bare = fast(model, sources, [])
     assert not torch.allclose(logits, bare, atol=1e-4)
-    for b, image in enumerate(targets):
-        inputs, of_source = asked(model, image), asked(model, sources[b])
+    for b, image in enumerate(sources):
+        inputs, of_target = asked(model, image), asked(model, targets[b])
         ids = inputs["input_ids"][0]
         if tower == "lm":
             is_image = ids == model.module.config.image_token_index
@@ -274,7 +274,7 @@ def test_images_as_one_sample_without_a_cache(site, role, phase):
                 (out[0] if isinstance(out, tuple) else out)[0].clone()
             )
         )
-        answer(model, of_source, 1)
+        answer(model, of_target, 1)
         handle.remove()
         queue = [seen[0][p].double() for p in where]
         held = dict(zip(where, queue, strict=True))
@@ -321,10 +321,10 @@ def test_tiles_packed_patches_and_masks_of_four_axes(family, attention):
 
 def test_transformers_own_generate_is_edited_too():
     model = talking()
-    images, sources = pictures(2), pictures(2, seed=1)
+    images, targets = pictures(2), pictures(2, seed=1)
     edits = [
-        gf.swap(gf.states(model, sources, "vision.layers.0", "patch")),
-        gf.swap(gf.states(model, sources, "lm.layers.1"), DIMS, phase="both"),
+        gf.swap(gf.states(model, targets, "vision.layers.0", "patch")),
+        gf.swap(gf.states(model, targets, "lm.layers.1"), DIMS, phase="both"),
     ]
     tokens, _ = fast(model, images, edits)
     batch = model.prepare(images)
@@ -340,29 +340,29 @@ def test_transformers_own_generate_is_edited_too():
 @pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
 def test_an_edit_of_nothing_and_a_swap_with_itself_change_no_bit(make):
     model = language(make)
-    _, bare = fast(model, TARGETS, [])
-    own = gf.states(model, TARGETS, "lm.layers.*", steps=STEPS - 1)
+    _, bare = fast(model, SOURCES, [])
+    own = gf.states(model, SOURCES, "lm.layers.*", steps=STEPS - 1)
     nothing = gf.swap(own, gf.top_dims(probe_of(), 0.0), phase="both")
     zero = gf.add("lm.layers.*", torch.ones(32), 0.0, 1.0, role="all", phase="both")
     itself = gf.swap(own, DIMS, phase="both")
     for edits in ([], [nothing], [zero], [itself], [gf.patch(own, phase="both")]):
-        assert torch.equal(fast(model, TARGETS, edits)[1], bare)
+        assert torch.equal(fast(model, SOURCES, edits)[1], bare)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("site", ["lm.embed", "lm.layers.1", "lm.layers.0.attn", "lm.norm"])
-def test_a_swap_of_all_dimensions_is_the_sources_residual(site, dtype):
+def test_a_swap_of_all_dimensions_is_the_targets_residual(site, dtype):
     model = language(tiny.llama)
     model.module.to(dtype)
-    held = gf.states(model, SOURCES, site)
+    held = gf.states(model, TARGETS, site)
     assert held.at[site].dtype == dtype
     with model.edited([gf.patch(held)]), gf.capture(model, site, "last") as rows:
-        model.forward(model.prepare(TARGETS))
+        model.forward(model.prepare(SOURCES))
     assert torch.equal(rows[f"{site}/last"], held.at[site][:, 0].float())
     with model.edited([gf.swap(held, DIMS)]), gf.capture(model, site, "last") as rows:
-        model.forward(model.prepare(TARGETS))
+        model.forward(model.prepare(SOURCES))
     with gf.capture(model, site, "last") as bare:
-        model.forward(model.prepare(TARGETS))
+        model.forward(model.prepare(SOURCES))
     others = torch.tensor([d for d in range(32) if d not in DIMS])
     key = f"{site}/last"
     assert torch.equal(rows[key][:, DIMS], held.at[site][:, 0, DIMS].float())
@@ -374,12 +374,12 @@ def test_a_swap_of_all_dimensions_is_the_sources_residual(site, dtype):
 def test_padding_on_either_side_in_a_forward_pass(side):
     model = language(tiny.llama)
     edit = gf.set_to(probe_of(), [1.0, 2.0, 3.0], [4.0, 5.0, 6.0], DIMS)
-    batch = tiny.tokenizer(side)(TARGETS, padding=True, return_tensors="pt")
+    batch = tiny.tokenizer(side)(SOURCES, padding=True, return_tensors="pt")
     batch = {k: batch[k] for k in ("input_ids", "attention_mask")}
     batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with model.edited([edit]), gf.capture(model, SITE, ["last", "mean"]) as rows, torch.no_grad():
         model.body(**batch)
-    for b, text in enumerate(TARGETS):
+    for b, text in enumerate(SOURCES):
         with model.edited([edit.take([b])]), gf.capture(model, SITE, ["last", "mean"]) as alone:
             model.forward(model.prepare([text]))
         for key in alone:
@@ -393,10 +393,10 @@ def test_padding_on_either_side_in_a_forward_pass(side):
 
 def test_prompt_and_generated_tokens_are_told_apart():
     model = language(tiny.llama)
-    _, bare = fast(model, TARGETS, [])
+    _, bare = fast(model, SOURCES, [])
     edits = {p: gf.add(SITE, torch.randn(32), 9.0, 1.0, phase=p) for p in ("prompt", "steps")}
-    _, prompt = fast(model, TARGETS, [edits["prompt"]])
-    _, steps = fast(model, TARGETS, [edits["steps"]])
+    _, prompt = fast(model, SOURCES, [edits["prompt"]])
+    _, steps = fast(model, SOURCES, [edits["steps"]])
     assert not torch.allclose(prompt[:, 0], bare[:, 0], atol=1e-3)
     assert torch.equal(steps[:, 0], bare[:, 0])
     assert not torch.allclose(steps[:, 1], bare[:, 1], atol=1e-3)
@@ -406,18 +406,18 @@ def test_prompt_and_generated_tokens_are_told_apart():
 def test_beams_keep_to_the_edit_of_their_sample(options):
     model = language(tiny.gpt2)
     edits = [
-        gf.swap(gf.states(model, SOURCES, SITE, steps=STEPS - 1), phase="both"),
+        gf.swap(gf.states(model, TARGETS, SITE, steps=STEPS - 1), phase="both"),
         gf.add("lm.layers.0", torch.randn(32), [5.0, -5.0, 0.0], 1.0, phase="both"),
     ]
-    said = model.generate(TARGETS, edits, max_new_tokens=STEPS, **options)
+    said = model.generate(SOURCES, edits, max_new_tokens=STEPS, **options)
     fixed = {"cache_implementation": "static"}
-    assert said == model.generate(TARGETS, edits, max_new_tokens=STEPS, **options, **fixed)
-    bare = model.generate(TARGETS, max_new_tokens=STEPS, **options)
+    assert said == model.generate(SOURCES, edits, max_new_tokens=STEPS, **options, **fixed)
+    bare = model.generate(SOURCES, max_new_tokens=STEPS, **options)
     alone = [
         text
-        for b, target in enumerate(TARGETS)
+        for b, source in enumerate(SOURCES)
         for text in model.generate(
-            [target], [e.take([b]) for e in edits], max_new_tokens=STEPS, **options
+            [source], [e.take([b]) for e in edits], max_new_tokens=STEPS, **options
         )
     ]
     assert said == alone
@@ -426,10 +426,10 @@ def test_beams_keep_to_the_edit_of_their_sample(options):
 
 def test_sampling_and_several_answers():
     model = language(tiny.llama)
-    edits = [gf.swap(gf.states(model, SOURCES, SITE), phase="both")]
-    greedy = model.generate(TARGETS, edits, max_new_tokens=STEPS)
+    edits = [gf.swap(gf.states(model, TARGETS, SITE), phase="both")]
+    greedy = model.generate(SOURCES, edits, max_new_tokens=STEPS)
     sampled = model.generate(
-        TARGETS, edits, max_new_tokens=STEPS, do_sample=True, top_k=1, num_return_sequences=2
+        SOURCES, edits, max_new_tokens=STEPS, do_sample=True, top_k=1, num_return_sequences=2
     )
     assert sampled == [text for text in greedy for _ in range(2)]
 
@@ -437,20 +437,20 @@ def test_sampling_and_several_answers():
 # ------ pairs
 
 
-def test_pairs_take_the_states_of_sources_that_ran_once():
+def test_pairs_take_the_states_of_targets_that_ran_once():
     model = language(tiny.llama)
     pairs = [(0, 0), (1, 0), (2, 0), (0, 1), (2, 1), (1, 2)]
     calls = []
     handle = model.body.register_forward_hook(lambda *_: calls.append(1))
-    held = gf.states(model, SOURCES, SITE, steps=STEPS - 1)
+    held = gf.states(model, TARGETS, SITE, steps=STEPS - 1)
     handle.remove()
-    assert len(calls) == STEPS  # for all sources together
-    edit = gf.swap(held, phase="both").take([s for s, _ in pairs])
-    targets = [TARGETS[t] for _, t in pairs]
-    said = model.generate(targets, [edit], batch_size=4, max_new_tokens=STEPS)
+    assert len(calls) == STEPS  # for all targets together
+    edit = gf.swap(held, phase="both").take([t for _, t in pairs])
+    sources = [SOURCES[s] for s, _ in pairs]
+    said = model.generate(sources, [edit], batch_size=4, max_new_tokens=STEPS)
     for (source, target), text in zip(pairs, said, strict=True):
-        one = gf.swap(gf.states(model, [SOURCES[source]], SITE, steps=STEPS - 1), phase="both")
-        assert model.generate([TARGETS[target]], [one], max_new_tokens=STEPS) == [text]
+        one = gf.swap(gf.states(model, [TARGETS[target]], SITE, steps=STEPS - 1), phase="both")
+        assert model.generate([SOURCES[source]], [one], max_new_tokens=STEPS) == [text]
 
 
 def test_states_of_a_model_without_tokenizer_or_head():
@@ -481,8 +481,8 @@ def test_states_of_a_model_without_tokenizer_or_head():
 
 def test_states_are_the_same_in_batches_of_any_size():
     model = language(tiny.llama)
-    whole = gf.states(model, SOURCES, "lm.layers.*", steps=2)
-    parts = gf.states(model, SOURCES, "lm.layers.*", steps=2, batch_size=2)
+    whole = gf.states(model, TARGETS, "lm.layers.*", steps=2)
+    parts = gf.states(model, TARGETS, "lm.layers.*", steps=2, batch_size=2)
     assert list(whole.at) == ["lm.layers.0", "lm.layers.1", "lm.layers.2"]
     for name, held in whole.at.items():
         assert held.shape == (3, 3, 32)
@@ -580,7 +580,7 @@ def test_top_dims_are_the_studys():
 def test_edits_come_back_from_a_file(tmp_path):
     model = language(tiny.llama)
     edits = [
-        gf.swap(gf.states(model, SOURCES, "lm.layers.*"), DIMS, phase="both"),
+        gf.swap(gf.states(model, TARGETS, "lm.layers.*"), DIMS, phase="both"),
         gf.set_to(probe_of(), 1.0, 2.0),
         gf.ablate(probe_of(), DIMS, sites="lm.layers.[01]", role="text", model="LlamaForCausalLM"),
         gf.add(SITE, torch.ones(32), 1.0, 2.0),
@@ -606,24 +606,24 @@ def test_edits_come_back_from_a_file(tmp_path):
 
 def test_the_model_is_put_back_after_an_exception():
     model = language(tiny.llama)
-    before, (_, bare) = hooks_of(model), fast(model, TARGETS, [])
+    before, (_, bare) = hooks_of(model), fast(model, SOURCES, [])
     edit = gf.add(SITE, torch.ones(32), [5.0], 1.0, phase="both")
     with model.edited([edit]):
         assert hooks_of(model) > before
-        model.forward(model.prepare(TARGETS))
+        model.forward(model.prepare(SOURCES))
     with pytest.raises(KeyError), model.edited([edit]):
         raise KeyError
     assert hooks_of(model) == before
     with pytest.raises(ValueError, match="is for 5"):
-        fast(model, TARGETS, [edit.take([0] * 5)])
+        fast(model, SOURCES, [edit.take([0] * 5)])
     assert hooks_of(model) == before
-    assert torch.equal(fast(model, TARGETS, [])[1], bare)
+    assert torch.equal(fast(model, SOURCES, [])[1], bare)
 
 
 def test_gradients_pass_through_an_edit():
     model = language(tiny.llama)
-    edit = gf.swap(gf.states(model, SOURCES, SITE), DIMS)
-    batch = model.prepare(TARGETS)
+    edit = gf.swap(gf.states(model, TARGETS, SITE), DIMS)
+    batch = model.prepare(SOURCES)
     with model.edited([edit]):
         model.module(**batch).logits.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.module.parameters())
@@ -702,26 +702,26 @@ def test_what_does_not_go_with_the_model_is_refused_before_it_runs():
     ]
     for edit, message in cases:
         with pytest.raises(ValueError, match=message):
-            model.generate(TARGETS, [edit])
-    own = gf.swap(gf.states(model, SOURCES, SITE, steps=2), phase="both")
+            model.generate(SOURCES, [edit])
+    own = gf.swap(gf.states(model, TARGETS, SITE, steps=2), phase="both")
     calls.clear()
     with pytest.raises(ValueError, match="states of 2 generated tokens, and max_new_tokens=4"):
-        model.generate(TARGETS, [own], max_new_tokens=4)
+        model.generate(SOURCES, [own], max_new_tokens=4)
     with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(TARGETS, [own], use_cache=False)
+        model.generate(SOURCES, [own], use_cache=False)
     with pytest.raises(ValueError, match="generation_config="):
-        model.generate(TARGETS, [own], generation_config=model.module.generation_config)
+        model.generate(SOURCES, [own], generation_config=model.module.generation_config)
     assert not calls
     with pytest.raises(ValueError, match="32 wide, and the edit is for 16"):
-        model.generate(TARGETS, [gf.add(SITE, torch.ones(16), 1.0, 1.0)])
+        model.generate(SOURCES, [gf.add(SITE, torch.ones(16), 1.0, 1.0)])
     with pytest.raises(ValueError, match="sample 0 of the batch has no image token"):
-        model.generate(TARGETS, [gf.add(SITE, **good, role="image")])
+        model.generate(SOURCES, [gf.add(SITE, **good, role="image")])
     with pytest.raises(ValueError, match="no image token at"):
-        gf.states(model, SOURCES, SITE, "image")
+        gf.states(model, TARGETS, SITE, "image")
     with pytest.raises(ValueError, match="1 to 4 text tokens"):
-        gf.states(model, SOURCES, SITE, "text")
+        gf.states(model, TARGETS, SITE, "text")
     with pytest.raises(ValueError, match="has 5 text tokens"):
-        model.generate([TARGETS[0]], [gf.swap(gf.states(model, ["w1 w2"], SITE, "text"))])
+        model.generate([SOURCES[0]], [gf.swap(gf.states(model, ["w1 w2"], SITE, "text"))])
     with pytest.raises(RuntimeError, match="did not run"), model.edited([gf.add(SITE, **good)]):
         pass
 

@@ -52,28 +52,23 @@ def ask(
                     "inputs"
                 )
     numbers, distinct = _distinct(inputs)
-    repeated = len(inputs) * len(arms) > len(distinct)
     edits = [edit for arm in arms for edit in arm]
-    groups = range(0, len(distinct), batch_size)
-    if share and repeated and all(_is_late(model, edit) for edit in edits):
-        for start in groups:
-            prefix = _Prefix.read(model, distinct[start : start + batch_size])
-            if prefix is None:  # the first says it for all
-                break
-            here = [
-                row
-                for row, number in enumerate(numbers)
-                if number // batch_size == start // batch_size
-            ]
-            for rows in _chunks(here, batch_size):
-                which = torch.tensor([numbers[row] - start for row in rows])
-                for number, arm in enumerate(arms):
-                    with edited(model, _take(arm, rows), copies, begun=True):
-                        answer(number, rows, prefix.take(which, copies))
-        else:
-            return
+    share &= len(inputs) * len(arms) > len(distinct)
+    share &= all(_is_late(model, edit) for edit in edits)
     in_text = all(site.tower == "lm" for edit in edits for site in edit.sites_in(model))
-    for rows in _chunks(range(len(inputs)), batch_size):
+    rest = list(range(len(inputs)))
+    for start in range(0, len(distinct) if share else 0, batch_size):
+        prefix = _Prefix.read(model, distinct[start : start + batch_size])
+        if prefix is None:
+            break
+        here = [row for row in rest if numbers[row] < start + batch_size]
+        rest = [row for row in rest if numbers[row] >= start + batch_size]
+        for rows in _chunks(here, batch_size):
+            which = torch.tensor([numbers[row] - start for row in rows])
+            for number, arm in enumerate(arms):
+                with edited(model, _take(arm, rows), copies, begun=True):
+                    answer(number, rows, prefix.take(which, copies))
+    for rows in _chunks(rest, batch_size):
         some = [inputs[row] for row in rows]
         seen = prompt_of(model, some) if in_text else None
         for number, arm in enumerate(arms):
@@ -155,9 +150,9 @@ class _Prefix:
 
         given = prompt_of(model, inputs)
         ids = given["input_ids"]
-        if ids.shape[1] < 2:
-            return None
         mask = given.setdefault("attention_mask", torch.ones_like(ids))
+        if not mask[:, :-1].any(1).all():  # a prompt of one token has nothing before it
+            return None
         before = {
             k: v[:, :-1] if isinstance(v, torch.Tensor) and v.shape == ids.shape else v
             for k, v in given.items()

@@ -99,7 +99,7 @@ def _require_reached(site: Site) -> None:
 
 def _config(model: Model) -> Any:
     """Return the configuration of the language model."""
-    config = getattr(model.module, "config", None)
+    config: Any = getattr(model.module, "config", None)
     if not hasattr(config, "get_text_config"):
         raise ValueError(f"{model.name} has no configuration of transformers: llama.cpp knows none")
     return config.get_text_config()

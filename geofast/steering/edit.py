@@ -143,8 +143,9 @@ class Edit:
     def take(self, samples: Sequence[int] | torch.Tensor) -> Edit:
         """Return the edit with the values of `samples`, in that order; a number may come again.
 
-        With the states of all sources in one edit, `take` gives every target its own: for pairs
-        (source, target), `model.generate(targets, edits=[edit.take(sources)])`.
+        With the states of all targets in one edit, `take` gives every source the one whose states
+        are written into it: for pairs of numbers (source, target),
+        `model.generate([inputs[s] for s, t in pairs], edits=[edit.take([t for s, t in pairs])])`.
 
         Raises
         ------

@@ -60,9 +60,9 @@ def swap(states: States, dims: Dims = None, *, phase: Phase = "prompt") -> Edit:
     Parameters
     ----------
     states
-        Of the sources, from `gf.states`: one each for the samples of a batch, or one for all; see
-        `Edit.take`. Token by token, where the sources have several of the role; what they have one
-        of is written to all. With steps, each generated token takes what the source has at the
+        Of the targets, from `gf.states`: one each for the samples of a batch, or one for all; see
+        `Edit.take`. Token by token, where the targets have several of the role; what they have one
+        of is written to all. With steps, each generated token takes what the target has at the
         same step; without, all take what its prompt has.
     dims
         int64 [m]; None for all.

@@ -1,25 +1,20 @@
-"""The two pictures of a run: R2 by layer, and a map of held-out predictions.
-
-Figures are made without pyplot, so nothing here touches the caller's backend or open figures.
-matplotlib is loaded by the first figure, not by the import.
-"""
+"""The two pictures of a run: R2 by layer, and a map of held-out predictions."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from . import text
+from . import text, world
+from .canvas import COLOURS, GREY, PAPER, blank, title
 from .numbers import km, number, with_error
 
 if TYPE_CHECKING:
@@ -30,12 +25,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-DPI = 160
-LAND = Path(__file__).parent / "land.png"
 MAP_SAMPLES = 400  # more lines than this hide each other
 
-# Okabe and Ito's palette (2008), told apart with any colour vision; yellow left out on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _TARGET_LINES = ("--", ":", "-.")
 # A marker for each control: dashes and dots are of targets. Some have sites, raw inputs have none.
 _SITE_MARKS = {
@@ -48,34 +39,8 @@ _INPUT_MARKS = {
     "grey triangles": "^",
     "grey circles": "o",
 }
-_GREY = "#6e6e6e"
-_PAPER = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 2}  # behind words on lines
 _CHARACTER = 0.085  # inches, of a label
 _FLOOR = -0.5  # R2 below 0 is worse than the mean; how much worse would squash the rest
-_KM_EDGES = (0, 250, 1000, 2500, 5000, 20040)  # the last one is half the Earth's circumference
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        msg = "figures need matplotlib: pip install matplotlib"
-        raise ImportError(msg) from err
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture as PNG with 256 colours: a third of the size, and looks the same."""
-    from PIL import Image
-
-    pixels = io.BytesIO()
-    figure.savefig(pixels, format="rgba", dpi=DPI)
-    size = figure.canvas.get_width_height()
-    picture = Image.frombytes("RGBA", size, pixels.getvalue()).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True, dpi=(DPI, DPI))
 
 
 # ---------------------------------------------------------------- R2 by layer
@@ -99,7 +64,7 @@ def layer_curve(run: Run) -> Figure:
     """
     columns = min(len(run.splits), 2)
     lines = -(-len(run.splits) // columns)
-    figure = _figure(10, 1.7 + 3.9 * lines)
+    figure = blank(10, 1.7 + 3.9 * lines)
     panels = figure.subplots(lines, columns, sharey=True, sharex=True, squeeze=False).flatten()
     places = _depths(run)
     for split, axes in zip(run.splits, panels, strict=False):
@@ -116,7 +81,7 @@ def layer_curve(run: Run) -> Figure:
     for axes in panels[: len(run.splits)][-columns:]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(_depth_label(places), fontsize=11)
-    _title(figure, text.finding(run)[0])
+    title(figure, text.finding(run)[0])
     handles = {
         label: handle
         for axes in panels
@@ -239,14 +204,14 @@ def _draw_controls(axes: Axes, run: Run, split: str, places: dict[str, int]) -> 
         label = f"control: {control}"
         if not text.has_sites(run, rows):
             x = [*places.values()] if len(places) > 1 else [0, 1]
-            style |= {"color": _GREY, "mfc": "white", "label": label}
+            style |= {"color": GREY, "mfc": "white", "label": label}
             axes.plot(x, [rows["r2"].max()] * len(x), **style)
             continue
         for name, part in _series(rows).items():
             part = _apart(part)
             colour = COLOURS[own[name] % len(COLOURS)]
             axes.plot(_across(part, places), part["r2"], color=colour, **style)
-        axes.plot([], [], color=_GREY, label=label, **style)
+        axes.plot([], [], color=GREY, label=label, **style)
 
 
 def _mark_honest(axes: Axes, run: Run, split: str, places: dict[str, int], width: int) -> None:
@@ -293,7 +258,7 @@ def _at_the_edge(axes: Axes, x: float, words: str, side: Literal["left", "right"
     """Tell what lies below the axis."""
     shift = (11 if side == "left" else -11, 4)
     axes.annotate(
-        words, (x, _FLOOR), shift, textcoords="offset points", ha=side, fontsize=10, bbox=_PAPER
+        words, (x, _FLOOR), shift, textcoords="offset points", ha=side, fontsize=10, bbox=PAPER
     )
 
 
@@ -305,8 +270,8 @@ def _say_what_is_cut(axes: Axes, run: Run, split: str) -> None:
     if best < _FLOOR:
         words += f"; all sites are below, the highest R² is {number(best)}"
     axes.text(
-        0.99, 0.12, words, transform=axes.transAxes, ha="right", fontsize=10, color=_GREY,
-        bbox=_PAPER,
+        0.99, 0.12, words, transform=axes.transAxes, ha="right", fontsize=10, color=GREY,
+        bbox=PAPER,
     )  # fmt: skip
 
 
@@ -335,7 +300,7 @@ def _label_depths(axes: Axes, places: dict[str, int], width: float) -> None:
         for x, title in _apart_from_each_other(titles, width / len(sites)).items():
             axes.text(
                 x, 1.02, title, transform=axes.get_xaxis_transform(), ha="center", fontsize=10,
-                color=_GREY,
+                color=GREY,
             )  # fmt: skip
     axes.set_xlim(-0.5, max(len(sites) - 0.5, 0.5))
 
@@ -395,11 +360,6 @@ def _wrapped(words: str, width: int) -> str:
     return textwrap.fill(re.sub(r"(prompt|, \d+) ", "\\1\u00a0", words), width)
 
 
-def _title(figure: Figure, sentence: str) -> None:
-    lines = textwrap.fill(sentence.rstrip("."), 94)
-    figure.suptitle(lines, fontsize=12, x=0.012, ha="left", fontweight="bold")
-
-
 # ---------------------------------------------------------------- map
 
 
@@ -427,9 +387,9 @@ def map_of_predictions(run: Run) -> Figure:
         raise ValueError(msg)
     table = run.predictions
     splits = list(dict.fromkeys(table["split"]))[:2]
-    figure = _figure(10, 1.4 + 4.9 * len(splits))
+    figure = blank(10, 1.4 + 4.9 * len(splits))
     panels = figure.subplots(len(splits), 1, squeeze=False).flatten()
-    norm, colours = _km_colours()
+    norm, colours = world.km_colours()
     for split, axes in zip(splits, panels, strict=True):
         best, held = text.top(run, split), table[table["split"] == split]
         some = len(held) > MAP_SAMPLES
@@ -440,8 +400,9 @@ def map_of_predictions(run: Run) -> Figure:
         heading += f" ({text.place(run, best['site'], best['pool'], best['prompt'])})"
         axes.set_title(_wrapped(heading, 104), fontsize=11, loc="left")
         _draw_map(axes, held, norm, colours)
-    _km_legend(figure, panels, norm, colours)
-    _title(figure, f"Where {text.model_name(run)} puts the samples it was not fitted on")
+    told = "error in km; dot: true place, end of the line: predicted place"
+    world.km_legend(figure, panels, norm, colours, told)
+    title(figure, f"Where {text.model_name(run)} puts the samples it was not fitted on")
     return figure
 
 
@@ -452,96 +413,22 @@ def has_map(run: Run) -> bool:
     return needed <= set(run.predictions.columns) and len(run.predictions) > 0
 
 
-def on_map(latitude: Array, longitude: Array) -> tuple[Array, Array]:
-    """Bring predicted places onto the map: latitude clipped to -90..90, longitude wrapped."""
-    return np.clip(latitude, -90, 90), (longitude + 180) % 360 - 180
-
-
 def _draw_map(axes: Axes, table: pd.DataFrame, norm: Any, colours: Any) -> None:
     from matplotlib.collections import LineCollection
-    from PIL import Image
 
-    with Image.open(LAND) as image:
-        land = np.asarray(image.convert("L"), dtype=np.float64) / 255
-    grey = 1 - 0.14 * land
-    axes.imshow(
-        grey, extent=(-180, 180, -90, 90), cmap="gray", vmin=0, vmax=1, interpolation="bilinear"
-    )
+    world.land(axes)
     chosen = table.iloc[np.unique(np.linspace(0, len(table) - 1, MAP_SAMPLES).astype(int))]
     # The worst are drawn first, so that long lines do not hide what is right.
     chosen = chosen.sort_values("error_km", ascending=False, kind="stable")
     latitude, longitude = (chosen[c].to_numpy(np.float64) for c in ("latitude", "longitude"))
-    to_latitude, to_longitude = on_map(
+    to_latitude, to_longitude = world.on_map(
         *(chosen[f"{c}_predicted"].to_numpy(np.float64) for c in ("latitude", "longitude"))
     )
     error = chosen["error_km"].to_numpy(np.float64)
-    # Across the date line the short way is drawn, once from either edge of the map.
-    step = (to_longitude - longitude + 180) % 360 - 180
-    start = np.stack([longitude, latitude], axis=1)
-    end = np.stack([longitude + step, to_latitude], axis=1)
-    for shift in (-360, 0, 360):
-        lines = np.stack([start, end], axis=1) + np.array([shift, 0])
-        segments = LineCollection(list(lines), lw=0.6, alpha=0.55, cmap=colours, norm=norm)
-        segments.set_array(error)
-        axes.add_collection(segments, autolim=False)
+    start, end = (np.stack(p, axis=1) for p in ((longitude, latitude), (to_longitude, to_latitude)))
+    lines = world.short_way(start, end)
+    segments = LineCollection(list(lines), lw=0.6, alpha=0.55, cmap=colours, norm=norm)
+    segments.set_array(np.tile(error, len(lines) // len(error)))
+    axes.add_collection(segments, autolim=False)
     axes.scatter(longitude, latitude, c=error, s=11, cmap=colours, norm=norm, lw=0, zorder=3)
-    west, south, width = _window(table["longitude"], table["latitude"])
-    axes.set_xlim(west, west + width)
-    axes.set_ylim(south, south + width / 2)
-    axes.set_aspect("equal")
-    step = next(s for s in (5, 10, 20, 30, 60) if width / s <= 7)
-    degrees = np.arange(-180, 181, step)
-    across = degrees[(degrees > west) & (degrees < west + width)]
-    up = degrees[(degrees > south) & (degrees < south + width / 2)]
-    axes.set_xticks(across, [_degrees(v, "EW") for v in across])
-    axes.set_yticks(up, [_degrees(v, "NS") for v in up])
-    axes.tick_params(labelsize=9, color="#a0a0a0", labelcolor=_GREY)
-    axes.spines[:].set_color("#c0c0c0")
-
-
-def _window(longitude: pd.Series[float], latitude: pd.Series[float]) -> tuple[float, float, float]:
-    """West edge, south edge and width of the map; it is half as high as wide.
-
-    The whole world, unless the samples with a margin around them fill less than half of it.
-    """
-    spans = np.ptp(longitude.to_numpy()), np.ptp(latitude.to_numpy())
-    width = max(30.0, 1.5 * max(spans[0], 2 * spans[1]))
-    if width > 180:
-        return -180.0, -90.0, 360.0
-    west = float(longitude.max() + longitude.min() - width) / 2
-    south = float(latitude.max() + latitude.min() - width / 2) / 2
-    west, south = np.clip(west, -180, 180 - width), np.clip(south, -90, 90 - width / 2)
-    return float(west), float(south), width
-
-
-def _degrees(value: float, letters: str) -> str:
-    letter = "" if value == 0 else f" {letters[int(value < 0)]}"
-    return f"{abs(value):.0f}°{letter}"
-
-
-def _km_colours() -> tuple[Any, Any]:
-    import matplotlib
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-
-    ramp = matplotlib.colormaps["viridis_r"]  # dark is wrong; its pale end is lost on light land
-    colours = ListedColormap([ramp(v) for v in (0.12, 0.35, 0.55, 0.78, 1.0)])
-    return BoundaryNorm(_KM_EDGES, colours.N), colours
-
-
-def _km_legend(figure: Figure, panels: Any, norm: Any, colours: Any) -> None:
-    from matplotlib.cm import ScalarMappable
-
-    bar = figure.colorbar(
-        ScalarMappable(norm, colours),
-        ax=list(panels),
-        orientation="horizontal",
-        spacing="uniform",
-        shrink=0.6,
-        aspect=40,
-        pad=0.02,
-    )
-    *edges, _ = _KM_EDGES
-    bar.set_ticks(_KM_EDGES, labels=[*(f"{v:,}" for v in edges), f"over {edges[-1]:,}"])
-    bar.ax.tick_params(labelsize=10)
-    bar.outline.set_visible(False)
-    bar.set_label("error in km; dot: true place, end of the line: predicted place", fontsize=10)
+    world.crop(axes, table["longitude"], table["latitude"])

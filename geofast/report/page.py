@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pandas as pd
-
-from . import figures, text
+from . import canvas, figures, frame, text
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -23,12 +17,6 @@ ALPHA_WORDS = {
     "gcv": "by generalised cross-validation inside each training part",
     "folds": "by inner folds of each training part",
 }
-USE = (
-    "This is an analysis of what a model's hidden states encode, over many samples at once. It is "
-    "not a tool for finding where a person is, and its predictions should not be used as one: "
-    "they are linear guesses with errors of hundreds or thousands of kilometres. Photographs carry "
-    "traces of the people who took them; share samples.csv only if you may share their places."
-)
 
 
 def write_report(run: Run, folder: str | Path, told: str | Path | None = None) -> None:
@@ -49,7 +37,7 @@ def write_report(run: Run, folder: str | Path, told: str | Path | None = None) -
     told = folder if told is None else Path(told)
     pictures = _draw(run, folder)
     for name, page in (("README.md", _markdown), ("report.html", _html)):
-        with _kept_going(run, name):
+        with frame.kept_going(run.info, name):
             (folder / name).write_text(page(run, folder, pictures, told), encoding="utf-8")
 
 
@@ -61,31 +49,13 @@ def _draw(run: Run, folder: Path) -> list[str]:
     drawn = []
     for name, draw in wanted.items():
         try:
-            with _kept_going(run, name):
-                figures.save(draw(run), folder / name)
+            with frame.kept_going(run.info, name):
+                canvas.save(draw(run), folder / name)
                 drawn.append(name)
         except ImportError as err:
-            _warn(run, f"the report has no pictures: {err}")
+            frame.warn(run.info, f"the report has no pictures: {err}")
             break
     return drawn
-
-
-@contextmanager
-def _kept_going(run: Run, name: str) -> Iterator[None]:
-    """Turn a failure of the drawing or the wording into a warning; a full disk stays an error."""
-    try:
-        yield
-    except (ImportError, OSError):
-        raise
-    except Exception as err:
-        _warn(run, f"{name} could not be made: {type(err).__name__}: {err}")
-
-
-def _warn(run: Run, message: str) -> None:
-    kept = run.info.setdefault("warnings", [])
-    if message not in kept:
-        kept.append(message)
-    warnings.warn(message, stacklevel=2)
 
 
 # ---------------------------------------------------------------- what both pages say
@@ -146,22 +116,6 @@ def _caption(run: Run, name: str) -> str:
     return " ".join(said)
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
-    """Rows of the table of facts, in the order of run.json; `honest` is told elsewhere."""
-    skip = {"honest", "warnings"}
-    return [(str(k), _fact(v)) for k, v in run.info.items() if k not in skip and v is not None]
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "; ".join(f"{k}: {_fact(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_fact(v) for v in value) or "none"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
-
-
 def _again(told: Path) -> str:
     name = json.dumps(str(told), ensure_ascii=False)
     return f"import geofast as gf\n\nrun = gf.open({name})\n{_USES}"
@@ -196,59 +150,31 @@ def _markdown(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
     parts += ["## Method", " ".join(_method(run))]
     if run.info.get("warnings"):
         parts += ["## Warnings", "\n".join(f"- {w}" for w in run.info["warnings"])]
-    parts += ["## Use", USE]
+    parts += ["## Use", frame.use("samples.csv")]
     return "\n\n".join(parts) + "\n"
 
 
 # ---------------------------------------------------------------- report.html
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5f5f5f; --paper: #fff; --rule: #ddd;
-  --tint: #f6f6f4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e6; --soft: #a5a5a5; --paper: #17181a;
-  --rule: #3a3b3e; --tint: #202225; } }
-body { margin: 2rem auto; max-width: 62rem; padding: 0 1.2rem; background: var(--paper);
-  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.55rem; line-height: 1.25; }
-h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--rule); }
-.finding { font-size: 1.1rem; }
-.scroll { overflow: auto; }
-details .scroll { max-height: 34rem; }  /* its bar would lie thousands of rows below */
-thead th { position: sticky; top: 0; background: var(--paper); }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--rule); }
-th { color: var(--soft); font-weight: 600; }
-th.word, td.word { text-align: left; }
-.facts td { white-space: normal; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
-.facts td:first-child { white-space: nowrap; overflow-wrap: normal; }
-figure { margin: 1.2rem 0; }
-img { width: 100%; height: auto; background: #fff; border-radius: 4px; }
-figcaption, .note { color: var(--soft); font-size: .9rem; }
-pre { background: var(--tint); padding: .8rem 1rem; overflow-x: auto; font-size: .86rem; }
-details { margin-top: 1rem; } summary { cursor: pointer; }
-"""
-
 
 def _html(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
-    title = escape(text.headline(run))
-    body = [f"<h1>{title}</h1>", f'<p class="finding">{escape(" ".join(text.finding(run)))}</p>']
+    body = [f'<p class="finding">{escape(" ".join(text.finding(run)))}</p>']
     for split in run.splits:
         body.append(f"<h2>{escape(text.split_words(split).capitalize())}</h2>")
-        body.append(_html_table(text.summary_table(run, split)))
+        body.append(frame.table(text.summary_table(run, split)))
         body += [f'<p class="note">{escape(line)}</p>' for line in text.notes(run, split)]
         if (groups := text.groups_table(run, split)) is not None:
-            body.append(_html_table(groups))
+            body.append(frame.table(groups))
     if prompts := text.long_prompts(run):
         items = "".join(f"<li>{escape(text.one_line(p))}</li>" for p in prompts)
         body.append(f"<h2>Prompts</h2><ol>{items}</ol>")
-    body += [_html_picture(folder / name, _caption(run, name)) for name in pictures]
+    body += [frame.picture(folder / name, _caption(run, name)) for name in pictures]
     body.append("<h2>Method</h2>")
     body.append(f"<p>{escape(' '.join(_method(run)))}</p>")
     for message in run.info.get("warnings", []):
         body.append(f'<p class="note">Warning: {escape(str(message))}</p>')
     body.append(f"<h2>Open it again</h2><pre>{escape(_again(told))}</pre>")
-    body.append(f"<h2>Use</h2><p>{escape(USE)}</p>")
+    body.append(f"<h2>Use</h2><p>{escape(frame.use('samples.csv'))}</p>")
     if why := run.info.get("counts", {}).get("why"):
         items = "".join(f"<li>{escape(str(reason))}</li>" for reason in why)
         heading = escape(text.skipped(run)[0])
@@ -256,57 +182,9 @@ def _html(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
     body.append("<h2>R² by site</h2>")
     for split in run.splits:
         body.append(f"<h3>{escape(text.split_words(split).capitalize())}</h3>")
-        body.append(_html_table(text.layers_by_site(run, split)))
+        body.append(frame.table(text.layers_by_site(run, split)))
     body.append("<h2>Everything</h2><details><summary>The whole table, layers.csv</summary>")
-    body.append(_html_table(_whole(run.layers)) + "</details>")
-    facts = (f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in _facts(run))
+    body.append(frame.table(frame.whole(run.layers)) + "</details>")
     body.append("<details><summary>How it was made, run.json</summary>")
-    body.append(f'<table class="facts">{"".join(facts)}</table></details>')
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{_STYLE}</style>"
-    )
-    lines = [
-        "<!doctype html>",
-        f'<html lang="en"><head>{head}</head><body>',
-        *body,
-        "</body></html>",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _html_table(table: text.Table) -> str:
-    def row(cells: list[str], tag: str) -> str:
-        words = [' class="word"' if i < table.left else "" for i in range(len(cells))]
-        inner = (f"<{tag}{w}>{escape(c)}</{tag}>" for c, w in zip(cells, words, strict=True))
-        return f"<tr>{''.join(inner)}</tr>"
-
-    body = "\n".join(row(cells, "td") for cells in table.cells)
-    head = row(table.headers, "th")
-    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _html_picture(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    caption = escape(caption)
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def _whole(layers: pd.DataFrame) -> text.Table:
-    """Turn the table of layers into text, words first."""
-    words = [c for c in layers.columns if not pd.api.types.is_numeric_dtype(layers[c].dtype)]
-    numbers = [c for c in layers.columns if c not in words]
-    columns = []
-    for name in [*words, *numbers]:
-        column = layers[name]
-        if name in words:
-            columns.append([str(v) for v in column])
-        elif pd.api.types.is_float_dtype(column.dtype):
-            columns.append(["" if pd.isna(v) else f"{v:.4g}" for v in column])
-        else:
-            columns.append(["" if pd.isna(v) else str(v) for v in column])
-    cells = [list(row) for row in zip(*columns, strict=True)]
-    return text.Table([*words, *numbers], cells, len(words))
+    body.append(f"{frame.facts(run.info, {'honest', 'warnings'})}</details>")  # told elsewhere
+    return frame.document(text.headline(run), body)

@@ -188,7 +188,7 @@ class _Prefix:
 def _distinct(inputs: Sequence[Any]) -> tuple[list[int], list[Any]]:
     """Number the inputs so that equal texts and the same objects have one number."""
     seen: dict[Any, int] = {}
-    distinct, numbers = [], []
+    distinct, numbers = list[Any](), list[int]()
     for one in inputs:
         key = one if isinstance(one, str) else id(one)
         if key not in seen:

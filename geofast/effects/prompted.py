@@ -1,0 +1,53 @@
+"""Samples and a model in the words in which a run asked them."""
+
+from __future__ import annotations
+
+from ..data import Samples
+from ..extract import worded
+from ..models import Model
+from ..run import Run
+
+
+def prompted(
+    model: Model, samples: Samples, run: Run, prompt: str | None = None
+) -> tuple[Model, Samples, str]:
+    """Put texts into a run's prompt, or have the model ask it about images.
+
+    Parameters
+    ----------
+    model
+        From `load`.
+    samples
+        Of the kind that the run read.
+    run
+        Of the model.
+    prompt
+        One of the run's; None takes its only one.
+
+    Returns
+    -------
+    model, samples
+        To be run: inputs go into the model as they went into it for the run.
+    label : str
+        The prompt in the names of the run's probes; empty where it has one prompt or none.
+
+    Raises
+    ------
+    ValueError
+        When the run was asked several prompts and none is named, or never this one; when the model
+        does not read such samples.
+    """
+    many = run.info.get("arguments", {}).get("prompts") or []
+    told = ", ".join(map(repr, many)) or "none"
+    if prompt is None and len(many) > 1:
+        raise ValueError(f"the run was asked several prompts: choose one by prompt= of {told}")
+    if prompt is not None and prompt not in many:
+        raise ValueError(f"the run was never asked {prompt!r}; its prompts: {told}")
+    chosen = many[0] if prompt is None and many else prompt
+    label = str(chosen) if len(many) > 1 else ""
+    model = model.reading(samples.kind)
+    if chosen is None:
+        return model, samples, label
+    if samples.kind == "text":
+        return model, worded(samples, chosen)[""], label
+    return model.asking([chosen]), samples, label

@@ -1,0 +1,52 @@
+import families
+import pandas as pd
+import pytest
+import tiny
+from PIL import Image
+
+import geofast as gf
+from geofast.data import Samples
+from geofast.effects.prompted import prompted
+from geofast.run import Run
+
+TABLE = pd.DataFrame(
+    {"id": ["a", "b"], "latitude": [1.0, 2.0], "longitude": [3.0, 4.0], "name": ["w1", "w2"]}
+)
+TEXTS = Samples(TABLE, "text", ["w1", "w2"], "two words")
+
+
+def run_of(*prompts):
+    return Run({"arguments": {"prompts": list(prompts) or None}}, pd.DataFrame({
+        "site": [], "tower": [], "layer": [], "pool": [], "prompt": [], "group": [], "split": [],
+        "control": [], "n": [], "d": [], "alpha": [], "r2": [],
+    }), TABLE, {})  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    return gf.load(tiny.llama(), processor=tiny.tokenizer())
+
+
+def test_texts_stand_in_the_words_of_the_run(model):
+    _, same, label = prompted(model, TEXTS, run_of())
+    assert (same.inputs, label) == (["w1", "w2"], "")
+    _, worded, label = prompted(model, TEXTS, run_of("w5 {name} w6"))
+    assert (list(worded.inputs), label) == (["w5 w1 w6", "w5 w2 w6"], "")
+    several = run_of("{name}", "w5 {name}")
+    _, worded, label = prompted(model, TEXTS, several, "w5 {name}")
+    assert (list(worded.inputs), label) == (["w5 w1", "w5 w2"], "w5 {name}")
+    with pytest.raises(ValueError, match=r"several prompts: choose one by prompt= of '\{name\}'"):
+        prompted(model, TEXTS, several)
+    with pytest.raises(ValueError, match="never asked 'w7'; its prompts: none"):
+        prompted(model, TEXTS, run_of(), "w7")
+
+
+def test_a_model_asks_about_images_what_the_run_asked():
+    module, processor = families.llava()
+    model = gf.load(module, processor=processor)
+    samples = Samples(TABLE, "image", [Image.new("RGB", (32, 32))] * 2, "two pictures")
+    asked, same, _ = prompted(model, samples, run_of("w1 w2"))
+    assert list(asked.prompts) == ["w1 w2"]
+    assert same is samples
+    with pytest.raises(ValueError, match="reads"):
+        prompted(gf.load(tiny.llama(), processor=tiny.tokenizer()), samples, run_of())

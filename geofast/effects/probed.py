@@ -13,7 +13,7 @@ from ..run import Probe, Run
 
 
 @dataclass(frozen=True)
-class Place:
+class Probed:
     """A site, the tokens that are edited there, and the probe that says which dimensions."""
 
     probe: Probe
@@ -25,9 +25,9 @@ class Place:
         return self.probe.site
 
 
-def places(
+def probed_sites(
     run: Run, model: Model, sites: str | Sequence[str] | None = None, role: str | None = None
-) -> list[Place]:
+) -> list[Probed]:
     """Choose one of a run's probes for every site, in the order of the forward pass.
 
     Parameters
@@ -70,7 +70,7 @@ def places(
     return [_choose(run, found[site], role) for site in sorted(found, key=order.__getitem__)]
 
 
-def _choose(run: Run, probes: Sequence[Probe], role: str | None) -> Place:
+def _choose(run: Run, probes: Sequence[Probe], role: str | None) -> Probed:
     roles = {probe.name: r for probe in probes if (r := role_of(probe.pool))}
     if not roles:
         raise ValueError(
@@ -82,7 +82,7 @@ def _choose(run: Run, probes: Sequence[Probe], role: str | None) -> Place:
     if len(fit) > 1:
         table = run.rows_of(run.splits[0]).set_index(["site", "pool", "prompt"])["r2"]
         fit.sort(key=lambda p: -table.get((p.site, p.pool, p.prompt), float("-inf")))
-    return Place(fit[0], role or roles[fit[0].name])
+    return Probed(fit[0], role or roles[fit[0].name])
 
 
 def role_of(pool: str) -> str:
@@ -93,8 +93,7 @@ def role_of(pool: str) -> str:
 
 def _require_run_of(run: Run, model: Model) -> None:
     # A checkpoint may lie in a folder here and have been loaded by its id there.
-    names = [
-        re.split(r"[/\\]", str(n).rstrip("/\\"))[-1] for n in (run.info.get("model"), model.name)
-    ]
-    if run.info.get("model") and names[0] != names[1]:
-        raise ValueError(f"the run is of {run.info['model']}, and this model is {model.name}")
+    of_run = run.info.get("model")
+    names = [re.split(r"[/\\]", str(name).rstrip("/\\"))[-1] for name in (of_run, model.name)]
+    if of_run and names[0] != names[1]:
+        raise ValueError(f"the run is of {of_run}, and this model is {model.name}")

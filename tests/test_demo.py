@@ -16,7 +16,7 @@ import pytest
 import geofast as gf
 from geofast.cli import main
 from geofast.data.demos import cities, dinov2_small, satellite, smollm2
-from geofast.demo import CITY_PROMPTS, _no_bar
+from geofast.demo.probing import CITY_PROMPTS, _no_bar
 
 pytestmark = pytest.mark.assets
 
@@ -68,8 +68,8 @@ def test_cities_on_the_300_largest(tmp_path, capsys, monkeypatch):
     fetched(lambda: cities(1), smollm2)
     # All 31 sites and the question, the longest prompt, would take two minutes.
     few = functools.partial(gf.probe, sites=["lm.embed", "lm.layers.17"])
-    monkeypatch.setattr("geofast.demo.probe", few)
-    monkeypatch.setattr("geofast.demo.CITY_PROMPTS", CITY_PROMPTS[:2])
+    monkeypatch.setattr("geofast.demo.probing.probe", few)
+    monkeypatch.setattr("geofast.demo.probing.CITY_PROMPTS", CITY_PROMPTS[:2])
     run = demo("cities", 300, tmp_path)
     assert len(run.layers) == 2 * 2 * 2 + 2 * 2  # sites, prompts, splits, and a bag of tokens
     assert set(run.layers["n"]) == {300}

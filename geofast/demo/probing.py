@@ -1,4 +1,4 @@
-"""The embedded demos: real weights and real data from the package index."""
+"""Demos of probing."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .data.demos import cities as cities_data
-from .data.demos import dinov2_small, smollm2
-from .data.demos import satellite as satellite_data
-from .geo import Blocks, GroupKFold, KFold
-from .models import Model, load
-from .probe import probe
-from .ridge import ALPHAS
-from .run import Run
+from ..data.demos import cities as cities_data
+from ..data.demos import dinov2_small, smollm2
+from ..data.demos import satellite as satellite_data
+from ..geo import Blocks, GroupKFold, KFold
+from ..models import Model, load
+from ..probe import probe
+from ..ridge import ALPHAS
+from ..run import Run
 
 CITY_PROMPTS = (
     "{name}",
@@ -28,7 +28,7 @@ def satellite(samples: int | None = None, alphas: Sequence[float] = ALPHAS) -> R
     All 13 sites, CLS and patch mean, random folds and 15-degree blocks, beside the pixels.
     """
     data = satellite_data(1200 if samples is None else samples)
-    model = _load(dinov2_small())
+    model = load_quietly(dinov2_small())
     return probe(
         model, data, pool=["cls", "mean:patch"], split=[KFold(), Blocks(15)], alphas=alphas,
         controls="pixels", progress=True,
@@ -42,14 +42,15 @@ def cities(samples: int | None = None, alphas: Sequence[float] = ALPHAS) -> Run:
     beside bags of tokens.
     """
     data = cities_data(2500 if samples is None else samples)
-    model = _load(smollm2())
+    model = load_quietly(smollm2())
     return probe(
         model, data, prompts=CITY_PROMPTS, alphas=alphas,
         split=[KFold(), GroupKFold("country")], controls="tokens", progress=True,
     )  # fmt: skip
 
 
-def _load(folder: Path) -> Model:
+def load_quietly(folder: Path) -> Model:
+    """Load a model of the cache, and say which."""
     print(f"Model: {folder}")
     with _no_bar():
         return load(folder)

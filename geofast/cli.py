@@ -11,6 +11,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+_LEVELS = ("place", "region", "country", "continent")
+_CONTROLS = ["random-dims", "random-direction", "shuffled-labels", "mean-difference"]
 _ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
 
 
@@ -147,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         "subspace", help="find which dimensions hold the place, from a run: no forward pass"
     )
     subspace.add_argument("folder", type=Path, help="a run's, with rows or statistics")
-    subspace.add_argument("--out", type=Path, help="folder for subspace.csv and other tables")
+    subspace.add_argument("--out", type=Path, help="folder for tables, picture and page")
     subspace.add_argument("--sites", nargs="+", help="names or globs (default: all of the run)")
     subspace.add_argument("--split", help="a split of the run (default: the first)")
     subspace.add_argument(
@@ -167,6 +169,63 @@ def _parser() -> argparse.ArgumentParser:
         help="study: also the study's procedure, faults included",
     )  # fmt: skip
     subspace.set_defaults(run=_subspace)
+
+    steer = commands.add_parser(
+        "steer", help="write one place over another inside a model, and measure what it answers"
+    )
+    _model_argument(steer)
+    _pairs_options(steer)
+    steer.add_argument("--out", type=Path, required=True, help="folder to write")
+    steer.add_argument("--site", help="where to edit (default: the run's best probe)")
+    steer.add_argument(
+        "--share", nargs="+", type=float, default=[0.4], help="of the dimensions (default: 0.4)"
+    )
+    steer.add_argument(
+        "--mode", choices=["swap", "set", "patch"], default="swap",
+        help="swap: the target's state in those dimensions; set: the smallest change there after "
+        "which the probe reads the target's place; patch: the target's whole state",
+    )  # fmt: skip
+    steer.add_argument(
+        "--phase", choices=["prompt", "steps", "both"],
+        help="edit the prompt's tokens, the generated ones, or both (default: both for the last "
+        "token of a language model, else prompt)",
+    )  # fmt: skip
+    steer.add_argument(
+        "--control", nargs="*", choices=_CONTROLS, default=_CONTROLS,
+        help="what is measured beside the edit (default: all); no name: nothing",
+    )  # fmt: skip
+    steer.add_argument(
+        "--all-pairs", action="store_true",
+        help="also pairs whose places the unedited model does not name",
+    )  # fmt: skip
+    steer.add_argument(
+        "--protocol", choices=["corrected", "study"], default="corrected",
+        help="study: also the study's scores, faults included",
+    )  # fmt: skip
+    steer.add_argument(
+        "--max-new-tokens", type=_count, default=20, help="of an answer (default: 20)"
+    )
+    steer.add_argument("--overwrite", action="store_true", help="replace the experiment's folder")
+    _loading_options(steer)
+    steer.set_defaults(run=_steer)
+
+    locate = commands.add_parser(
+        "locate", help="find where such edits work best, from the next token: no generation"
+    )
+    _model_argument(locate)
+    _pairs_options(locate)
+    locate.add_argument("--out", type=Path, help="folder for locate.csv and locate.json")
+    locate.add_argument("--sites", nargs="+", help="names or globs (default: all of the run)")
+    locate.add_argument(
+        "--share", nargs="+", type=float, default=[0.1, 0.2, 0.4, 1.0],
+        help="of the dimensions (default: 0.1 0.2 0.4 1)",
+    )  # fmt: skip
+    locate.add_argument(
+        "--mode", nargs="+", choices=["swap", "set", "patch"], default=["swap"],
+        help="as for steer (default: swap)",
+    )  # fmt: skip
+    _loading_options(locate)
+    locate.set_defaults(run=_locate)
 
     show = commands.add_parser("show", help="print what a run found")
     show.add_argument("folder", type=Path)
@@ -206,13 +265,43 @@ def _loading_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _probe_options(probe: argparse.ArgumentParser) -> None:
-    data = probe.add_argument_group("data")
+def _pairs_options(command: argparse.ArgumentParser) -> None:
+    """What `steer` and `locate` share."""
+    command.add_argument("--run", type=Path, required=True, dest="folder", help="of this model")
+    command.add_argument(
+        "--pairs", required=True,
+        help="CSV with columns source and target, ids of samples: the source is run and edited, "
+        "the target written into it",
+    )  # fmt: skip
+    data = command.add_argument_group("data")
+    data.add_argument("--data", help="the samples (default: those of the run, read again)")
+    _reading_options(data)
+    for level in _LEVELS:
+        data.add_argument(f"--{level}", metavar="COLUMN", help=f"column of the {level}")
+    data.add_argument("--prompt", help="what is asked (default: the run's, where it has one)")
+    how = command.add_argument_group("how it is edited")
+    how.add_argument("--role", help="which tokens (default: those that the probe's pool reads)")
+    how.add_argument(
+        "--ranking", choices=["coef", "coef_std", "forward", "backward"],
+        help="of the dimensions, as for subspace (default: coef_std)",
+    )  # fmt: skip
+    how.add_argument("--seed", type=int, default=0, help="of random controls (default: 0)")
+    how.add_argument(
+        "--batch-size", type=_count, default=32, help="inputs that run together (default: 32)"
+    )
+
+
+def _reading_options(data: argparse._ArgumentGroup) -> None:
     data.add_argument("--image", help="column of image paths")
     data.add_argument("--text", help="column of texts")
     data.add_argument("--id", help="column that names each sample (default: id, or the row)")
     data.add_argument("--latitude", default="latitude", help="column (default: %(default)s)")
     data.add_argument("--longitude", default="longitude", help="column (default: %(default)s)")
+
+
+def _probe_options(probe: argparse.ArgumentParser) -> None:
+    data = probe.add_argument_group("data")
+    _reading_options(data)
     data.add_argument("--targets", nargs="+", metavar="COLUMN", help="regress these instead")
     data.add_argument("--group", help="also probe each value of this column on its own")
     data.add_argument("--strict", action="store_true", help="stop at the first bad sample")
@@ -378,7 +467,10 @@ def _doctor(o: argparse.Namespace) -> None:
 
 def _subspace(o: argparse.Namespace) -> None:
     from .run import open as open_run
+    from .subspace.store import refuse_run
 
+    if o.out:
+        refuse_run(o.out)  # before the search, not after it
     with _whoever_listens():
         found = open_run(o.folder).subspace(
             fractions=o.fractions, split=o.split, sites=o.sites, rankings=o.rankings,
@@ -386,7 +478,99 @@ def _subspace(o: argparse.Namespace) -> None:
         )  # fmt: skip
         if o.out:
             found.save(o.out)
+    if o.out:
+        _print_pages(o.out, "subspace.html")
+        print()
     print(found)
+
+
+def _steer(o: argparse.Namespace) -> None:
+    from . import _folder
+    from .effects.experiment import steer
+
+    out = o.out.expanduser().resolve()
+    if (out / "steering.json").exists() and not o.overwrite:
+        raise FileExistsError(
+            f"{out} holds an experiment: pass --overwrite, or choose another path"
+        )
+    if not (out / "steering.json").exists():
+        _folder.check_free(out, overwrite=False)
+    with _whoever_listens():
+        found = steer(
+            **_pairs(o), prompt=o.prompt, site=o.site, shares=o.share, mode=o.mode, phase=o.phase,
+            controls=[name.replace("-", " ") for name in o.control], names=_names(o) or None,
+            keep="all" if o.all_pairs else "known", protocol=o.protocol,
+            max_new_tokens=o.max_new_tokens, progress=True,
+        )  # fmt: skip
+        found.save(o.out, overwrite=o.overwrite)
+    for path in [*sorted(o.out.glob("*.png")), o.out / "report.html"]:
+        if path.exists():
+            print(path)
+    print(f"\n{found}")
+
+
+def _locate(o: argparse.Namespace) -> None:
+    from .effects.locate import locate
+    from .extract import worded
+
+    with _whoever_listens():
+        given = _pairs(o)
+        if o.prompt is not None:
+            kind = given["data"].kind
+            given["data"] = worded(given["data"], o.prompt)[""]
+            if kind == "image":
+                given["model"] = given["model"].reading(kind).asking([o.prompt])
+        found = locate(
+            **given, names=_names(o) or "country", sites=o.sites, shares=o.share, modes=o.mode
+        )
+        if o.out:
+            found.save(o.out)
+    print(found)
+
+
+def _names(o: argparse.Namespace) -> dict[str, str]:
+    return {level: column for level in _LEVELS if (column := getattr(o, level))}
+
+
+def _pairs(o: argparse.Namespace) -> dict[str, Any]:
+    """Read the run and its samples, load the model, and return what `steer` and `locate` take."""
+    from .models import load
+    from .run import open as open_run
+
+    run = open_run(o.folder)
+    samples = _samples_of(o, run)
+    _choose_prompt(o, run)
+    return {
+        "data": samples, "pairs": o.pairs, "run": run, "role": o.role, "ranking": o.ranking,
+        "seed": o.seed, "batch_size": o.batch_size, "model": load(o.model, **_loading(o)),
+    }  # fmt: skip
+
+
+def _samples_of(o: argparse.Namespace, run: Any) -> Any:
+    """Read the samples; without --data those of the run, which must be the ones that it had."""
+    from .data import read
+
+    source = o.data or run.info.get("sources", {}).get("data")
+    if not source:
+        raise ValueError(f"{o.folder} does not say where its samples lie: give --data")
+    samples = read(
+        source, image=o.image, text=o.text, latitude=o.latitude, longitude=o.longitude, id=o.id
+    )
+    strange = set(run.samples["id"].astype(str)) - set(samples.table["id"].astype(str))
+    if strange and not o.data:
+        raise ValueError(
+            f"{source} has no sample {min(strange)!r}, and the run has: if it was read otherwise, "
+            "say --id, --text or --image as then, or give --data"
+        )
+    return samples
+
+
+def _choose_prompt(o: argparse.Namespace, run: Any) -> None:
+    prompts = run.info.get("arguments", {}).get("prompts") or []
+    if o.prompt is None and len(prompts) > 1:
+        raise ValueError(f"{o.folder} was asked {len(prompts)} prompts: choose one by --prompt")
+    if o.prompt is None and prompts:
+        (o.prompt,) = prompts
 
 
 def _show(o: argparse.Namespace) -> None:
@@ -400,8 +584,11 @@ def _print(run: Any, folder: Path) -> None:
 
     for line in text.skipped(run):
         print(text.fill(line, "  "))
-    pictures = sorted(folder.glob("*.png"))
-    for path in [*pictures, folder / "report.html"]:
+    _print_pages(folder, "report.html")
+    print(f"\n{run.summary()}")
+
+
+def _print_pages(folder: Path, page: str) -> None:
+    for path in [*sorted(folder.glob("*.png")), folder / page]:
         if path.exists():
             print(path)
-    print(f"\n{run.summary()}")

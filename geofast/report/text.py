@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 
@@ -60,7 +60,13 @@ class Table:
 # ---------------------------------------------------------------- names
 
 
-def model_name(run: Run) -> str:
+class Told(Protocol):
+    """A run, or an experiment: its `info` says what was done."""
+
+    info: dict[str, Any]
+
+
+def model_name(run: Told) -> str:
     """Name the model in short: `hf:facebook/dinov2-small` is `dinov2-small`."""
     name = _name(run.info.get("model"), "the model")
     kind, colon, rest = name.partition(":")
@@ -69,7 +75,7 @@ def model_name(run: Run) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1].removeprefix("hf:")
 
 
-def data_name(run: Run) -> str:
+def data_name(run: Told) -> str:
     """Name the data as the run's information does."""
     return _name(run.info.get("data"), "the data")
 

@@ -1,0 +1,277 @@
+"""The pages of an experiment's folder: README.md, and report.html that needs no other file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import canvas, frame
+from . import steering_figures as figures
+from . import steering_text as text
+from .text import Table
+
+if TYPE_CHECKING:
+    from ..effects.outcome import Steered
+
+_EDITED = (
+    " An edited model says what it was made to say: its answers are evidence about the model, and "
+    "about no place."
+)
+_MARKS = """<style>
+.answers td { white-space: normal; text-align: left; vertical-align: top; min-width: 9rem; }
+.answers td:first-child { min-width: 6rem; }
+.answers p { margin: 0; }
+mark { color: inherit; padding: 0 .15em; border-radius: 2px; }
+mark.target { background: #0072b238; font-weight: 600; }
+mark.source { background: none; border-bottom: 2px dotted var(--soft); border-radius: 0; }
+</style>"""
+_LEGEND = (
+    '<mark class="target">The target\'s place</mark>, <mark class="source">the source\'s</mark>.'
+)
+
+
+def write(steered: Steered, folder: str | Path, told: str | Path | None = None) -> None:
+    """Write effects.png, map.png, README.md and report.html into an existing folder.
+
+    Without matplotlib the pages have no pictures; without readings of a later site they have no
+    map. What cannot be drawn or worded warns, and the warning is kept in `info["warnings"]`.
+
+    Parameters
+    ----------
+    steered : Steered
+    folder : path
+    told : path, optional
+        What the pages tell to open; `folder` by default, which may go by another name later.
+    """
+    folder = Path(folder)
+    told = folder if told is None else Path(told)
+    pictures = _draw(steered, folder)
+    for name, page in (("README.md", _markdown), ("report.html", _html)):
+        with frame.kept_going(steered.info, name):
+            made = page(steered, folder, pictures, told)
+            (folder / name).write_text(made, encoding="utf-8")
+
+
+def _draw(steered: Steered, folder: Path) -> list[str]:
+    """Draw what can be drawn; return the names of the pictures."""
+    wanted = {"effects.png": figures.effect_and_damage}
+    if figures.has_map(steered):
+        wanted["map.png"] = figures.map_of_readings
+    drawn = []
+    for name, draw in wanted.items():
+        try:
+            with frame.kept_going(steered.info, name):
+                canvas.save(draw(steered), folder / name)
+                drawn.append(name)
+        except ImportError as err:
+            frame.warn(steered.info, f"the report has no pictures: {err}")
+            break
+    return drawn
+
+
+# ---------------------------------------------------------------- what both pages say
+
+
+def _method(steered: Steered) -> list[str]:
+    """Sentences on what was done and measured."""
+    info = steered.info
+    what = {
+        "swap": "the target's state was written into the source's, in the chosen dimensions",
+        "set": "the source's state was moved by the smallest change in the chosen dimensions after "
+        "which the run's probe reads the target's place",
+        "patch": "the target's whole state was written in place of the source's",
+    }
+    when = {
+        "prompt": "in the prompt", "steps": "at every generated token",
+        "both": "in the prompt and at every generated token",
+    }  # fmt: skip
+    said = [
+        f"A pair is a source, which is run, and a target. At {info['site']}, on the tokens of role "
+        f"{info['role']!r}, {when[info['phase']]}, {what[info['mode']]}."
+    ]
+    if info["mode"] != "patch" and info.get("ranking"):
+        said.append(f"Dimensions are ranked by {info['ranking']}, from the run's probe there.")
+    beside = [f"{c}: {text.CONTROL_WORDS.get(c, 'see the code')}" for c in text.controls(steered)]
+    if beside:
+        said.append(f"Controls beside it: {'; '.join(beside)}.")
+    said.append(
+        "An answer names a place where a gazetteer finds one of its names or aliases as whole "
+        "words; what stands in the prompt, or is the same for both places, does not count. Log "
+        "odds: log p(target's name) - log p(source's name) where the answer begins, in nats. KL: "
+        "from the unedited model's next-token distribution, over the tokens of the unedited "
+        "answer, in nats. Perplexity: of the answer, under the unedited model. Repetition: the "
+        "share of an answer's word pairs that came before in it. Stability: how much of the "
+        "unedited answer's wording, places apart, is still there (1: all)."
+    )
+    said.append(
+        "In parentheses, and as bars: 95 % bootstrap intervals over pairs. p: two-sided, against "
+        "as many random dimensions of the same share, of the same pairs (McNemar's exact test, or "
+        "sign flips), not corrected for the number of rows. Pairs that share a source or a target "
+        "are not independent, so that intervals are somewhat too narrow."
+    )
+    ran = [f"{name} {info[name]}" for name in ("device", "dtype") if info.get(name)]
+    return [*said, f"It ran with {', '.join(ran)}."] if ran else said
+
+
+def _caption(steered: Steered, name: str) -> str:
+    share = text.share_words(text.shown_share(steered))
+    if name == "map.png":
+        return (
+            f"The first {figures.MAP_PAIRS} pairs with a reading, at a share of {share}: from the "
+            "source's place (dot) an arrow to where the run's probe reads "
+            f"{steered.info['read_at']} after the edit, a dotted line from there to the target's "
+            "place (ring). An edit that works has its arrowheads in the rings; the panel below "
+            "shows the same pairs without it."
+        )
+    return (
+        "Effect and damage, with 95 % intervals over pairs. The best edit is at the top left of "
+        "effect against damage: it moves the answer and nothing else. The dashed line is the "
+        "unedited model."
+    )
+
+
+def _examples_caption(steered: Steered, shown: int) -> str:
+    share = text.share_words(text.shown_share(steered))
+    return (
+        f"The first {shown} pairs of the table, whatever became of them; the edit and its control "
+        f"at a share of {share}."
+    )
+
+
+def _left_out(steered: Steered) -> list[str]:
+    """Which pairs and controls are not there, and why."""
+    info = steered.info
+    pairs = [f"{n:,} pairs left out: {why}" for why, n in info["pairs"]["left_out"].items()]
+    return pairs + [f"no control {name!r}: {why}" for name, why in info.get("left_out", {}).items()]
+
+
+def _again(told: Path) -> str:
+    name = json.dumps(str(told), ensure_ascii=False)
+    return f"{_OPEN.format(name=name)}\n{_USES}"
+
+
+_OPEN = "import geofast as gf\n\nsteered = gf.open_steered({name})"
+_USES = """steered.summary   # a row per arm and share
+steered.pairs     # a row per pair, arm and share, with the answer
+print(steered)    # what this page says"""
+
+
+def _tables(steered: Steered) -> list[tuple[str, Table]]:
+    found = [("Effect", text.effect_table(steered)), ("Damage", text.damage_table(steered))]
+    study = text.study_table(steered)
+    return [*found, ("The study's own scores, by substrings", study)] if study else found
+
+
+# ---------------------------------------------------------------- README.md
+
+
+def _markdown(steered: Steered, folder: Path, pictures: list[str], told: Path) -> str:
+    parts = [f"# {text.headline(steered)}", " ".join(text.finding(steered))]
+    for name in pictures:
+        caption = _caption(steered, name)
+        parts.append(f"![{caption}]({name})\n\n{caption}")
+    for heading, table in _tables(steered):
+        parts += [f"## {heading}", table.markdown()]
+    if found := text.examples(steered):
+        caption = _examples_caption(steered, len(found))
+        parts += ["## Answers side by side", f"{caption} **The target's place**, *the source's*."]
+        parts.append(_examples_markdown(found))
+    if lines := _left_out(steered):
+        parts += ["## Left out", "\n".join(f"- {line}" for line in lines)]
+    parts += ["## Open it again", f"```python\n{_again(told)}\n```"]
+    parts += ["## Method", " ".join(_method(steered))]
+    if steered.info.get("warnings"):
+        parts += ["## Warnings", "\n".join(f"- {w}" for w in steered.info["warnings"])]
+    parts += ["## Use", frame.use("pairs.csv") + _EDITED]
+    return "\n\n".join(parts) + "\n"
+
+
+def _examples_markdown(found: Sequence[text.Example]) -> str:
+    def plain(words: str) -> str:
+        return re.sub(r"([\\`*_\[\]<>#])", r"\\\1", words)
+
+    columns = _columns(found)
+    cells = []
+    for one in found:
+        line = [f"{plain(one.source)} → {plain(one.target)}"]
+        for column in columns:
+            answer = one.answers.get(column)
+            words = _marked(answer.text, one, plain, "**{}**", "*{}*") if answer else ""
+            line.append(words)
+        cells.append(line)
+    return Table(["pair", *columns], cells, 1 + len(columns)).markdown()
+
+
+def _columns(found: Sequence[text.Example]) -> list[str]:
+    return list(dict.fromkeys(column for one in found for column in one.answers))
+
+
+def _marked(
+    answer: str, one: text.Example, plain: Callable[[str], str], target: str, source: str
+) -> str:
+    """Mark the names of both places in an answer; `plain` makes other words harmless."""
+    kinds = {name.casefold(): source for name in one.own}
+    kinds |= {name.casefold(): target for name in one.other if name.casefold() not in kinds}
+    if not kinds:
+        return plain(answer)
+    longest = sorted(kinds, key=len, reverse=True)
+    either = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
+    pieces = either.split(answer)  # names are at odd places
+    return "".join(
+        kinds[piece.casefold()].format(plain(piece)) if i % 2 else plain(piece)
+        for i, piece in enumerate(pieces)
+    )
+
+
+# ---------------------------------------------------------------- report.html
+
+
+def _html(steered: Steered, folder: Path, pictures: list[str], told: Path) -> str:
+    body = [f'<p class="finding">{escape(" ".join(text.finding(steered)))}</p>']
+    body += [frame.picture(folder / name, _caption(steered, name)) for name in pictures]
+    for heading, table in _tables(steered):
+        body += [f"<h2>{escape(heading)}</h2>", frame.table(table)]
+    if found := text.examples(steered):
+        body += ["<h2>Answers side by side</h2>", _examples_html(found)]
+        said = _examples_caption(steered, len(found))
+        marks = (
+            '<mark class="target">The target\'s place</mark>, <mark class="source">the source\'s'
+        )
+        body.append(f'<p class="note">{escape(said)} {marks}</mark>.</p>')
+    if lines := _left_out(steered):
+        items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+        body.append(f"<h2>Left out</h2><ul>{items}</ul>")
+    body.append(f"<h2>Method</h2><p>{escape(' '.join(_method(steered)))}</p>")
+    for message in steered.info.get("warnings", []):
+        body.append(f'<p class="note">Warning: {escape(str(message))}</p>')
+    body.append(f"<h2>Open it again</h2><pre>{escape(_again(told))}</pre>")
+    body.append(f"<h2>Use</h2><p>{escape(frame.use('pairs.csv') + _EDITED)}</p>")
+    body.append("<h2>Everything</h2><details><summary>The whole table, summary.csv</summary>")
+    body.append(frame.table(frame.whole(steered.summary)) + "</details>")
+    facts = frame.facts(steered.info, {"warnings"})
+    body.append(f"<details><summary>How it was made, steering.json</summary>{facts}</details>")
+    return frame.document(text.headline(steered), [_MARKS, *body])
+
+
+def _examples_html(found: Sequence[text.Example]) -> str:
+    columns = _columns(found)
+    target, source = '<mark class="target">{}</mark>', '<mark class="source">{}</mark>'
+    rows = []
+    for one in found:
+        cells = [f"<td>{escape(one.source)} → {escape(one.target)}</td>"]
+        for column in columns:
+            answer = one.answers.get(column, text.Answer("", ""))
+            words = f"<p>{_marked(answer.text, one, escape, target, source)}</p>"
+            if answer.verdict:
+                words += f'<p class="note">{escape(answer.verdict)}</p>'
+            cells.append(f"<td>{words}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(f'<th class="word">{escape(c)}</th>' for c in ("pair", *columns))
+    return (
+        f'<div class="scroll"><table class="answers"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )

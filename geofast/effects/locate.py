@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,21 +12,22 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import _folder
 from ..data import Samples, read
+from ..geo.gazetteer import LEVELS, Gazetteer
 from ..models import Model, load
 from ..report.numbers import number
 from ..report.text import Table, clip_label, fill
 from ..run import Run
 from ..run import open as open_run
-from ..steering.edit import Edit, Phase
-from ..steering.generation import States, states
+from ..steering.edit import Edit
+from ..steering.generation import States
 from ..steering.make import patch, set_to, swap
 from .dims import ranked_dims
 from .intervals import bootstrap_means
-from .odds import Asked, Odds, next_tokens, odds
+from .odds import BYTES, Asked, next_tokens, odds, of_site, states_of
 from .pairs import Pairs
 from .probed import Probed, probed_sites
+from .writing import about, save, with_ends
 
 MODES = ("swap", "set", "patch")
 _MEASURED = ("effect", "random_effect", "damage", "random_damage", "score")
@@ -108,11 +108,11 @@ def locate(
     run: Run | str | Path,
     *,
     names: str | Mapping[str, str],
+    gazetteer: Gazetteer | None = None,
     sites: str | Sequence[str] | None = None,
     shares: Sequence[float] = (0.1, 0.2, 0.4, 1.0),
     modes: str | Sequence[str] = ("swap",),
     role: str | None = None,
-    phase: Phase = "prompt",
     ranking: str | None = None,
     max_damage: float | None = None,
     seed: int = 0,
@@ -137,9 +137,13 @@ def locate(
     run
         A run of the model, or its folder: its probes rank the dimensions.
     names
-        The column with the name that an answer begins with, such as a country's; or a mapping from
-        levels to columns, of which the first counts. Pairs whose names begin with the same token
-        are left out.
+        With what an answer begins: by level (`place`, `region`, `country`, `continent`) the column
+        that has it, names or codes that the gazetteer knows, of which the country's counts, or else
+        the first; or a column whose text it is. Pairs whose names begin with the same token are
+        left out.
+    gazetteer
+        That has the usual name of a value at a level; None takes the one of GeoNames that the demos
+        fetch.
     sites
         Names or globs of sites that the run probed, None for all; see `probed_sites`.
     shares
@@ -149,8 +153,6 @@ def locate(
         them after which the probe reads the target's place) and `patch` (its whole state).
     role
         Which tokens to edit; None takes those that the probe's pool reads.
-    phase
-        Of the edits, `prompt` or `both`: nothing is generated here.
     ranking
         Of the dimensions; see `ranked_dims`.
     max_damage
@@ -175,44 +177,45 @@ def locate(
     """
     began = time.perf_counter()
     several = (modes,) if isinstance(modes, str) else tuple(dict.fromkeys(modes))
-    _check(shares, several, phase, max_damage, batch_size)
+    _check(shares, several, max_damage, batch_size)
     model = model if isinstance(model, Model) else load(model)
     samples = data if isinstance(data, Samples) else read(data)
     run = run if isinstance(run, Run) else open_run(run)
     model = model.reading(samples.kind)
     given = Pairs.of(pairs, samples)
-    column = names if isinstance(names, str) else next(iter(names.values()), "")
+    column, words = _words(given, names, gazetteer)
     trials = _trials(run, probed_sites(run, model, sites, role), several, shares, ranking, seed)
-    asked = Asked.of(model, *given.inputs(), *given.of_both(column))
+    asked = Asked.of(model, *given.inputs(), *words)
     kept = given.take(asked.kept)
-    setting = {trial.number: trial.set_to(kept, phase) for trial in trials if trial.mode == "set"}
-    held = states_of(
-        model, asked, [(t.at.site, t.at.role) for t in trials if t.mode != "set"], batch_size
-    )
-    arms = [
-        setting.get(trial.number) or trial.write(held, asked.of_pair, phase) for trial in trials
-    ]
+    setting = {trial: trial.set_to(kept) for trial in trials if trial.mode == "set"}
+    wanted = [(t.at.site, t.at.role) for t in trials if t.mode != "set"]
+    held = states_of(model, asked, wanted, batch_size)
     goal = next_tokens(model, asked.targets, batch_size)
-    made = odds(model, asked, goal, [[edit] for arm in arms for edit in arm], batch_size)
+    effect, damage = {}, {}
+    for part in _parts(trials, held, len(asked)):
+        each = [setting.get(t) or t.write(held[t.at.role], asked.of_pair) for t in part]
+        made = odds(model, asked, goal, [[edit] for edits in each for edit in edits], batch_size)
+        counts = [len(edits) for edits in each]
+        effect |= dict(zip(part, made.effect.split(counts), strict=True))
+        damage |= dict(zip(part, made.damage.split(counts), strict=True))
     goals = {
         "target_effect": float(made.whole.mean()),
         "target_damage": float(made.whole_damage.mean()),
     }
     budget = goals["target_damage"] if max_damage is None else float(max_damage)
     info = {
-        **about(model, samples.source),
+        **about(model), "data": samples.source,
         "run": str(run.path or ""), "names": column, "ranking": ranking or "coef_std",
-        "phase": phase, "seed": seed, "budget": budget, **goals,
+        "seed": seed, "budget": budget, **goals,
         "pairs": {"asked": len(given), "used": len(asked), "alike": len(given) - len(asked)},
         "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
-    return Located(_table(trials, made, budget, seed), info)
+    return Located(_table(effect, damage, budget, seed), info)
 
 
 def _check(
     shares: Sequence[float],
     modes: Sequence[str],
-    phase: str,
     max_damage: float | None,
     batch_size: int,
 ) -> None:
@@ -220,12 +223,31 @@ def _check(
         raise ValueError(f"shares must be above 0 and at most 1; got {list(shares)}")
     if not modes or not set(modes) <= set(MODES):
         raise ValueError(f"modes must be some of {', '.join(MODES)}; got {list(modes)}")
-    if phase not in ("prompt", "both"):
-        raise ValueError(f"phase must be prompt or both, as nothing is generated; got {phase!r}")
     if max_damage is not None and not max_damage >= 0:
         raise ValueError(f"max_damage must be 0 nats or more; got {max_damage}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+
+
+def _words(
+    pairs: Pairs, names: str | Mapping[str, str], gazetteer: Gazetteer | None
+) -> tuple[str, list[list[str]]]:
+    """Return the column that counts, and the names of sources and of targets."""
+    if isinstance(names, str):
+        return names, list(pairs.of_both(names))
+    if not names or not set(names) <= set(LEVELS):
+        raise ValueError(f"names must be a column, or columns by {', '.join(LEVELS)}; got {names}")
+    level = "country" if "country" in names else next(iter(names))
+    both = pairs.of_both(names[level])
+    if gazetteer is None:
+        from ..data.demos.gazetteer import gazetteer as default
+
+        gazetteer = default()
+    words = [
+        [next(iter(gazetteer.names(level, str(value))), str(value)) for value in values]
+        for values in both
+    ]
+    return names[level], words
 
 
 # ------ what is tried
@@ -235,7 +257,6 @@ def _check(
 class _Trial:
     """One setting, and the random dimensions beside it."""
 
-    number: int
     at: Probed
     mode: str
     share: float
@@ -248,28 +269,30 @@ class _Trial:
         """The dimensions of each of its arms."""
         return [self.dims, self.random] if len(self.random) else [self.dims]
 
-    def set_to(self, pairs: Pairs, phase: Phase) -> list[Edit]:
-        places = pairs.samples.table[["latitude", "longitude"]].to_numpy("float64")
-        latitude, longitude = torch.from_numpy(places[pairs.target]).T
-        return [
-            set_to(
-                self.at.probe, latitude, longitude, dims, sites=self.at.site, role=self.at.role,
-                phase=phase,
-            )
-            for dims in self.several
-        ]  # fmt: skip
+    @property
+    def is_late(self) -> bool:
+        """Whether nothing before a prompt's last token is edited."""
+        return self.at.role == "last" and self.at.site.startswith("lm.")
 
-    def write(self, held: Mapping[str, States], of_pair: torch.Tensor, phase: Phase) -> list[Edit]:
-        states = held[self.at.role]
-        site = self.at.site
-        one = States({site: states.at[site]}, states.role, states.in_prompt, states.model)
-        width, have = len(self.at.probe.coef), one.at[site].shape[-1]
-        if have != width:
-            msg = f"{site} is {have} wide, and the run's probe there is {width}: take a run of "
-            raise ValueError(msg + "this model")
+    def set_to(self, pairs: Pairs) -> list[Edit]:
+        """Make the edits that move the reading to the targets' places."""
+        probe, role = self.at.probe, self.at.role
+        places = pairs.samples.table[["latitude", "longitude"]].to_numpy("float64")
+        goals = torch.from_numpy(places[pairs.target]).T
+        return [set_to(probe, *goals, dims, role=role) for dims in self.several]
+
+    def write(self, held: States, of_pair: torch.Tensor) -> list[Edit]:
+        """Make the edits that write the targets' states, each the number of a pair's target."""
+        site, width = self.at.site, len(self.at.probe.coef)
+        one = of_site(held, site)
+        if (have := one.at[site].shape[-1]) != width:
+            raise ValueError(
+                f"{site} is {have} wide, and the run's probe there is {width}: take a run of this "
+                "model"
+            )
         if self.mode == "patch":
-            return [patch(one, phase=phase).take(of_pair)]
-        return [swap(one, dims, phase=phase).take(of_pair) for dims in self.several]
+            return [patch(one).take(of_pair)]
+        return [swap(one, dims).take(of_pair) for dims in self.several]
 
 
 def _trials(
@@ -290,39 +313,46 @@ def _trials(
             for share in (1.0,) if mode == "patch" else dict.fromkeys(map(float, shares)):
                 m = max(1, round(share * d))
                 beside = random[:m] if m < d else random[:0]
-                made.append(_Trial(len(made), at, mode, share, order[:m], beside))
+                made.append(_Trial(at, mode, share, order[:m], beside))
     return made
 
 
-def states_of(
-    model: Model, asked: Asked, wanted: Sequence[tuple[str, str]], batch_size: int
-) -> dict[str, States]:
-    """Keep the targets' states at sites and tokens of roles, by role: one pass over them for each.
-
-    `wanted` are sites and roles.
-    """
-    sites: dict[str, dict[str, None]] = {}
-    for site, role in wanted:
-        sites.setdefault(role, {})[site] = None
-    return {
-        role: states(model, asked.targets, list(some), role, batch_size=batch_size)
-        for role, some in sites.items()
-    }
+def _parts(
+    trials: Sequence[_Trial], held: Mapping[str, States], pairs: int
+) -> Iterator[list[_Trial]]:
+    """Part trials into those that are run in one call, their edits in memory together."""
+    if late := [trial for trial in trials if trial.is_late]:
+        yield late
+    part: list[_Trial] = []
+    size = 0
+    for trial in (trial for trial in trials if not trial.is_late):
+        x = held[trial.at.role].at[trial.at.site] if trial.mode != "set" else torch.empty(1, 1, 0)
+        more = pairs * x.shape[1] * sum(map(len, trial.several)) * x.element_size()
+        if part and size + more > BYTES:
+            yield part
+            part, size = [], 0
+        part.append(trial)
+        size += more
+    if part:
+        yield part
 
 
 # ------ what came of it
 
 
-def _table(trials: Sequence[_Trial], made: Odds, budget: float, seed: int) -> pd.DataFrame:
+def _table(
+    effect: Mapping[_Trial, torch.Tensor],
+    damage: Mapping[_Trial, torch.Tensor],
+    budget: float,
+    seed: int,
+) -> pd.DataFrame:
+    """Sum up effects and damages [1 or 2, n], of the edit and of random dimensions."""
     rows, values = [], []
-    arm = 0
-    for trial in trials:
-        beside = arm + len(trial.several) - 1
-        effect, damage = made.effect.numpy(), made.damage.numpy()
-        score = effect[arm] - effect[beside]
-        if damage[arm].mean() > budget:
-            score = np.full_like(score, np.nan)
-        values += [effect[arm], effect[beside], damage[arm], damage[beside], score]
+    for trial in effect:
+        edit, beside = effect[trial][[0, -1]].numpy()
+        harm, harm_beside = damage[trial][[0, -1]].numpy()
+        score = edit - beside if harm.mean() <= budget else np.full_like(edit, np.nan)
+        values += [edit, beside, harm, harm_beside, score]
         probe = trial.at.probe
         rows.append(
             {
@@ -331,10 +361,9 @@ def _table(trials: Sequence[_Trial], made: Odds, budget: float, seed: int) -> pd
                 "dims": len(trial.dims),
             }
         )  # fmt: skip
-        arm = beside + 1
     columns = np.stack(values, 1)
     low, high = bootstrap_means(columns, seed=seed)
-    shape = len(trials), len(_MEASURED)
+    shape = len(rows), len(_MEASURED)
     for row, *each in zip(
         rows, *(x.reshape(shape) for x in (columns.mean(0), low, high)), strict=True
     ):
@@ -343,32 +372,6 @@ def _table(trials: Sequence[_Trial], made: Odds, budget: float, seed: int) -> pd
     table = pd.DataFrame(rows)
     by = ["score", "damage"]
     return table.sort_values(by, ascending=[False, True], kind="stable", ignore_index=True)
-
-
-def about(model: Model, data: str) -> dict[str, Any]:
-    """Say what a measurement ran on."""
-    return {
-        "model": model.name,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "data": data,
-    }
-
-
-def save(table: pd.DataFrame, info: Mapping[str, Any], folder: str | Path, name: str) -> Path:
-    """Write a table as CSV and what is said of it as JSON."""
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n")
-    text = json.dumps(_folder.plain(info, "info"), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    return folder
-
-
-def with_ends(row: pd.Series[Any], name: str, digits: int = 2) -> str:
-    """Write a number and its interval."""
-    value, low, high = (number(row[f"{name}{end}"], digits) for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})" if value else ""
 
 
 def _text(table: pd.DataFrame, info: Mapping[str, Any]) -> str:

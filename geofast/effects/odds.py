@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,12 @@ from numpy.typing import NDArray
 from ..models import Model
 from ..steering.asking import can_generate, require_tokenizer
 from ..steering.edit import Edit
+from ..steering.generation import States, states
 from ..steering.scoring import answer_ids, follow
 from .pairs import once
+
+BYTES = 512 << 20
+"""Of the values of edits that are in memory at once, where later arms reuse nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +148,27 @@ def next_tokens(model: Model, inputs: Sequence[Any], batch_size: int) -> torch.T
 
     follow(model, inputs, [[0]] * len(inputs), [()], see, batch_size=batch_size)
     return torch.stack([made[row] for row in range(len(inputs))])
+
+
+def states_of(
+    model: Model, asked: Asked, wanted: Sequence[tuple[str, str]], batch_size: int
+) -> dict[str, States]:
+    """Keep the targets' states at sites and tokens of roles, by role: one pass over them for each.
+
+    `wanted` are sites and roles.
+    """
+    sites: dict[str, dict[str, None]] = {}
+    for site, role in wanted:
+        sites.setdefault(role, {})[site] = None
+    return {
+        role: states(model, asked.targets, list(some), role, batch_size=batch_size)
+        for role, some in sites.items()
+    }
+
+
+def of_site(held: States, site: str) -> States:
+    """Return the states at one of their sites."""
+    return replace(held, at={site: held.at[site]})
 
 
 def is_late(model: Model, edit: Edit) -> bool:

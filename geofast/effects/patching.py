@@ -1,0 +1,294 @@
+"""`patching`: which layers and which tokens carry what a model answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ..models import Model, Site, Tower
+from ..report.numbers import number
+from ..report.text import Table, clip_label, fill
+from ..steering.edit import EDIT_ROLES, Edit
+from ..steering.generation import states
+from ..steering.make import patch
+from .intervals import bootstrap_means
+from .odds import BYTES, Asked, next_tokens, odds, of_site, prompt_ids, states_of
+from .pairs import once
+from .writing import about, save
+
+Token = str | int
+EACH = "each"
+
+_SHOWN = 9  # columns of the table in words
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Patched:
+    """How much of a change of answer each layer and token carries; made by `gf.patching`.
+
+    Attributes
+    ----------
+    table : DataFrame
+        A row per site x token: `site`; `token`, a role or a position; `effect`, the mean change of
+        log p(target's name) - log p(source's name) of the next token, in nats, when the target's
+        whole state is written there; and `restored`, that as a share of the change when the target
+        itself is asked: of the means over pairs, so that no pair with a small change counts for
+        much. Each with the ends of its 95 % bootstrap interval over pairs, `_low` and `_high`, of
+        the share linearised.
+    info : dict
+        What was asked, and what it ran on; `target_effect`, the mean change when the target itself
+        is asked.
+    """
+
+    table: pd.DataFrame
+    info: dict[str, Any]
+
+    def grid(self, value: str = "restored") -> pd.DataFrame:
+        """Return one column of `table` as a row a site and a column a token, as figures take it.
+
+        A role that a tower does not have is missing there.
+        """
+        sites = self.table["site"].drop_duplicates()
+        by_token = self.table.groupby("token", sort=False)
+        columns = {token: rows.set_index("site")[value] for token, rows in by_token}
+        return pd.DataFrame(columns).reindex(sites)
+
+    def __repr__(self) -> str:
+        sites, tokens = self.grid().shape
+        return f"Patched({sites} sites x {tokens} tokens, {self.info['pairs']['used']} pairs)"
+
+    def __str__(self) -> str:
+        return _text(self.grid(), self.info)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write patching.csv (`table`) and patching.json (`info`); makes the folder where missing.
+
+        Raises
+        ------
+        OSError
+            When they cannot be written.
+        """
+        return save(self.table, self.info, folder, "patching")
+
+
+def patching(
+    model: Model,
+    sources: Sequence[Any],
+    targets: Sequence[Any],
+    names: Sequence[tuple[str, str]],
+    *,
+    sites: str | Sequence[str] | None = None,
+    tokens: Token | Sequence[Token] = "last",
+    seed: int = 0,
+    batch_size: int = 32,
+) -> Patched:
+    """Write the target's whole state into the source's run, one site and token at a time.
+
+    What an edit before the last token changes is run again; everything else runs once: every
+    target, and every prompt up to its last token for all sites at which only that one is patched.
+
+    Parameters
+    ----------
+    model
+        From `load`. One that talks about images is asked its one prompt; see `Model.asking`.
+    sources
+        The n inputs that are run and patched.
+    targets
+        The n inputs whose states are written.
+    names
+        Of each pair, with what the source's and what the target's answer begins. Pairs whose names
+        begin with the same token are left out.
+    sites
+        Names or globs; None takes `embed`, every layer and the projector.
+    tokens
+        Roles, one or several: `last` (of the language model alone), `text`, `image`, `patch`,
+        `cls`, `register`, `all`; positions among all tokens of a prompt, from 0, or from its end
+        below 0; or `each`, every position. Of each site those roles that its tower has. All inputs
+        must have the same number of tokens of the role, and for positions of tokens.
+    seed
+        Of the bootstrap.
+    batch_size
+        Inputs that run together.
+
+    Returns
+    -------
+    Patched
+
+    Raises
+    ------
+    ValueError
+        Before the model runs: when it makes no text, there are not as many sources as targets and
+        names, or none; a site is unknown, or a role that no tower of the sites has; texts have
+        different numbers of tokens, or no such position; the names of every pair begin alike. For
+        images, whose tokens a model counts, afterwards.
+
+    References
+    ----------
+    Meng et al., Locating and editing factual associations in GPT, NeurIPS 2022 (arXiv:2202.05262);
+    with another prompt in place of noise as Wang et al., ICLR 2023 (arXiv:2211.00593).
+    """
+    began = time.perf_counter()
+    if not len(sources) == len(targets) == len(names) or not len(names):
+        raise ValueError(
+            "give as many sources, targets and pairs of names, one or more; got "
+            f"{len(sources)}, {len(targets)} and {len(names)}"
+        )
+    roles, positions = _wanted(tokens)
+    chosen = model.sites(sites)
+    where = _where(model, chosen, roles)
+    words = [[pair[side] for pair in names] for side in (0, 1)]
+    asked = Asked.of(model, sources, targets, *words)
+    in_text = any(site.tower == "lm" for site in chosen)
+    if in_text and (positions is None or positions or {"text", "all"} & {*roles}):
+        _check_lengths(model, asked, positions or [])
+    goal = next_tokens(model, asked.targets, batch_size)
+    held = states_of(model, asked, where, batch_size)
+    arms = [[patch(of_site(held[role], site)).take(asked.of_pair)] for site, role in where]
+    made = odds(model, asked, goal, arms, batch_size)
+    found: dict[tuple[str, Token], torch.Tensor] = dict(zip(where, made.effect, strict=True))
+    if positions is None or positions:
+        for keys, some in _single(
+            model, asked, [site.name for site in chosen], positions, batch_size
+        ):
+            found |= dict(zip(keys, odds(model, asked, goal, some, batch_size).effect, strict=True))
+    order = {site.name: i for i, site in enumerate(chosen)}
+    table = _table(dict(sorted(found.items(), key=lambda one: order[one[0][0]])), made.whole, seed)
+    info = {
+        **about(model), "seed": seed, "target_effect": float(made.whole.mean()),
+        "pairs": {"asked": len(names), "used": len(asked), "alike": len(names) - len(asked)},
+        "seconds": round(time.perf_counter() - began, 3),
+    }  # fmt: skip
+    return Patched(table, info)
+
+
+def _wanted(tokens: Token | Sequence[Token]) -> tuple[list[str], list[int] | None]:
+    """Part tokens into roles and positions; None for every position."""
+    several = [tokens] if isinstance(tokens, str | int) else list(dict.fromkeys(tokens))
+    bad = [t for t in several if not (isinstance(t, int) or t in (*EDIT_ROLES, EACH))]
+    if bad or not several:
+        allowed = ", ".join((*EDIT_ROLES, EACH))
+        raise ValueError(f"tokens must be positions, or some of {allowed}; got {bad or several}")
+    roles = [t for t in several if isinstance(t, str) and t != EACH]
+    return roles, None if EACH in several else [t for t in several if isinstance(t, int)]
+
+
+def _where(model: Model, sites: Sequence[Site], roles: Sequence[str]) -> list[tuple[str, str]]:
+    """Pair every site with those of the roles that its tower has."""
+    towers = {tower.name: tower for tower in model.towers}
+    has = {site.name: _roles(model, towers[site.tower]) for site in sites}
+    for role in roles:
+        if not any(role in there for there in has.values()):
+            msg = f"no tower of these sites has {role} tokens; they have "
+            raise ValueError(msg + ", ".join(dict.fromkeys(r for rs in has.values() for r in rs)))
+    return [(site.name, role) for site in sites for role in roles if role in has[site.name]]
+
+
+def _roles(model: Model, tower: Tower) -> tuple[str, ...]:
+    image = ("image",) if model.kind == "image" and tower.image_token is not None else ()
+    last = ("last",) if tower.name == "lm" else ()
+    return (*tower.prefix, *image, tower.tokens, *tower.suffix, *last, "all")
+
+
+def _check_lengths(model: Model, asked: Asked, positions: Sequence[int]) -> None:
+    """Refuse prompts of different lengths, and positions that they do not have."""
+    inputs = once([*asked.sources, *asked.targets])[0]
+    lengths = sorted({len(ids) for ids in prompt_ids(model, inputs)})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the prompts have {lengths[0]} to {lengths[-1]} tokens: take those of one number, or "
+            "tokens='last'"
+        )
+    _check_positions(positions, lengths[0], "the prompts")
+
+
+def _check_positions(positions: Sequence[int], count: int, where: str) -> None:
+    for position in positions:
+        if not -count <= position < count:
+            raise ValueError(f"there is no position {position}: {where} have {count} tokens")
+
+
+def _single(
+    model: Model,
+    asked: Asked,
+    sites: Sequence[str],
+    positions: Sequence[int] | None,
+    batch_size: int,
+) -> Iterator[tuple[list[tuple[str, Token]], list[list[Edit]]]]:
+    """Yield arms that patch one position each, some at a time, and their sites and positions.
+
+    At all other tokens they write the source's own state, which is there already.
+    """
+    sources, of_source = once(asked.sources)
+    own = states(model, sources, sites, "all", batch_size=batch_size)
+    theirs = states(model, asked.targets, sites, "all", batch_size=batch_size)
+    for site in sites:
+        mine, others = own.at[site], theirs.at[site]
+        if mine.shape[1:] != others.shape[1:]:
+            msg = f"sources have {mine.shape[1]} tokens at {site}, and targets {others.shape[1]}"
+            raise ValueError(f"{msg}: take inputs of one number")
+        count = mine.shape[1]
+        every = range(count) if positions is None else positions
+        _check_positions(every, count, site)
+        mine, others = mine[torch.from_numpy(of_source)], others[asked.of_pair]
+        step = max(1, BYTES // mine.nbytes)
+        for start in range(0, len(every), step):
+            some = every[start : start + step]
+            arms = [[_patch_one(model, site, mine, others, position)] for position in some]
+            yield [(site, position) for position in some], arms
+
+
+def _patch_one(
+    model: Model, site: str, mine: torch.Tensor, others: torch.Tensor, position: int
+) -> Edit:
+    values, d = mine.clone(), mine.shape[-1]
+    values[:, position] = others[:, position]
+    every = torch.arange(d)
+    return Edit("patch", (site,), d, every, values[None], "all", model=model.name)
+
+
+def _table(
+    found: Mapping[tuple[str, Token], torch.Tensor], whole: torch.Tensor, seed: int
+) -> pd.DataFrame:
+    effect = torch.stack(list(found.values()), 1).numpy()  # [n, rows]
+    full = whole.numpy()[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = effect.mean(0) / full.mean()
+        # A ratio of means, linear about itself: of these the mean is the ratio.
+        about_share = share + (effect - share * full) / full.mean()
+    columns: dict[str, Any] = {}
+    for name, values in (("effect", effect), ("restored", about_share)):
+        low, high = bootstrap_means(values, seed=seed)
+        columns |= {name: values.mean(0), f"{name}_low": low, f"{name}_high": high}
+    keys = [{"site": site, "token": token} for site, token in found]
+    return pd.DataFrame(keys).join(pd.DataFrame(columns))
+
+
+def _text(grid: pd.DataFrame, info: Mapping[str, Any]) -> str:
+    pairs = info["pairs"]
+    alike = f" ({pairs['alike']} whose names begin alike left out)" if pairs["alike"] else ""
+    head = (
+        "Share, in percent, of the change of answer that the target's whole state restores where "
+        f"it is written, of {pairs['used']} pairs{alike}. The change is that of log p(target's "
+        "name) - log p(source's name) of the next token when the target itself is asked: "
+        f"{info['target_effect']:.2f} nats."
+    )
+    if info["target_effect"] <= 0:
+        head += " Not above 0: the model does not name these targets, and the shares mean little."
+    # The tokens that carry most, in their order.
+    most = grid.abs().max().fillna(0).nlargest(_SHOWN).index
+    shown = [token for token in grid.columns if token in most]
+    cells = [
+        [clip_label(str(site), 26), *(number(100 * row[token], 1) for token in shown)]
+        for site, row in grid.iterrows()
+    ]
+    blocks = [fill(head), Table(["site", *map(str, shown)], cells, 1).text()]
+    if more := len(grid.columns) - len(shown):
+        blocks.append(f"{more} more tokens carry less.")
+    return "\n\n".join(blocks)

@@ -1,4 +1,4 @@
-"""Demos of edits: does what a model names follow the dimensions that hold the place?
+"""Demos of edits: does what a model says follow the dimensions that hold the place.
 
 Sites and shares are chosen on pairs of one half of the samples, which the probe was fitted to; what
 they do is reported of pairs of the other half.
@@ -6,7 +6,7 @@ they do is reported of pairs of the other half.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,20 +15,24 @@ import pandas as pd
 
 from ..data import Samples
 from ..data.demos import cities as cities_data
-from ..data.demos import satellite as satellite_data
-from ..data.demos import seeing, smollm2
-from ..data.demos.satellite import places_seen
+from ..data.demos import smollm2
+from ..data.demos.gazetteer import gazetteer
 from ..effects.experiment import steer
 from ..effects.locate import Located, locate
 from ..effects.outcome import Steered
+from ..effects.prompted import prompted
+from ..extract import worded
 from ..geo import GroupKFold, KFold
+from ..geo.gazetteer import named
 from ..models import Model
 from ..probe import probe
 from ..run import Run
+from ..steering.asking import require_tokenizer
 from .probing import load_quietly
 
 CITY_PROMPT = "The city of {name} is in the country of"
-SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+SHARES = (0.1, 0.2, 0.4)
+CALIBRATING, REPORTED = 40, 100  # pairs
 _SEED = 0
 
 
@@ -51,53 +55,75 @@ class Demo:
 def steer_cities(samples: int | None = None) -> Demo:
     """Swap and set the place inside SmolLM2-135M while it says in which country a city is.
 
-    The country that it names is what counts, of pairs whose countries it names rightly without an
-    edit. Half of the cities are probed and serve to choose where to edit.
+    All tokens of the prompt are edited, one by one; so only cities take part whose prompt has as
+    many tokens as most. Of those that the model knows, pairs are made. Half of the cities are
+    probed and serve to choose where to edit.
 
     Parameters
     ----------
     samples
-        Cities, the largest of GeoNames; 1,000 by default.
+        Cities, the largest of GeoNames, of which those are taken; 2,000 by default.
     """
-    whole = cities_data(1000 if samples is None else samples)
-    return _demo(
-        load_quietly(smollm2()), whole, "country", ("lm.layers.*",), ["last"], CITY_PROMPT,
-        calibrating=100, reported=400, answer=6,
-    )  # fmt: skip
+    model = load_quietly(smollm2())
+    whole = _of_one_length(model, cities_data(2000 if samples is None else samples), CITY_PROMPT)
+    names = gazetteer()
+    country = [names.names("country", code)[0] for code in whole.table["country"]]
+    whole = replace(whole, table=whole.table.assign(country=country))
+    return _demo(model, whole, "country", "lm.layers.*[0369]", "mean:text", CITY_PROMPT, answer=6)
+
+
+def _of_one_length(model: Model, samples: Samples, prompt: str) -> Samples:
+    """Keep the samples whose prompt has the commonest number of tokens."""
+    (worded_,) = worded(samples, prompt).values()
+    tokenizer = require_tokenizer(model)
+    lengths = np.array([len(tokenizer(text)["input_ids"]) for text in worded_.inputs])
+    commonest = np.bincount(lengths).argmax()
+    print(f"{(lengths == commonest).sum()} of {len(samples)} cities: prompts of {commonest} tokens")
+    return samples.take(np.flatnonzero(lengths == commonest))
 
 
 def _demo(
-    model: Model,
-    whole: Samples,
-    column: str,
-    sites: Sequence[str],
-    pools: Sequence[str],
-    prompt: str,
-    *,
-    calibrating: int,
-    reported: int,
-    answer: int,
+    model: Model, whole: Samples, column: str, sites: str, pool: str, prompt: str, *, answer: int
 ) -> Demo:
     order = np.random.default_rng(_SEED).permutation(len(whole))
     half = len(whole) // 2
     seen, unseen = whole.take(np.sort(order[:half])), whole.take(np.sort(order[half:]))
     run = probe(
-        model, seen, sites=list(sites), pool=list(pools), prompts=prompt,
+        model, seen, sites=sites, pool=pool, prompts=prompt,
         split=[KFold(), GroupKFold(column)], progress=True,
     )  # fmt: skip
     names = {column: column}
+    pairs = [
+        pairs_between(known(model, some, run, column), column, n)
+        for some, n in ((seen, CALIBRATING), (unseen, REPORTED))
+    ]
     found = locate(
-        model, seen, pairs_between(seen.table, column, calibrating), run, names=names,
-        modes=("swap", "set"), shares=SHARES[:-1],
+        model, seen, pairs[0], run, names=names,
+        modes=("swap", "set"), shares=SHARES,
     )  # fmt: skip
     steered = {}
     for mode in ("swap", "set"):
         site = best_of(found, mode)
         steered[mode] = steer(
-            model, unseen, pairs_between(unseen.table, column, reported), run, site=site,
+            model, unseen, pairs[1], run, site=site,
             shares=SHARES, mode=mode, names=names, max_new_tokens=answer, progress=True,
         )  # fmt: skip
     return Demo(run, found, steered)
+
+
+def known(model: Model, samples: Samples, run: Run, column: str) -> pd.DataFrame:
+    """Return the rows of the samples of which the model names what a column says."""
+    asked, worded_, _ = prompted(model, samples, run)
+    inputs = [worded_.load(i) for i in range(len(samples))]
+    said = asked.generate(inputs, batch_size=64, max_new_tokens=6)
+    names, places = gazetteer(), samples.table[column]
+    texts = inputs if samples.kind == "text" else [""] * len(inputs)
+    right = [
+        bool(named(text, {column: place}, names, prompt=prompt)[column])
+        for text, place, prompt in zip(said, places, texts, strict=True)
+    ]
+    print(f"Of {len(samples)} the model names the {column} of {sum(right)} rightly")
+    return samples.table[right]
 
 
 def pairs_between(table: pd.DataFrame, column: str, n: int) -> pd.DataFrame:

@@ -96,7 +96,8 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
     n10, n01 = int((first & ~second).sum()), int((second & ~first).sum())
     n = n10 + n01
     below = sum(math.comb(n, k) for k in range(min(n10, n01) + 1))
-    return min(1.0, 2 * below / 2**n)
+    p: float = 2 * below / 2**n
+    return min(1.0, p)
 
 
 def sign_flip(differences: ArrayLike, *, draws: int = 20_000, seed: int = 0) -> float:

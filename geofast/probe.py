@@ -182,6 +182,7 @@ def probe(
         **_asked_for(asked, passes, way, data=given.samples.source),
         "sources": {"model": loaded.source, "data": given.samples.place},
         **_ran(model, passes, solved),
+        **({} if found.grams is None else {"fold_of_cell": _folds_of_cells(tasks)}),
         "final_alpha": FINAL_ALPHA[way].format(split=tasks[0].split),
         "counts": {
             "read": len(given.samples),
@@ -356,6 +357,15 @@ def _asked_for(asked: Request, passes: _Passes, select: Select, data: str) -> di
         },
         "seeds": {s.name: s.seed for s in asked.splits if hasattr(s, "seed")},
     }  # fmt: skip
+
+
+def _folds_of_cells(tasks: Sequence[Task]) -> dict[str, list[int]]:
+    """Return which fold of a split holds out each cell of the statistics, by split."""
+    return {
+        t.split: t.fold_of_cell.tolist()
+        for t in tasks
+        if not t.group and t.fold_of_cell is not None
+    }
 
 
 def _ran(model: Model, passes: _Passes, solved: Sequence[Solved]) -> dict[str, Any]:

@@ -171,6 +171,7 @@ class Run:
     info : dict
         What run.json keeps: `model`, `data`, `arguments`, `versions`, `device`, `backend`,
         `dtype`, `seeds` (by split), `final_alpha` (how the penalty of `probes` was chosen),
+        `fold_of_cell` (by split, where statistics are kept: the fold that holds out each cell),
         `counts` (samples `read`, samples `skipped`, and `why`: a sentence for each of those),
         `seconds` per stage, `warnings` (a list of sentences),
         `honest` (split -> site, pool, prompt, r2, r2_se, r2_<target>, r2_se_<target> of the best

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from scipy.stats import hypergeom
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
@@ -14,6 +15,7 @@ from test_ridge import folds_of
 
 import geofast as gf
 from geofast.cli import main
+from geofast.report import subspace as report
 from geofast.subspace import measure, ranking
 from geofast.subspace.measure import of_grams
 from geofast.subspace.ranking import RANKINGS, random_orders
@@ -290,8 +292,19 @@ def test_statistics_by_group(kept):
     found = run.subspace(sites="vision.layers.*", rankings=["coef"], random=0)
     expected = kept[0].subspace(sites="vision.layers.*", rankings=["coef"], random=0)
     pd.testing.assert_frame_equal(found.curves, expected.curves, atol=1e-8)
+    found = run.subspace(split="blocks30", rankings=["coef"], random=0)
+    expected = kept[0].subspace(split="blocks30", rankings=["coef"], random=0)
+    pd.testing.assert_frame_equal(found.curves, expected.curves, atol=1e-8)
+    told = run.info.pop("fold_of_cell")  # as in runs of an older version
+    assert len(told["kfold"]) == len(told["blocks30"]) > 5 * 2
+    again = run.subspace(sites="vision.embed", rankings=["coef"], random=0)
+    expected = kept[0].subspace(sites="vision.embed", rankings=["coef"], random=0)
+    pd.testing.assert_frame_equal(again.curves, expected.curves, atol=1e-8)
     with pytest.raises(ValueError, match=r"which of them split 'blocks30' holds out"):
         run.subspace(split="blocks30")
+    run.info["fold_of_cell"] = {"kfold": told["kfold"][:-1]}
+    with pytest.raises(ValueError, match="they are not of one probe"):
+        run.subspace()
 
 
 def test_the_command(kept, tmp_path, capsys):
@@ -299,16 +312,124 @@ def test_the_command(kept, tmp_path, capsys):
     arguments = ["subspace", str(tmp_path / "run"), "--protocol", "study", "--random", "2"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    assert max(map(len, printed.splitlines())) <= 100
+    assert max(map(len, printed.splitlines())) <= max(100, len(str(tmp_path / "out/subspace.html")))
     assert "more column" not in printed
     assert "latitude: smallest share" in printed
+    assert str(tmp_path / "out" / "subspace.png") in printed
     found = kept[1].subspace(protocol="study", random=2)
-    written = pd.read_csv(tmp_path / "out" / "subspace.csv", keep_default_na=True)
-    np.testing.assert_allclose(written["r2"], found.curves["r2"], rtol=1e-12)
-    assert len(pd.read_csv(tmp_path / "out" / "subspace_stability.csv")) == len(found.stability)
-    assert len(pd.read_csv(tmp_path / "out" / "subspace_smallest.csv")) == len(found.smallest)
+    _assert_same(gf.Subspace.open(tmp_path / "out"), found)
     assert main([*arguments, "--sites", "lm.layers.*"]) == 1
     assert "the run has no site 'lm.layers.*'" in capsys.readouterr().err
+    # A run is replaced while nothing but its own files lies in its folder.
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 1
+    assert "is a run's folder" in capsys.readouterr().err
+    kept[1].save(tmp_path / "run", overwrite=True)
+
+
+# ------ its folder
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Two layers, one of which holds nothing."""
+    x, y = rows(120, 12)
+    noise = torch.randn(120, 12, generator=torch.Generator().manual_seed(0))
+    fold = folds_of(120)
+    grams = {
+        "a.layers.0/cls/Where?": gram_of(noise, y, fold),
+        "a.layers.1/cls": gram_of(x, y, fold),
+    }
+    return of_grams(grams, TARGETS, rankings=["forward", "coef"], random=2, fractions=FRACTIONS)
+
+
+def _assert_same(one, other):
+    for table in ("curves", "smallest", "stability"):
+        pd.testing.assert_frame_equal(getattr(one, table), getattr(other, table), check_exact=True)
+    assert (one.targets, one.split) == (other.targets, other.split)
+    assert {n: [*r] for n, r in one.ranks.items()} == {n: [*r] for n, r in other.ranks.items()}
+    for name, by_ranking in one.ranks.items():
+        for by, order in by_ranking.items():
+            assert torch.equal(order, other.ranks[name][by])
+
+
+def test_what_was_saved_opens_as_it_was(small, tmp_path):
+    again = gf.Subspace.open(small.save(tmp_path / "out"))
+    _assert_same(again, small)
+    assert small.smallest["dims"].isna().any()  # of the layer that holds nothing
+    assert str(again) == str(small)
+    assert torch.equal(
+        again.dims("a.layers.1", "latitude", 0.5), small.dims("a.layers.1", "latitude", 0.5)
+    )
+    of_nothing = of_grams(
+        {"a/cls": gram_of(*rows(60, 6), folds_of(60))}, TARGETS, rankings=[], random=1
+    )
+    of_nothing.save(tmp_path / "out")  # and replaces it
+    assert gf.Subspace.open(tmp_path / "out").smallest.empty
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("subspace.csv", b"site,pool\n", r"subspace.csv has 10 bytes instead of \d+"),
+        ("subspace_smallest.csv", None, "No such file"),
+        ("subspace.safetensors", b"\x08", "SafetensorError"),
+        ("subspace.safetensors", b"other", "KeyError: 'geofast.subspace'"),
+        ("subspace.safetensors", b"later", "it has format 9, and this geofast reads 1"),
+    ],
+)
+def test_a_folder_that_cannot_be_read(small, tmp_path, file, content, message):
+    path = small.save(tmp_path) / file
+    if content is None:
+        path.unlink()
+    elif content == b"other":
+        save_file({"x": torch.zeros(1)}, path)
+    elif content == b"later":
+        save_file({}, path, metadata={"geofast.subspace": '{"format": 9}'})
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        gf.Subspace.open(tmp_path)
+    assert "search again" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match="holds no search for dimensions"):
+            gf.Subspace.open(folder)
+
+
+def test_the_page_and_its_picture(small, tmp_path):
+    small.save(tmp_path)
+    page = (tmp_path / "subspace.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in page
+    few = small.smallest[small.smallest["site"] == "a.layers.1"]
+    row = few[few["target"] == "latitude"].sort_values("fraction", kind="stable").iloc[0]
+    finding = report.finding(small)
+    share = f"{100 * row['fraction']:.3g}%"
+    said = f"latitude: {share} of the dimensions of a.layers.1 cls keep 95% of R²"
+    assert finding.startswith(said)
+    assert finding in page
+    figure = report.shares(small)
+    curves = figure.axes[0]
+    drawn = {line.get_label(): line.get_ydata() for line in curves.get_lines()}
+    for by, words in (("forward", "forward selection"), ("random", "random dimensions")):
+        table = small.curves[small.curves["site"] == "a.layers.1"]
+        table = table[(table["target"] == "latitude") & (table["ranking"] == by)]
+        np.testing.assert_array_equal(drawn[words], table["r2"])
+    heat = figure.axes[1].get_images()[0].get_array()
+    assert heat.shape == (2, len(FRACTIONS))
+    table = small.curves[(small.curves["target"] == "latitude")]
+    full = table[(table["ranking"] == "coef") & (table["fraction"] == 1)]["r2"]
+    np.testing.assert_allclose(heat[:, -1], full)
+
+
+@pytest.mark.parametrize("rankings", [[], ["coef"]])
+def test_pages_of_a_single_layer_and_of_random_orders_alone(rankings, tmp_path):
+    gram = gram_of(*rows(60, 6), folds_of(60))
+    options = {"fractions": [1.0], "random": 1 - len(rankings)}
+    of_grams({"a/cls": gram}, TARGETS, rankings=rankings, **options).save(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} >= {"subspace.png", "subspace.html"}
 
 
 @pytest.mark.parametrize(

@@ -190,11 +190,19 @@ def _statistics(
 
 
 def _fold_of_cell(run: Run, split: str, gram: Gram) -> torch.Tensor:
-    """Find the fold of every cell of a run's statistics.
+    """Find the fold of every cell of a run's statistics, which older runs do not tell.
 
     A cell is a combination of the folds of all splits, and of those of the groups; they are in
     the order of the combinations, the first split first.
     """
+    told = run.info.get("fold_of_cell", {}).get(split)
+    if told is not None:
+        if len(told) != gram.cells:
+            raise ValueError(
+                f"the run tells the folds of {len(told)} cells, and its statistics have "
+                f"{gram.cells}: they are not of one probe"
+            )
+        return torch.tensor(told)
     columns = [f"fold_{s}" for s in run.splits]
     folds = torch.from_numpy(run.samples[columns].to_numpy("int64", copy=True))
     cells = folds.unique(dim=0)

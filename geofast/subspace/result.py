@@ -119,33 +119,51 @@ class Subspace:
     def save(self, folder: str | Path) -> Path:
         """Write subspace.csv (`curves`), subspace_smallest.csv and subspace_stability.csv.
 
-        Also subspace.safetensors with the `ranks`, under `name/ranking`. The folder is made where
-        it is missing; files of these names in it are replaced. Take another than the run's own: a
-        run is not replaced while others' files lie in its folder.
+        Also subspace.safetensors with the `ranks`, and for people subspace.png and subspace.html.
+        The folder is made where it is missing; files of these names in it are replaced. `open`
+        reads it.
 
         Raises
         ------
+        FileExistsError
+            When it is the folder of a run, which is written whole.
         OSError
             When they cannot be written.
         """
-        from safetensors.torch import save_file
+        from ..report import subspace as report
+        from . import store
 
-        folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        tables = {"": self.curves, "_smallest": self.smallest, "_stability": self.stability}
-        for suffix, table in tables.items():
-            table.to_csv(folder / f"subspace{suffix}.csv", index=False, lineterminator="\n")
-        ranks = {
-            f"{name}/{ranking}": order.contiguous()
-            for name, by_ranking in self.ranks.items()
-            for ranking, order in by_ranking.items()
-        }
-        path = folder / "subspace.safetensors"
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(ranks, path)
-        path.chmod(mode)  # which safetensors narrows to the owner
-        return folder
+        store.refuse_run(folder)
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        store.write(self, path)
+        report.write(self, path, folder)
+        return path
+
+    @staticmethod
+    def open(folder: str | Path) -> Subspace:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            When the folder holds no search for dimensions.
+        ValueError
+            When it does and is damaged, or of a later format.
+        """
+        from . import store
+
+        return store.read(folder)
+
+
+_SMALLEST = (
+    "site", "pool", "prompt", "target", "ranking", "r2", "fraction", "fraction_low",
+    "fraction_high", "dims",
+)  # fmt: skip
+_STABILITY = (
+    "site", "pool", "prompt", "target", "ranking", "fraction", "dims", "jaccard", "chance",
+    "above_chance",
+)  # fmt: skip
 
 
 def collect(
@@ -160,7 +178,9 @@ def collect(
                 few.append(_smallest(where, layer, at, fractions))
         stable += _stability(name, layer, targets, fractions)
     ranks = {name: layer.final for name, layer in layers.items()}
-    tables = pd.DataFrame(curves), pd.DataFrame(few), pd.DataFrame(stable)
+    # Without a ranking, tables without a row, and with their columns.
+    smallest_sets = pd.DataFrame(few, columns=_SMALLEST).astype({"dims": "Int64"})
+    tables = pd.DataFrame(curves), smallest_sets, pd.DataFrame(stable, columns=_STABILITY)
     return Subspace(*tables, ranks, targets, split)
 
 

@@ -278,7 +278,7 @@ def _pairs_options(command: argparse.ArgumentParser) -> None:
     _reading_options(data)
     for level in _LEVELS:
         data.add_argument(f"--{level}", metavar="COLUMN", help=f"column of the {level}")
-    data.add_argument("--prompt", help="what is asked (default: the run's, where it has one)")
+    data.add_argument("--prompt", help="one of the run's (default: its only one)")
     how = command.add_argument_group("how it is edited")
     how.add_argument("--role", help="which tokens (default: those that the probe's pool reads)")
     how.add_argument(
@@ -497,7 +497,7 @@ def _steer(o: argparse.Namespace) -> None:
         _folder.check_free(out, overwrite=False)
     with _whoever_listens():
         found = steer(
-            **_pairs(o), prompt=o.prompt, site=o.site, shares=o.share, mode=o.mode, phase=o.phase,
+            **_pairs(o), site=o.site, shares=o.share, mode=o.mode, phase=o.phase,
             controls=[name.replace("-", " ") for name in o.control], names=_names(o) or None,
             keep="all" if o.all_pairs else "known", protocol=o.protocol,
             max_new_tokens=o.max_new_tokens, progress=True,
@@ -511,17 +511,10 @@ def _steer(o: argparse.Namespace) -> None:
 
 def _locate(o: argparse.Namespace) -> None:
     from .effects.locate import locate
-    from .extract import worded
 
     with _whoever_listens():
-        given = _pairs(o)
-        if o.prompt is not None:
-            kind = given["data"].kind
-            given["data"] = worded(given["data"], o.prompt)[""]
-            if kind == "image":
-                given["model"] = given["model"].reading(kind).asking([o.prompt])
         found = locate(
-            **given, names=_names(o) or "country", sites=o.sites, shares=o.share, modes=o.mode
+            **_pairs(o), names=_names(o) or "country", sites=o.sites, shares=o.share, modes=o.mode
         )
         if o.out:
             found.save(o.out)
@@ -539,10 +532,10 @@ def _pairs(o: argparse.Namespace) -> dict[str, Any]:
 
     run = open_run(o.folder)
     samples = _samples_of(o, run)
-    _choose_prompt(o, run)
     return {
-        "data": samples, "pairs": o.pairs, "run": run, "role": o.role, "ranking": o.ranking,
-        "seed": o.seed, "batch_size": o.batch_size, "model": load(o.model, **_loading(o)),
+        "model": load(o.model, **_loading(o)), "data": samples, "pairs": o.pairs, "run": run,
+        "prompt": o.prompt, "role": o.role, "ranking": o.ranking, "seed": o.seed,
+        "batch_size": o.batch_size,
     }  # fmt: skip
 
 
@@ -563,14 +556,6 @@ def _samples_of(o: argparse.Namespace, run: Any) -> Any:
             "say --id, --text or --image as then, or give --data"
         )
     return samples
-
-
-def _choose_prompt(o: argparse.Namespace, run: Any) -> None:
-    prompts = run.info.get("arguments", {}).get("prompts") or []
-    if o.prompt is None and len(prompts) > 1:
-        raise ValueError(f"{o.folder} was asked {len(prompts)} prompts: choose one by --prompt")
-    if o.prompt is None and prompts:
-        (o.prompt,) = prompts
 
 
 def _show(o: argparse.Namespace) -> None:

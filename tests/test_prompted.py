@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import families
 import pandas as pd
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 import geofast as gf
@@ -22,19 +25,29 @@ def run_of(*prompts):
     }), TABLE, {})  # fmt: skip
 
 
+def probe_of(prompt):
+    zeros = torch.zeros(3, 2, dtype=torch.float64)
+    return gf.Probe("lm.layers.0", "last", prompt, ("latitude", "longitude"), 1.0, zeros, zeros[0])
+
+
 @pytest.fixture
 def model():
     return gf.load(tiny.llama(), processor=tiny.tokenizer())
 
 
 def test_texts_stand_in_the_words_of_the_run(model):
-    _, same, label = prompted(model, TEXTS, run_of())
-    assert (same.inputs, label) == (["w1", "w2"], "")
-    _, worded, label = prompted(model, TEXTS, run_of("w5 {name} w6"))
-    assert (list(worded.inputs), label) == (["w5 w1 w6", "w5 w2 w6"], "")
+    _, same, run = prompted(model, TEXTS, run_of())
+    assert same.inputs == ["w1", "w2"]
+    assert run.probes == {}
+    _, worded, _ = prompted(model, TEXTS, run_of("w5 {name} w6"))
+    assert list(worded.inputs) == ["w5 w1 w6", "w5 w2 w6"]
     several = run_of("{name}", "w5 {name}")
-    _, worded, label = prompted(model, TEXTS, several, "w5 {name}")
-    assert (list(worded.inputs), label) == (["w5 w1", "w5 w2"], "w5 {name}")
+    both = [probe_of(prompt) for prompt in ("{name}", "w5 {name}")]
+    several = replace(several, probes={probe.name: probe for probe in both})
+    _, worded, run = prompted(model, TEXTS, several, "w5 {name}")
+    assert list(worded.inputs) == ["w5 w1", "w5 w2"]
+    assert list(run.probes) == ["lm.layers.0/last/w5 {name}"]
+    assert len(several.probes) == 2
     with pytest.raises(ValueError, match=r"several prompts: choose one by prompt= of '\{name\}'"):
         prompted(model, TEXTS, several)
     with pytest.raises(ValueError, match="never asked 'w7'; its prompts: none"):

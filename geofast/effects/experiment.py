@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -45,6 +45,7 @@ from .dims import ranked_dims
 from .outcome import Steered, summarise
 from .pairs import Pairs
 from .probed import probed_sites
+from .prompted import prompted
 
 Keep = Literal["known", "all"]
 Protocol = Literal["corrected", "study"]
@@ -69,6 +70,7 @@ def steer(
     controls: Sequence[str] = CONTROLS,
     names: Mapping[str, str] | None = None,
     gazetteer: Gazetteer | None = None,
+    prompt: str | None = None,
     max_new_tokens: int = 20,
     keep: Keep = "known",
     seed: int = 0,
@@ -81,10 +83,9 @@ def steer(
     Parameters
     ----------
     model
-        What `load` takes. It must make text. One that talks about images is asked its one prompt;
-        see `Model.asking`.
+        What `load` takes. It must make text.
     data
-        Samples, or what `data.read` takes. Texts are asked as they are.
+        Samples, or what `data.read` takes.
     pairs
         Columns `source` and `target`, ids of samples; or the path of a CSV with them. The source
         is run and edited; the target's state, or its place, is written into it.
@@ -116,6 +117,9 @@ def steer(
         and `name` or `city` for the place.
     gazetteer
         That finds the names in answers; None takes the one of GeoNames that the demos fetch.
+    prompt
+        The words that texts stand in, or what is asked about images: one of the run's. None takes
+        its only one.
     max_new_tokens
         Of an answer.
     keep
@@ -153,7 +157,9 @@ def steer(
         max_new_tokens=max_new_tokens, keep=keep, protocol=protocol,
     )  # fmt: skip
     clock.begin("loading")
-    model = _ready(load(model), samples)
+    model, samples, run = prompted(load(model), samples, run, prompt)
+    _require_speech(model)
+    asked = replace(asked, samples=samples)
     (where,) = probed_sites(run, model, [site or run.best.name], role)
     if asked.names and gazetteer is None:
         from ..data.demos.gazetteer import gazetteer as default
@@ -191,7 +197,7 @@ def steer(
     info: dict[str, Any] = {
         "model": model.name, "data": samples.source, "run": str(run.path or ""),
         "site": where.site, "pool": where.probe.pool,
-        "prompt": next(iter(model.prompts), ""), "role": where.role,
+        "prompt": prompt or next(iter(_prompts(run)), ""), "role": where.role,
         "phase": wanted, "mode": mode, "shares": list(asked.shares),
         "ranking": ranking or "coef_std", "controls": there, "left_out": dict(lost),
         "read_at": "" if later is None else later.name, "names": dict(asked.names),
@@ -207,6 +213,8 @@ def steer(
         "shares": [share for share, _ in arms.written],
         "samples": asked.ids[asked.rows[targets]].tolist(),
     }
+    both = np.concatenate([written.sources[kept], written.targets[kept]])
+    info["samples"] = known.about(asked, answers, distinct(both)[0])
     clock.begin("summing up")
     summary = summarise(table, seed=seed)
     info["seconds"] = clock.seconds()
@@ -348,16 +356,14 @@ def _columns(samples: Samples, names: Mapping[str, str] | None) -> dict[str, str
     return {level: names[level] for level in LEVELS if level in names}
 
 
-def _ready(model: Model, samples: Samples) -> Model:
-    """Return the model as it reads the samples, and refuse one that makes no text."""
-    model = model.reading(samples.kind)
+def _prompts(run: Run) -> Sequence[str]:
+    return run.info.get("arguments", {}).get("prompts") or []
+
+
+def _require_speech(model: Model) -> None:
     if not can_generate(model):
         raise ValueError(f"{model.name} makes no text: it has no language model to steer")
     require_tokenizer(model)
-    if len(model.prompts) > 1:
-        msg = f"{model.name} would be asked {len(model.prompts)} prompts: choose one by "
-        raise ValueError(msg + "model.asking([prompt])")
-    return model
 
 
 def _phase(site: str, role: str) -> Phase:
@@ -421,6 +427,19 @@ class _Names:
         return named(
             text, self.places[of], self.gazetteer, beside=other, prompt=self.prompts[asked]
         )
+
+    def about(
+        self, asked: _Asked, answers: Sequence[str], numbers: Index
+    ) -> dict[str, dict[str, Any]]:
+        """What distinct samples are asked, answer unedited and are called, by id: for people."""
+        ids, found = asked.ids[asked.rows], dict[str, dict[str, Any]]()
+        for n in numbers.tolist():
+            names = {
+                level: list(self.gazetteer.names(level, value)) if self.gazetteer else []
+                for level, value in self.places[n].items()
+            }
+            found[str(ids[n])] = {"asked": self.prompts[n], "answer": answers[n], "names": names}
+        return found
 
     def spot(self, asked: _Asked, number: int) -> study.Spot:
         """What the study looks for; codes, which it did not have, are names."""

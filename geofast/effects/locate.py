@@ -24,9 +24,10 @@ from ..steering.generation import States
 from ..steering.make import patch, set_to, swap
 from .dims import ranked_dims
 from .intervals import bootstrap_means
-from .odds import BYTES, Asked, next_tokens, odds, of_site, states_of
+from .odds import BYTES, Asked, next_tokens, odds, states_of
 from .pairs import Pairs
 from .probed import Probed, probed_sites
+from .prompted import prompted
 from .writing import about, save, with_ends
 
 MODES = ("swap", "set", "patch")
@@ -109,6 +110,7 @@ def locate(
     *,
     names: str | Mapping[str, str],
     gazetteer: Gazetteer | None = None,
+    prompt: str | None = None,
     sites: str | Sequence[str] | None = None,
     shares: Sequence[float] = (0.1, 0.2, 0.4, 1.0),
     modes: str | Sequence[str] = ("swap",),
@@ -127,10 +129,9 @@ def locate(
     Parameters
     ----------
     model
-        From `load`, or what it takes. One that talks about images is asked its one prompt; see
-        `Model.asking`.
+        From `load`, or what it takes.
     data
-        Samples, or what `data.read` takes. Texts are asked as they are.
+        Samples, or what `data.read` takes.
     pairs
         Columns `source` and `target`, ids of samples; or a CSV with them. The source is run and
         edited; the target's state, or place, is written into it.
@@ -144,6 +145,9 @@ def locate(
     gazetteer
         That has the usual name of a value at a level; None takes the one of GeoNames that the demos
         fetch.
+    prompt
+        The words that texts stand in, or what is asked about images: one of the run's. None takes
+        its only one.
     sites
         Names or globs of sites that the run probed, None for all; see `probed_sites`.
     shares
@@ -181,19 +185,19 @@ def locate(
     model = model if isinstance(model, Model) else load(model)
     samples = data if isinstance(data, Samples) else read(data)
     run = run if isinstance(run, Run) else open_run(run)
-    model = model.reading(samples.kind)
+    model, samples, run = prompted(model, samples, run, prompt)
     given = Pairs.of(pairs, samples)
     column, words = _words(given, names, gazetteer)
     trials = _trials(run, probed_sites(run, model, sites, role), several, shares, ranking, seed)
     asked = Asked.of(model, *given.inputs(), *words)
     kept = given.take(asked.kept)
     setting = {trial: trial.set_to(kept) for trial in trials if trial.mode == "set"}
-    wanted = [(t.at.site, t.at.role) for t in trials if t.mode != "set"]
-    held = states_of(model, asked, wanted, batch_size)
+    wanted = [t.key for t in trials if t.mode != "set"]
+    held = states_of(model, asked.targets, wanted, batch_size)
     goal = next_tokens(model, asked.targets, batch_size)
     effect, damage = {}, {}
     for part in _parts(trials, held, len(asked)):
-        each = [setting.get(t) or t.write(held[t.at.role], asked.of_pair) for t in part]
+        each = [setting.get(t) or t.write(held[t.key], asked.of_pair) for t in part]
         made = odds(model, asked, goal, [[edit] for edits in each for edit in edits], batch_size)
         counts = [len(edits) for edits in each]
         effect |= dict(zip(part, made.effect.split(counts), strict=True))
@@ -265,6 +269,11 @@ class _Trial:
     """int64 [m] as `dims`; empty where all are edited."""
 
     @property
+    def key(self) -> tuple[str, str]:
+        """Its site and role."""
+        return self.at.site, self.at.role
+
+    @property
     def several(self) -> list[torch.Tensor]:
         """The dimensions of each of its arms."""
         return [self.dims, self.random] if len(self.random) else [self.dims]
@@ -284,15 +293,14 @@ class _Trial:
     def write(self, held: States, of_pair: torch.Tensor) -> list[Edit]:
         """Make the edits that write the targets' states, each the number of a pair's target."""
         site, width = self.at.site, len(self.at.probe.coef)
-        one = of_site(held, site)
-        if (have := one.at[site].shape[-1]) != width:
+        if (have := held.at[site].shape[-1]) != width:
             raise ValueError(
                 f"{site} is {have} wide, and the run's probe there is {width}: take a run of this "
                 "model"
             )
         if self.mode == "patch":
-            return [patch(one).take(of_pair)]
-        return [swap(one, dims).take(of_pair) for dims in self.several]
+            return [patch(held).take(of_pair)]
+        return [swap(held, dims).take(of_pair) for dims in self.several]
 
 
 def _trials(
@@ -318,7 +326,7 @@ def _trials(
 
 
 def _parts(
-    trials: Sequence[_Trial], held: Mapping[str, States], pairs: int
+    trials: Sequence[_Trial], held: Mapping[tuple[str, str], States], pairs: int
 ) -> Iterator[list[_Trial]]:
     """Part trials into those that are run in one call, their edits in memory together."""
     if late := [trial for trial in trials if trial.is_late]:
@@ -326,7 +334,7 @@ def _parts(
     part: list[_Trial] = []
     size = 0
     for trial in (trial for trial in trials if not trial.is_late):
-        x = held[trial.at.role].at[trial.at.site] if trial.mode != "set" else torch.empty(1, 1, 0)
+        x = held[trial.key].at[trial.at.site] if trial.mode != "set" else torch.empty(1, 1, 0)
         more = pairs * x.shape[1] * sum(map(len, trial.several)) * x.element_size()
         if part and size + more > BYTES:
             yield part

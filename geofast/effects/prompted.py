@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..data import Samples
 from ..extract import worded
 from ..models import Model
@@ -10,7 +12,7 @@ from ..run import Run
 
 def prompted(
     model: Model, samples: Samples, run: Run, prompt: str | None = None
-) -> tuple[Model, Samples, str]:
+) -> tuple[Model, Samples, Run]:
     """Put texts into a run's prompt, or have the model ask it about images.
 
     Parameters
@@ -28,8 +30,8 @@ def prompted(
     -------
     model, samples
         To be run: inputs go into the model as they went into it for the run.
-    label : str
-        The prompt in the names of the run's probes; empty where it has one prompt or none.
+    run
+        Without what it found of other prompts.
 
     Raises
     ------
@@ -44,10 +46,12 @@ def prompted(
     if prompt is not None and prompt not in many:
         raise ValueError(f"the run was never asked {prompt!r}; its prompts: {told}")
     chosen = many[0] if prompt is None and many else prompt
-    label = str(chosen) if len(many) > 1 else ""
+    if len(many) > 1:
+        probes = {name: probe for name, probe in run.probes.items() if probe.prompt == chosen}
+        run = replace(run, layers=run.layers[run.layers["prompt"] == chosen], probes=probes)
     model = model.reading(samples.kind)
     if chosen is None:
-        return model, samples, label
+        return model, samples, run
     if samples.kind == "text":
-        return model, worded(samples, chosen)[""], label
-    return model.asking([chosen]), samples, label
+        return model, worded(samples, chosen)[""], run
+    return model.asking([chosen]), samples, run

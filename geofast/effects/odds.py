@@ -151,24 +151,17 @@ def next_tokens(model: Model, inputs: Sequence[Any], batch_size: int) -> torch.T
 
 
 def states_of(
-    model: Model, asked: Asked, wanted: Sequence[tuple[str, str]], batch_size: int
-) -> dict[str, States]:
-    """Keep the targets' states at sites and tokens of roles, by role: one pass over them for each.
-
-    `wanted` are sites and roles.
-    """
-    sites: dict[str, dict[str, None]] = {}
+    model: Model, inputs: Sequence[Any], wanted: Sequence[tuple[str, str]], batch_size: int
+) -> dict[tuple[str, str], States]:
+    """Keep the states of inputs at sites and the tokens of roles: one pass for a tower and role."""
+    found: dict[tuple[str, str], States] = {}
+    groups: dict[tuple[str, str], dict[str, None]] = {}
     for site, role in wanted:
-        sites.setdefault(role, {})[site] = None
-    return {
-        role: states(model, asked.targets, list(some), role, batch_size=batch_size)
-        for role, some in sites.items()
-    }
-
-
-def of_site(held: States, site: str) -> States:
-    """Return the states at one of their sites."""
-    return replace(held, at={site: held.at[site]})
+        groups.setdefault((site.partition(".")[0], role), {})[site] = None
+    for (_, role), sites in groups.items():
+        held = states(model, inputs, list(sites), role, batch_size=batch_size)
+        found |= {(site, role): replace(held, at={site: held.at[site]}) for site in sites}
+    return found
 
 
 def is_late(model: Model, edit: Edit) -> bool:

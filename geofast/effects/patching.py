@@ -16,10 +16,9 @@ from ..models import Model, Site, Tower
 from ..report.numbers import number
 from ..report.text import Table, clip_label, fill
 from ..steering.edit import EDIT_ROLES, Edit
-from ..steering.generation import states
 from ..steering.make import patch
 from .intervals import bootstrap_means
-from .odds import BYTES, Asked, next_tokens, odds, of_site, prompt_ids, states_of
+from .odds import BYTES, Asked, next_tokens, odds, prompt_ids, states_of
 from .pairs import once
 from .writing import about, save
 
@@ -43,8 +42,8 @@ class Patched:
         much. Each with the ends of its 95 % bootstrap interval over pairs, `_low` and `_high`, of
         the share linearised.
     info : dict
-        What was asked, and what it ran on; `target_effect`, the mean change when the target itself
-        is asked.
+        What was asked, and what it ran on; `tokens`, in the order of figures; `target_effect`, the
+        mean change when the target itself is asked.
     """
 
     table: pd.DataFrame
@@ -55,10 +54,10 @@ class Patched:
 
         A role that a tower does not have is missing there.
         """
-        sites = self.table["site"].drop_duplicates()
+        sites = self.table["site"].unique()
         by_token = self.table.groupby("token", sort=False)
         columns = {token: rows.set_index("site")[value] for token, rows in by_token}
-        return pd.DataFrame(columns).reindex(sites)
+        return pd.DataFrame(columns).reindex(index=sites, columns=self.info["tokens"])
 
     def __repr__(self) -> str:
         sites, tokens = self.grid().shape
@@ -149,8 +148,8 @@ def patching(
     if in_text and (positions is None or positions or {"text", "all"} & {*roles}):
         _check_lengths(model, asked, positions or [])
     goal = next_tokens(model, asked.targets, batch_size)
-    held = states_of(model, asked, where, batch_size)
-    arms = [[patch(of_site(held[role], site)).take(asked.of_pair)] for site, role in where]
+    held = states_of(model, asked.targets, where, batch_size)
+    arms = [[patch(held[key]).take(asked.of_pair)] for key in where]
     made = odds(model, asked, goal, arms, batch_size)
     found: dict[tuple[str, Token], torch.Tensor] = dict(zip(where, made.effect, strict=True))
     if positions is None or positions:
@@ -158,10 +157,12 @@ def patching(
             model, asked, [site.name for site in chosen], positions, batch_size
         ):
             found |= dict(zip(keys, odds(model, asked, goal, some, batch_size).effect, strict=True))
-    order = {site.name: i for i, site in enumerate(chosen)}
-    table = _table(dict(sorted(found.items(), key=lambda one: order[one[0][0]])), made.whole, seed)
+    single = sorted({token for _, token in found if isinstance(token, int)})
+    every = [*roles, *single]
+    rows = [(site.name, token) for site in chosen for token in every]
+    table = _table({key: found[key] for key in rows if key in found}, made.whole, seed)
     info = {
-        **about(model), "seed": seed, "target_effect": float(made.whole.mean()),
+        **about(model), "tokens": every, "seed": seed, "target_effect": float(made.whole.mean()),
         "pairs": {"asked": len(names), "used": len(asked), "alike": len(names) - len(asked)},
         "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
@@ -226,10 +227,12 @@ def _single(
     At all other tokens they write the source's own state, which is there already.
     """
     sources, of_source = once(asked.sources)
-    own = states(model, sources, sites, "all", batch_size=batch_size)
-    theirs = states(model, asked.targets, sites, "all", batch_size=batch_size)
+    everywhere = [(site, "all") for site in sites]
+    own, theirs = (
+        states_of(model, inputs, everywhere, batch_size) for inputs in (sources, asked.targets)
+    )
     for site in sites:
-        mine, others = own.at[site], theirs.at[site]
+        mine, others = (held[site, "all"].at[site] for held in (own, theirs))
         if mine.shape[1:] != others.shape[1:]:
             msg = f"sources have {mine.shape[1]} tokens at {site}, and targets {others.shape[1]}"
             raise ValueError(f"{msg}: take inputs of one number")

@@ -31,37 +31,42 @@ OTHER = "other"
 """Level of a name that is none of these, but has one inside: the Gulf of Mexico, Latin America."""
 
 _COMMON = """
-    acre acres afar airport along also anchor anew apex apple archway as ash aurora badger bake
-    bank bar barking bath batman bay beach bear begun bell bend best big black blue bolt bone
-    boom borne boulder bow bra brick bride bridge brown brush buffalo bury bush butterfly button
-    buy camp can canton cascade cat center central centre centurion century chad cherry china
-    church city clay coast cocoa coin colon columbine come commonwealth concord converse cork
-    corner cove creek crystal daisy date deal defiance delta diamond dig dire do dole dome dour
-    drama eagle east eastern eden enterprise erode evergreen fair falcon far fate federal fish
-    flag fleet flint flora fold force forest fort fountain fox freedom gap garden gate gay genet
-    glass god goes gold golden good goodyear gore grad grapevine gray great green grove guinea
-    hale harmony harrow heath hem high highland hill hills hire his hit ho holiday homestead
-    hook horde horn house hub hue hull human humble hurricane imperial in independence is island
-    it ivy jam jersey jordan joy justice keystone king lake lakeside laurel lead leek leer lend
-    lens level liberal liberty lice lily lime log lone long lop lower magenta mainland male man
-    manage mango manly march marina maritime mark market marsh mascara mascot mead meadow media
-    mentor meridian mesa midway mile mill mine mission mobile mocha mojo mole moon moor moss
-    most mount mountain much mustang natural new nice normal north northeast northern northwest
-    of off officer ogre old on opportunity or oral orange orient oriental pace page palm
-    panorama papa para paradise paramount pare park parole pass peace pearl peel peer pen pest
-    pilot pine pinto pioneer plain plains plantation plaque plateau plum plunge polar police
-    pool pop port portage posse post pout pride prince prosper puma punch queen rapid rapids
-    reading ready red republic reservoir rest retreat reunion rich ridge riverside robin rock
-    rocky rose rouge ruby ruse rush rye saga sage saint sake sale salt sand sandy save say
-    scarlet se sea seaside sedan semi shaping she shell shone shore shush side silver sire sky
-    slough smart so soda sound south southern southwest sparks split spring springs star steel
-    stella stoke stone store story stow success sue sugar sulphur summer summit sun sunrise
-    sunset superior surprise swan sweet table tag tame tank temple terrace than the thunder tide
-    tiger time tip tire to tome torrent tour tower trail tree trinity troll turbo turkey turn
-    twin un under union unity university upland uptown us vale valley valve van victor view
-    village vineyard vista walnut ware water wave wedding weed weir welcome well wells west
-    western wheeling white wing winter wolf wonder wood woodland worth yard ye yellow yoga young
-    zeta
+    acre acres afar airport alley alliance along also amen anchor anew annex anthem apex apple
+    archway as ash aurora badger bake bale bane bank bar barking basic bath batman bay beach
+    bear begun bell bend bender best big black blue bolt bone bong boom borne boulder bow bra
+    brick bride bridge brown brush buffalo bury bush butterfly button buy caller camp can canton
+    capital cascade cat center central centre centurion century chad cherry china church city
+    clay coast cocoa coin colon columbine come commonwealth conception concord confederation
+    converse cork corner corona cove creek crystal cypress daisy dandy date deal defiance deli
+    delta diamond dig dining dire do dole dome dour drama drug dual eagle east eastern eden elk
+    enterprise erode evergreen fair falcon far fate federal fish flag fleet flint flora fold
+    force forest fort fountain fox free freedom gap garden gate gay genes genet glass god goes
+    gold golden good goodyear google gore grad grapevine gray great green grenade grove guinea
+    hail hale hang harmony harrow heath hem high highland hill hills hillside hire his hit ho
+    holiday homestead homo hook horde horn house hub hue hull human humble hurricane imperial in
+    independence is island it ivy jam jersey jordan joy justice kale keystone king lac lake
+    lakeside lama laurel lead leek leer lend lens level liberal liberty lice lily lime limo lion
+    log logos lone long lop lower luck magenta mainland male man manage manga mango manly march
+    marina maritime mark market marsh mascara mascot mead meadow media meds mentor meridian mesa
+    meta midland midway mile mill mine mission mobile mocha mojo mole mon mono monster moon moor
+    moss most mount mountain much mustang name natural new nice normal north northeast
+    northeastern northern northwest od ode of off officer ogre okay old on opportunity or oral
+    orange orient oriental overland pa pace page palm panda panorama papa para paradise
+    paramount pare park parole pass peace pearl peel peer pen pest pets pilot pine pinto pioneer
+    plain plains plantation plaque plateau plum plunge polar police pool pop port portage posse
+    post pout pride prince pristine prosper puma punch queen rapid rapids reading ready red
+    republic reservoir rest retreat reunion rich ridge riverside robin rock rocky role roles
+    rose rouge ruby ruse rush rye saga sage saint sake sal sale salt same sand sandy savage save
+    say scarlet se sea seaside sedan semi shaping she shell shone shore shush side silver sire
+    sky slough smart so soda solo soma soul sound sour south southeastern southern southwest
+    sparks split spoken spring springs star steel stella stoke stone store story stow success
+    sue sugar sulphur summer summit sun sunrise sunset superior sur surprise swan sweet table
+    tag tame tango tank tape temple tequila terrace than the thorn thunder tide tiger time tip
+    tire to tome torn torrent tour tower trail tree trident trinity troll tunes turbo turk
+    turkey turn twin un under union unity university upland uptown us vale valley valve van
+    vicar victor view village vine vineyard vista wa walnut ware water wave wedding weed weir
+    welcome well wells west western wheeling white wing winter wolf wonder wood woodland worth
+    yard ye yellow yoga young zeta
 """
 COMMON = frozenset(_COMMON.split())
 """Lower-case English words that are names of places as well."""
@@ -147,34 +152,35 @@ class Gazetteer:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.entries = tuple(entries)
-        self._phrases: dict[str, list[int]] = {}
+        self._phrases: dict[str, tuple[int, ...]] = {}
         self._forms: dict[str, str] = {}
         self._longest: dict[str, int] = {}
         self._codes: dict[tuple[str, str], int] = {}
         self._usual: list[str] = []
         self._known: dict[tuple[object, ...], Entry | None] = {}
-        self._demonyms: dict[str, list[int]] = {}
+        self._demonyms: dict[str, tuple[int, ...]] = {}
         for row, entry in enumerate(self.entries):
             _check(row, entry)
             self._usual.append(name_key(entry.name))
-            for name in (entry.name, *entry.aliases):
-                self._add(row, name, self._phrases)
+            self._add(self._phrases, row, entry.name, self._usual[-1])
+            for name in entry.aliases:
+                self._add(self._phrases, row, name, name_key(name))
+            for name in entry.demonyms:
+                self._add(self._demonyms, row, name, name_key(name))
             for code in entry.codes:
                 self._codes.setdefault((entry.level, code), row)
-            for demonym in entry.demonyms:
-                self._add(row, demonym, self._demonyms)
 
-    def _add(self, row: int, name: str, table: dict[str, list[int]]) -> None:
-        if not (key := name_key(name)):
+    def _add(self, table: dict[str, tuple[int, ...]], row: int, name: str, key: str) -> None:
+        if not key:
             return
-        rows = table.setdefault(key, [])
-        if not rows:
+        if key not in table:  # tuples of numbers cost the garbage collector nothing, lists do
+            table[key] = (row,)
             self._forms.setdefault(key, name)
-            found = key.split(" ")
-            if len(found) > self._longest.get(found[0], 0):
-                self._longest[found[0]] = len(found)
-        if row not in rows[-1:]:
-            rows.append(row)
+            first, n = key.split(" ", 1)[0], key.count(" ") + 1
+            if n > self._longest.get(first, 0):
+                self._longest[first] = n
+        elif table[key][-1] != row:
+            table[key] += (row,)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -206,7 +212,9 @@ class Gazetteer:
         if level not in LEVELS:
             msg = f"A place has the levels {', '.join(LEVELS)}, not {level!r}."
             raise ValueError(msg)
-        if not isinstance(value, str) or not name_key(value):  # a missing cell of a table is NaN
+        if not isinstance(value, str):  # a missing cell of a table is NaN
+            return None
+        if not name_key(value) and (level, value.strip()) not in self._codes:
             return None
         around = tuple((key, other) for key, other in place.items() if key != level)
         asked = (level, value, around)
@@ -247,20 +255,20 @@ class Gazetteer:
                 if key in self._demonyms and text.is_adjective(i, i + n):
                     yield self._mention(text, i, i + n, key, self._demonyms[key])
 
-    def _meant(self, text: _Read, i: int, end: int, key: str) -> list[int]:
+    def _meant(self, text: _Read, i: int, end: int, key: str) -> tuple[int, ...]:
         """Of the entries of a name, those that words i to end may mean, by their capitals."""
         rows = self._phrases[key]
-        large = [r for r in rows if self.entries[r].level not in ("place", "region")]
+        large = tuple(r for r in rows if self.entries[r].level not in ("place", "region"))
         alike = _written_like(text.written[i:end], self._forms[key])
         if key in COMMON:
             if not alike or not text.written[i][0].isupper():
-                return []
+                return ()
             return large if text.starts(i) and not text.stops(end) else rows
         if alike or not text.capitals:
             return rows
-        return large if len(key) > 3 else []  # "us" and "uk" are not so excused
+        return large if len(key) > 3 else ()  # "us" and "uk" are not so excused
 
-    def _mention(self, text: _Read, i: int, end: int, key: str, rows: list[int]) -> Mention:
+    def _mention(self, text: _Read, i: int, end: int, key: str, rows: tuple[int, ...]) -> Mention:
         entries = tuple(self.entries[row] for row in rows)
         return Mention(text.spans[i][0], text.spans[end - 1][1], key, entries)
 
@@ -331,9 +339,13 @@ def words(text: str) -> list[str]:
 
 
 def name_key(name: str) -> str:
-    """Return the words of a name, as `words` has them, joined by blanks; "" of a blank name."""
+    """Return the words of a name, as `words` has them, joined by blanks; "" without letters."""
     plain = _plain(name)
-    if _SIMPLE.fullmatch(plain):  # most names: four times as fast
+    if plain.isalpha() and plain.isascii():  # most names: ten times as fast
+        return _SHORT.get(plain, plain)
+    if not any(map(str.isalpha, plain)):
+        return ""
+    if _SIMPLE.fullmatch(plain):
         return " ".join([_SHORT.get(word, word) for word in plain.replace("-", " ").split()])
     return " ".join(words(name))
 
@@ -372,11 +384,12 @@ def _read(text: str) -> _Read:
     spans: list[tuple[int, int]] = []
     for match in _TOKEN.finditer(text):
         token = match.group()
-        if token in _SOFT:
+        fold = _fold(token)
+        if fold in _SOFT or not fold.strip(" "):
             continue
         if token == "." and written and _abbreviates(written[-1]):
             continue
-        folded.append(_fold(token))
+        folded.append(fold)
         written.append(token)
         spans.append(match.span())
     return _Read(folded, written, spans, text != text.lower())
@@ -401,7 +414,10 @@ def _abbreviates(word: str) -> bool:
 
 def _written_like(written: list[str], form: str) -> bool:
     """Tell whether words have the capitals that a table gives them."""
-    for word, pattern in zip(written, _read(form).written, strict=True):
+    patterns = _read(form).written
+    if len(patterns) != len(written):  # a ligature that folds into several words
+        return False
+    for word, pattern in zip(written, patterns, strict=True):
         if pattern.isupper() and 1 < len(pattern) <= 3:
             if not word.isupper():
                 return False

@@ -362,22 +362,20 @@ def _places(
         largest.setdefault(key, place["population"])
     for own, place in zip(keys, places, strict=True):
         code = f"{place['countrycode']}.{place['admin1code']}"
-        aliases: dict[str, str] = {}
+        aliases: list[str] = []
         if place["population"] >= ALIASED:
             for alias in place["alternatenames"]:
                 if not _LATIN.fullmatch(alias) or alias.isupper():
                     continue
                 key = name_key(alias)
-                if key == own or key in taken or key in COMMON:
+                if alias == place["name"] or key in taken or key in COMMON:
                     continue
-                if key in aliases and alias.isascii():  # rather with its accents
-                    continue
-                if largest.get(key, 0) * 10 <= place["population"]:
-                    aliases[key] = alias
+                if key == own or largest.get(key, 0) * 10 <= place["population"]:
+                    aliases.append(alias)
         yield Entry(
             "place",
             place["name"],
-            tuple(aliases.values()),
+            tuple(aliases),
             code if code in regions else place["countrycode"],
             (str(place["geonameid"]),),
         )

@@ -490,9 +490,8 @@ def _steer(o: argparse.Namespace) -> None:
 
     out = o.out.expanduser().resolve()
     if (out / "steering.json").exists() and not o.overwrite:
-        raise FileExistsError(
-            f"{out} holds an experiment: pass --overwrite, or choose another path"
-        )
+        msg = f"{out} holds an experiment already; pass --overwrite, or choose another path"
+        raise FileExistsError(msg)
     if not (out / "steering.json").exists():
         _folder.check_free(out, overwrite=False)
     with _whoever_listens():

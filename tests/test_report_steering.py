@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from geofast.effects import outcome
 from geofast.effects.arms import CONTROLS
 from geofast.effects.outcome import Steered, summarise
 from geofast.geo import great_circle_km
@@ -50,7 +52,7 @@ def example(
     table = pd.DataFrame(rows).astype(dict.fromkeys(truths, "boolean"))
     said: dict[str, object] = {
         "model": "hf:org/small-lm", "data": "cities.csv", "run": "runs/lm", "site": "lm.layers.7",
-        "pool": "last", "prompt": "The city of {name} is in", "role": "last", "phase": "both",
+        "pool": "last", "prompt": "", "role": "last", "phase": "both",
         "mode": "swap", "shares": list(shares), "ranking": "coef_std", "controls": list(controls),
         "left_out": {}, "read_at": "lm.layers.20", "names": {"country": "country"},
         "level": "country", "keep": "known", "protocol": "corrected", "seed": 0,
@@ -60,6 +62,7 @@ def example(
         },
         "samples": {
             i: {
+                "asked": f"The city of {name} is in",
                 "names": {"place": [name], "country": ALIASES.get(country, [country])},
                 "answer": f"{country}. It is a city by the sea.",
             }
@@ -93,6 +96,249 @@ def _row(
         "target_latitude": there[0], "target_longitude": there[1],
         "reading_latitude": at[0], "reading_longitude": at[1],
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_draws() -> Iterator[None]:
+    """Intervals and p-values are not what is tested here, and ten thousand draws take time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome, "bootstrap_means", partial(outcome.bootstrap_means, draws=200))
+        patch.setattr(outcome, "sign_flip", partial(outcome.sign_flip, draws=200))
+        yield
+
+
+@pytest.fixture(scope="module")
+def several(fewer_draws: None) -> Steered:
+    return example(30, shares=(0.2, 0.8))
+
+
+def change(made: Steered, arm: str, **columns: object) -> Steered:
+    """Put numbers into all rows of an arm."""
+    pairs = made.pairs.copy()
+    for name, value in columns.items():
+        pairs.loc[pairs["arm"] == arm, name] = value
+    return Steered(pairs, summarise(pairs), made.info)
+
+
+# ---------------------------------------------------------------- the finding
+
+
+def test_the_finding_is_true_of_the_numbers(several: Steered) -> None:
+    first, odds, read, damage = steering_text.finding(several)
+    table = several.summary.set_index(["arm", "share"])
+    rates = (100 * table["moved"]).round().astype(int)
+    low, high = (round(100 * table[f"moved_{end}"]["edit", 0.8]) for end in ("low", "high"))
+    assert first == (
+        "With 80 % of the dimensions of lm.layers.7 swapped (the best of 2 shares), small-lm names "
+        f"the target's place in {rates['edit', 0.8]} % of 30 answers (95 % interval {low} to "
+        f"{high}), more than with every control: random dims {rates['random dims', 0.8]} %, random "
+        f"direction {rates['random direction', 0.8]} %, shuffled labels "
+        f"{rates['shuffled labels', 0.8]} % and mean difference {rates['mean difference', 0.8]} %."
+    )
+    assert f"are {table['log_odds']['edit', 0.8]:.2f} nats (unedited " in odds
+    assert f"{table['km']['edit', 0.8]:,.0f} km from the target (unedited " in read
+    assert f"KL {table['kl']['edit', 0.8]:.2f} nats (unedited 0.00, random dims " in damage
+
+
+def test_what_controls_do_as_well_is_not_claimed() -> None:
+    alike = dict.fromkeys(CONTROLS, STRENGTH["edit"])
+    made = example(30, shares=(0.8,), strength=alike)
+    first = steering_text.finding(made)[0]
+    assert ", no more than with its controls: random dims 63 %, random direction 63 %" in first
+    one = example(30, shares=(0.8,), strength={"mean difference": 0.78})
+    first = steering_text.finding(one)[0]
+    assert ", more than with random dims " in first
+    assert re.search(r" and shuffled labels \d+ %, but not clearly more than with mean diff", first)
+
+
+def test_a_test_is_passed_for_every_share_that_was_tried() -> None:
+    """Six pairs that differ: p = .031 once, but not of the best of two shares."""
+    made = example(30, shares=(0.8,), controls=("random dims",))
+    made = change(made, "random dims", moved=False)
+    moved = made.pairs.index[made.pairs["arm"] == "edit"]
+    made.pairs.loc[moved, "moved"] = np.arange(30) < 6
+    once = Steered(made.pairs, summarise(made.pairs), made.info)
+    assert once.summary.set_index("arm")["moved_p"]["edit"] == pytest.approx(2 / 2**6)
+    assert steering_text.clearly_more(once, 0.8, "random dims")
+    less = made.pairs[made.pairs["share"] > 0].assign(share=0.2)
+    less.loc[less["arm"] == "edit", "moved"] = False
+    both = pd.concat([made.pairs, less], ignore_index=True)
+    twice = Steered(both, summarise(both), made.info)
+    assert not steering_text.clearly_more(twice, 0.8, "random dims")
+    said = "not clearly more than with its controls: random dims 0 %."
+    assert steering_text.finding(twice)[0].endswith(said)
+
+
+def test_an_edit_that_never_moves_an_answer_says_so() -> None:
+    made = example(20, shares=(0.4,), strength=dict.fromkeys(STRENGTH, 0))
+    first = steering_text.finding(made)[0]
+    assert "small-lm never names the target's place (20 answers), no more than with its" in first
+    alone = example(20, shares=(0.4,), controls=(), mode="set")
+    first = steering_text.finding(alone)[0]
+    assert first.startswith("With the reading at lm.layers.7 set to the target in 40 % of the dim")
+    assert first.endswith("; no control was run, so any edit may do as much.")
+
+
+def test_answers_that_tell_nothing_are_not_counted(several: Steered) -> None:
+    pairs = several.pairs.copy()
+    trivial = pairs["source"] == "oslo"
+    pairs.loc[trivial, "moved"] = pd.NA
+    left = len(pairs[(pairs["arm"] == "none") & ~trivial])
+    first = steering_text.finding(Steered(pairs, summarise(pairs), several.info))[0]
+    assert f"% of {left} answers" in first
+    pairs["moved"] = pd.array([pd.NA] * len(pairs), "boolean")
+    first = steering_text.finding(Steered(pairs, summarise(pairs), several.info))[0]
+    assert first.startswith("The log odds of the target's name")
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_lines_are_the_summary_and_bars_its_intervals(several: Steered) -> None:
+    figure = steering_figures.effect_and_damage(several)
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    titles = [axes.get_title(loc="left") for axes in panels]
+    assert [t.split(":")[0] for t in titles] == ["Effect", "Effect", "Damage", "Effect"]
+    table = several.summary[several.summary["arm"] == "edit"]
+    for axes, measure in zip(panels, ("moved", "log_odds", "kl", "moved"), strict=True):
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        assert {"edit", *(f"control: {c}" for c in CONTROLS)} <= set(lines)
+        np.testing.assert_allclose(lines["edit"].get_ydata(), table[measure])
+        ends = np.array(axes.collections[0].get_segments())[:, :, 1]
+        if axes is not panels[3]:
+            np.testing.assert_allclose(ends, table[[f"{measure}_low", f"{measure}_high"]])
+    over = {line.get_label(): line for line in panels[3].get_lines()}
+    np.testing.assert_allclose(over["edit"].get_xdata(), table["kl"])
+    styles = [(line.get_color(), line.get_marker()) for line in list(over.values())[:5]]
+    assert len({c for c, _ in styles}) == len({m for _, m in styles}) == 5
+
+
+def test_one_share_has_panels_over_damage_alone() -> None:
+    figure = steering_figures.effect_and_damage(example(10, shares=(0.4,)))
+    labels = [axes.get_xlabel() for axes in figure.axes]
+    assert labels == ["damage: KL from the unedited model, nats"] * 2
+
+
+def test_arrows_end_where_the_probe_reads(several: Steered) -> None:
+    from matplotlib.patches import FancyArrowPatch
+
+    figure = steering_figures.map_of_readings(several)
+    for axes, arm in zip(figure.axes, ("edit", "random dims"), strict=False):
+        rows = steering_text.of_arm(several, arm, 0.8).head(steering_figures.MAP_PAIRS)
+        arrows = [p._posA_posB for p in axes.patches if isinstance(p, FancyArrowPatch)]
+        assert len(arrows) == 3 * len(rows)  # those that cross the date line come in twice
+        starts, ends = (np.array([a[i] for a in arrows]) for i in range(2))
+        there = rows[["reading_longitude", "reading_latitude"]].to_numpy()
+        for place in there:
+            off = (ends - place + [180, 0]) % 360 - [180, 0]
+            assert np.abs(off).sum(1).min() < 1e-9
+        assert np.abs((ends - starts)[:, 0]).max() <= 180
+    assert "Control: random dims: 24 of 30 pairs drawn, median" in figure.axes[1].get_title("left")
+
+
+def test_without_readings_there_is_no_map(several: Steered) -> None:
+    pairs = several.pairs.assign(reading_latitude=np.nan, reading_longitude=np.nan, km=np.nan)
+    made = Steered(pairs, summarise(pairs), several.info | {"read_at": ""})
+    assert not steering_figures.has_map(made)
+    assert len(steering_text.finding(made)) == 3
+    assert "km to target" not in steering_text.effect_table(made).headers
+
+
+# ---------------------------------------------------------------- examples
+
+
+def test_examples_are_the_first_pairs_whatever_became_of_them(several: Steered) -> None:
+    found = steering_text.examples(several, 5)
+    rows = steering_text.of_arm(several, "edit", 0.8).head(5)
+    first = [CITIES[s] for s in rows["source"]]
+    assert [one.source for one in found] == [f"{name}, {country}" for name, country, *_ in first]
+    heads = ["source, unedited", "target, unedited", "source, edited", "source, random dims"]
+    assert all([*one.answers] == heads for one in found)
+    assert [one.answers["source, edited"].text for one in found] == rows["answer"].tolist()
+    moved = [one.answers["source, edited"].verdict for one in found]
+    assert [("target's country" in v) for v in moved] == rows["moved"].tolist()
+    assert False in rows["moved"].tolist()
+    assert True in rows["moved"].tolist()
+
+
+def test_names_are_marked_as_whole_words_and_other_words_are_harmless() -> None:
+    one = steering_text.Example(
+        "Lyon, France", "Denver, United States", ("Lyon", "France"),
+        ("Denver", "United States", "US"), {},
+    )  # fmt: skip
+    answer = "<b>Usual</b> france, the united states (US) & Lyonnais"
+    marked = steering._marked(answer, one, steering.escape, "[{}]", "({})")
+    expected = "&lt;b&gt;Usual&lt;/b&gt; (france), the [united states] ([US]) &amp; Lyonnais"
+    assert marked == expected
+
+
+# ---------------------------------------------------------------- pages
+
+
+@pytest.fixture(scope="module")
+def folder(several: Steered, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("steered")
+    several.info["left_out"] = {"mean difference": "the run keeps no rows"}
+    steering.write(several, made, "runs/moved")
+    del several.info["left_out"]
+    return made
+
+
+def test_the_page_needs_no_other_file(folder: Path) -> None:
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "effects.png", "map.png", "report.html",
+    ]  # fmt: skip
+    page = (folder / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 2
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
+    assert "http" not in page
+    assert page.startswith("<!doctype html>")
+
+
+def test_both_pages_say_what_was_found_and_what_it_is_for(folder: Path, several: Steered) -> None:
+    finding = " ".join(steering_text.finding(several))
+    readme, page = ((folder / name).read_text() for name in ("README.md", "report.html"))
+    for words in (
+        "Swap at lm.layers.7 of small-lm: 30 pairs of cities.csv",
+        "12 pairs left out: unedited, the model does not name the source",
+        "The first 6 pairs of the table, whatever became of them",
+        "not a tool for finding where a person is",
+        "evidence about the model",
+        f"The city of {CITIES[several.pairs['source'].iloc[0]][0]} is in",
+        "runs/moved",
+    ):
+        assert words in readme
+        assert words in page
+    assert finding in readme
+    assert '<mark class="target">' in page
+    assert "no control &#x27;mean difference&#x27;: the run keeps no rows" in page
+    rows = len(several.summary)
+    assert readme.count("| edit |") == 2 * 2
+    assert page.count('<tr><td class="word">') == 3 * rows  # effect, damage, everything
+
+
+def test_without_matplotlib_the_pages_have_no_pictures(
+    several: Steered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    made = Steered(several.pairs, several.summary, dict(several.info))
+    with pytest.warns(UserWarning, match="no pictures: figures need matplotlib"):
+        steering.write(made, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "report.html"]
+    assert "Warning: the report has no pictures" in (tmp_path / "report.html").read_text()
+
+
+def test_the_studys_scores_have_a_table() -> None:
+    made = example(10, shares=(0.4,))
+    assert steering_text.study_table(made) is None
+    scores = {f"study_{name}": name == "stability" for name in ("stability", "efficacy", "success")}
+    pairs = made.pairs.assign(**scores, study_known=True)
+    table = steering_text.study_table(Steered(pairs, summarise(pairs), made.info))
+    assert table is not None
+    assert table.headers == ["arm", "share", "n", "stability, %", "efficacy, %", "success, %"]
+    assert table.cells[1] == ["edit", "40 %", "10", "100 (100 to 100)", "0 (0 to 0)", "0 (0 to 0)"]
 
 
 if __name__ == "__main__":  # to look at the pages: python tests/test_report_steering.py FOLDER

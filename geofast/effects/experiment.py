@@ -357,7 +357,8 @@ def _columns(samples: Samples, names: Mapping[str, str] | None) -> dict[str, str
 
 
 def _prompts(run: Run) -> Sequence[str]:
-    return run.info.get("arguments", {}).get("prompts") or []
+    found: Sequence[str] = run.info.get("arguments", {}).get("prompts") or []
+    return found
 
 
 def _require_speech(model: Model) -> None:

@@ -93,6 +93,8 @@ def _method(steered: Steered) -> list[str]:
         f"A pair is a source, which is run, and a target. At {info['site']}, on the tokens of role "
         f"{info['role']!r}, {when[info['phase']]}, {what[info['mode']]}."
     ]
+    if asked := text.first_asked(steered):
+        said.append(f"The first source is asked: {asked!r}.")
     if info["mode"] != "patch" and info.get("ranking"):
         said.append(f"Dimensions are ranked by {info['ranking']}, from the run's probe there.")
     beside = [f"{c}: {text.CONTROL_WORDS.get(c, 'see the code')}" for c in text.controls(steered)]
@@ -104,8 +106,8 @@ def _method(steered: Steered) -> list[str]:
         "odds: log p(target's name) - log p(source's name) where the answer begins, in nats. KL: "
         "from the unedited model's next-token distribution, over the tokens of the unedited "
         "answer, in nats. Perplexity: of the answer, under the unedited model. Repetition: the "
-        "share of an answer's word pairs that came before in it. Stability: how much of the "
-        "unedited answer's wording, places apart, is still there (1: all)."
+        "share of an answer's word triples that it has said before. Stability: how much of the "
+        "unedited answer is still there, names of places apart (ROUGE-L; 1: all)."
     )
     said.append(
         "In parentheses, and as bars: 95 % bootstrap intervals over pairs. p: two-sided, against "
@@ -252,7 +254,7 @@ def _html(steered: Steered, folder: Path, pictures: list[str], told: Path) -> st
     body.append(f"<h2>Use</h2><p>{escape(frame.use('pairs.csv') + _EDITED)}</p>")
     body.append("<h2>Everything</h2><details><summary>The whole table, summary.csv</summary>")
     body.append(frame.table(frame.whole(steered.summary)) + "</details>")
-    facts = frame.facts(steered.info, {"warnings"})
+    facts = frame.facts(steered.info, {"warnings", "samples", "edits"})
     body.append(f"<details><summary>How it was made, steering.json</summary>{facts}</details>")
     return frame.document(text.headline(steered), [_MARKS, *body])
 

@@ -14,7 +14,6 @@ from . import world
 from .canvas import COLOURS, GREY, blank, title
 from .numbers import km
 from .steering_text import EDIT, UNEDITED
-from .text import model_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,10 +223,8 @@ def map_of_readings(steered: Steered) -> Figure:
     told = "km from the target (ring) to where the probe reads (arrowhead); dot: source"
     world.km_legend(figure, panels, norm, colours, told)
     share = text.share_words(text.shown_share(steered))
-    where = f"{steered.info['mode']} at {steered.info['site']} ({share})"
-    title(
-        figure, f"Where {model_name(steered)} has the sources at {steered.info['read_at']}, {where}"
-    )
+    where = f"after {steered.info['mode']} at {steered.info['site']} ({share})"
+    title(figure, f"Where the probe at {steered.info['read_at']} has the sources {where}")
     return figure
 
 

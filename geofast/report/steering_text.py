@@ -218,7 +218,6 @@ def effect_table(steered: Steered) -> Table:
         steered,
         {
             "moved": ("names target, %", _percent_alone),
-            "kept": ("names source, %", _percent_alone),
             "log_odds": ("log odds", _two),
             "km": ("km to target", km),
         },
@@ -230,6 +229,7 @@ def damage_table(steered: Steered) -> Table:
     return _table(
         steered,
         {
+            "kept": ("names source, %", _percent_alone),
             "kl": ("KL", _two),
             "perplexity": ("perplexity", lambda v: number(v, 1)),
             "repetition": ("repetition", _two),
@@ -323,6 +323,12 @@ def examples(steered: Steered, count: int = EXAMPLES) -> list[Example]:
         (own, first), (other, second) = (_names(steered, one) for one in (source, target))
         found.append(Example(first, second, own, other, unedited | told))
     return found
+
+
+def first_asked(steered: Steered) -> str:
+    """What the first source is asked, where the experiment says so."""
+    about = steered.info.get("samples", {}).get(str(steered.pairs["source"].iloc[0]), {})
+    return str(about.get("asked", ""))
 
 
 def _by_pair(table: pd.DataFrame) -> dict[tuple[str, str], Mapping[Any, Any]]:

@@ -1,0 +1,179 @@
+"""`geofast steer` and `geofast locate`: what they hand on, what they write, and bad input."""
+
+import json
+from importlib import import_module
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from test_report_steering import example
+
+import geofast as gf
+from geofast import cli
+from geofast.cli import main
+from geofast.effects.arms import CONTROLS
+from geofast.geo.gazetteer import Entry, Gazetteer
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A tiny model that talks, cities, a run of theirs under a prompt, and pairs."""
+    folder = tmp_path_factory.mktemp("job")
+    module = tiny.llama()
+    module.generation_config.eos_token_id = None
+    module.save_pretrained(folder / "model")
+    tiny.tokenizer().save_pretrained(folder / "model")
+    r = np.random.default_rng(0)
+    cities = pd.DataFrame(
+        {
+            "id": [f"c{i}" for i in range(24)],
+            "name": [f"w{i}" for i in range(24)],
+            "land": [f"w{40 + i}" for i in range(24)],
+            "latitude": r.uniform(-60, 60, 24),
+            "longitude": r.uniform(-170, 170, 24),
+        }
+    )
+    cities.to_csv(folder / "cities.csv", index=False)
+    run = gf.probe(
+        str(folder / "model"), gf.data.read(folder / "cities.csv"), prompts="w90 {name} w91",
+        pool="last", split=gf.KFold(2), alphas=[1.0], check=False,
+    )  # fmt: skip
+    run.save(folder / "run")
+    pairs = pd.DataFrame({"source": ["c1", "c2", "c3"], "target": ["c2", "c5", "c1"]})
+    pairs.to_csv(folder / "pairs.csv", index=False)
+    return folder
+
+
+def arguments(job, *more, command="steer"):
+    out = ["--out", str(job / "out")] if command == "steer" else []
+    return [
+        command, str(job / "model"), "--run", str(job / "run"), "--pairs", str(job / "pairs.csv"),
+        *out, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """The gazetteer of the index, as a few words."""
+    module = import_module("geofast.data.demos.gazetteer")
+    few = Gazetteer([Entry("country", f"w{i}") for i in range(100)])
+    monkeypatch.setattr(module, "gazetteer", lambda: few)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `steer` and `locate` were asked, instead of an answer."""
+    given = {}
+
+    def steer(**more):
+        given.update(more)
+        return example(8, shares=(0.4,), controls=("random dims",))
+
+    for name in ("experiment.steer", "locate.locate"):
+        module, function = name.split(".")
+        there = import_module(f"geofast.effects.{module}")
+        monkeypatch.setattr(there, function, steer)
+    return given
+
+
+def test_steer_asks_as_the_run_did_and_prints_what_it_found(job, names, capsys):
+    more = ["--country", "land", "--all-pairs", "--site", "lm.layers.0", "--share", ".5", "1"]
+    few = ["--control", "random-dims", "--max-new-tokens", "3", "--batch-size", "2"]
+    assert main(arguments(job, *more, *few)) == 0
+    printed = capsys.readouterr().out
+    paths = [str(job / "out" / name) for name in ("effects.png", "map.png", "report.html")]
+    assert printed.splitlines()[:3] == paths
+    found = json.loads((job / "out" / "steering.json").read_text())
+    assert found["site"] == "lm.layers.0"
+    assert found["pairs"]["kept"] == 3
+    table = pd.read_csv(job / "out" / "summary.csv")
+    assert list(table["arm"]) == ["none", "edit", "random dims", "edit", "random dims"]
+    told = (job / "out" / "report.html").read_text()
+    assert "The first source is asked: &#x27;w90 w1 w91&#x27;" in told
+    assert "model" in printed
+    assert max(map(len, printed.splitlines()[3:])) <= 100
+    assert main(arguments(job, *more, *few)) == 1
+    assert "holds an experiment already; pass --overwrite" in capsys.readouterr().err
+
+
+def test_every_option_is_handed_on(job, tmp_path, asked, monkeypatch):
+    chosen = {
+        "--data": job / "cities.csv", "--place": "name", "--region": "r", "--country": "land",
+        "--continent": "c", "--prompt": "w90 {name} w91", "--role": "last", "--ranking": "coef",
+        "--seed": 3, "--batch-size": 7, "--site": "lm.layers.1", "--mode": "set",
+        "--phase": "both", "--protocol": "study", "--max-new-tokens": 9, "--out": tmp_path / "o",
+    }  # fmt: skip
+    words = [str(word) for pair in chosen.items() for word in pair]
+    assert main(arguments(job, *words, "--share", ".1", ".3", "--control")) == 0
+    model, run, data = (asked.pop(name) for name in ("model", "run", "data"))
+    assert (model.name, run.path) == ("model", job / "run")
+    assert data.table["id"].tolist() == [f"c{i}" for i in range(24)]
+    assert asked == {
+        "pairs": str(job / "pairs.csv"), "role": "last", "ranking": "coef", "seed": 3,
+        "batch_size": 7, "prompt": "w90 {name} w91", "site": "lm.layers.1", "shares": [0.1, 0.3],
+        "mode": "set", "phase": "both", "controls": [], "keep": "known", "protocol": "study",
+        "names": {"place": "name", "region": "r", "country": "land", "continent": "c"},
+        "max_new_tokens": 9, "progress": True,
+    }  # fmt: skip
+
+
+def test_locate_is_asked_what_was_said(job, asked):
+    more = ["--country", "land", "--sites", "lm.*", "--mode", "swap", "set", "--share", "0.2"]
+    assert main(arguments(job, *more, command="locate")) == 0
+    assert asked["prompt"] is None
+    assert (asked["names"], asked["sites"], asked["shares"], asked["modes"]) == (
+        {"country": "land"}, ["lm.*"], [0.2], ["swap", "set"],
+    )  # fmt: skip
+
+
+def test_controls_are_those_that_there_are():
+    assert tuple(name.replace("-", " ") for name in cli._CONTROLS) == CONTROLS
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--site", "lm.layers.9"], "'lm.layers.9'"),
+        (["--share", "1.5"], "shares must be 0 to 1"),
+        (["--country", "state"], "no column 'state'"),
+        (["--data", "nowhere.csv"], "no such file or folder: nowhere.csv"),
+        (["--role", "sky"], "role must be one of"),
+        (["--prompt", "w1 {name}"], "the run was never asked 'w1 {name}'"),
+        (["--run", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_generated(
+    job, tmp_path, names, monkeypatch, capsys, change, message
+):
+    def never(*_, **__):
+        raise AssertionError("generated")
+
+    monkeypatch.setattr("transformers.generation.GenerationMixin.generate", never)
+    out = tmp_path / "out"
+    assert main(arguments(job, "--country", "land", "--out", str(out), *change)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("geofast: ")
+    assert message in said
+    assert not out.exists()
+
+
+def test_pairs_of_unknown_samples(job, tmp_path, names, capsys):
+    pairs = tmp_path / "pairs.csv"
+    pd.DataFrame({"source": ["c1"], "target": ["nobody"]}).to_csv(pairs, index=False)
+    out = ["--pairs", str(pairs), "--out", str(tmp_path / "out"), "--country", "land"]
+    assert main(arguments(job, *out)) == 1
+    assert "has no sample 'nobody', the target" in capsys.readouterr().err
+
+
+def test_samples_that_are_not_the_runs(job, tmp_path, capsys):
+    assert main(arguments(job, "--id", "name", "--out", str(tmp_path / "out"))) == 1
+    said = capsys.readouterr().err
+    assert "has no sample 'c0', and the run has: if it was read otherwise, say --id" in said
+
+
+def test_a_folder_of_something_else_is_left_alone(job, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(arguments(job, "--out", str(tmp_path), "--overwrite")) == 1
+    assert "is not a run's folder; choose another path" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]

@@ -178,7 +178,7 @@ def test_every_measure_is_what_one_pair_in_float64_gives(
 ):
     texts = dict(zip(samples.table["id"], samples.inputs, strict=True))
     country = samples.table.set_index("id")["country"]
-    probe, moved = run.probes[f"{LAST}/last"], 0
+    probe, moved, judged = run.probes[f"{LAST}/last"], 0, 0
     for source, target in pairs.itertuples(index=False):
         change = changes_of(arm, slow, run, samples, source, target, 0.5)
         prompt = slow.ids(texts[source])
@@ -211,10 +211,15 @@ def test_every_measure_is_what_one_pair_in_float64_gives(
         assert row["km"] == pytest.approx(float(km), abs=5)
 
         words = row["answer"].split()
-        assert row["to_country"] == (country[target] in words)
-        assert row["own_country"] == (country[source] in words)
-        assert (row["moved"], row["kept"]) == (row["to_country"], row["own_country"])
+        assert row["own_country"] == row["kept"] == (country[source] in words)
+        if country[target] in texts[source].split():  # what stands in the prompt tells nothing
+            assert pd.isna(row["to_country"])
+            assert pd.isna(row["moved"])
+        else:
+            assert row["to_country"] == row["moved"] == (country[target] in words)
+            judged += 1
     assert moved
+    assert judged
 
 
 def last_state(slow, prompt, start, change):
@@ -238,7 +243,6 @@ def test_nothing_changes_at_share_0(steered):
     for _, rows in zero.groupby("arm"):
         assert rows["answer"].tolist() == none["answer"].tolist()
         assert rows["log_odds"].tolist() == none["log_odds"].tolist()
-    assert not none["moved"].any()
     assert none["kept"].all()
     edited = table[(table["share"] == 0.5) & (table["arm"] == "edit")]
     assert (edited["kl"] > 1e-3).all()
@@ -285,7 +289,7 @@ def test_arms_and_their_edits(model, samples, run):
     states = gf.states(model, texts, SITE, steps=2)
     place = Written(
         probe, "swap", "last", "both", model.name, np.array([0, 0, 2]), np.array([1, 3, 4]),
-        states, states.at[SITE][:, 0], torch.zeros(6, 2, dtype=torch.float64),
+        states, None, torch.zeros(6, 2, dtype=torch.float64),
     )  # fmt: skip
     order = ranked_dims(run, probe.name, "coef")
     arms = make_arms(place, run, order, (0.0, 0.25, 1.0), CONTROLS[:3], "coef", 3, None)
@@ -333,7 +337,7 @@ def test_shuffled_labels_are_of_the_same_rows(run):
 
 def test_mean_differences_leave_the_pair_out(run):
     name = f"{SITE}/last"
-    where = torch.from_numpy(run.samples[["latitude", "longitude"]].to_numpy())
+    where = torch.from_numpy(run.samples[["latitude", "longitude"]].to_numpy(copy=True))
     both = where[[0, 1]][None]
     found = mean_differences(run, name, [("s0", "s1")], both, "", None)
     rows, table = run.rows[name].double(), run.samples
@@ -578,7 +582,8 @@ def test_images_and_tokens_of_a_role(gazetteer):
         assert found.info["read_at"].split("/")[0] == read
         by = found.pairs.set_index(["arm", "share"])
         assert by.loc[("edit", 0.5), "kl"].gt(0).all()
-        assert by[["kl", "perplexity", "km"]].notna().all(axis=None)
+        assert by[["kl", "km"]].notna().all(axis=None)
+        assert by["perplexity"].isna().equals(by["answer"] == "")
         # Every patch is the target's: so is what the probe reads later, in both towers.
         if site == "vision.layers.0":
             full, none = by.loc[("edit", 1.0)], by.loc[("none", 0.0)]

@@ -49,8 +49,8 @@ class Written:
     targets: Index
     states: States | None
     """Of the distinct samples, for `swap` and `patch`."""
-    rows: torch.Tensor
-    """[distinct, d]: their pooled rows at the site."""
+    rows: torch.Tensor | None
+    """[distinct, d]: their pooled rows at the site, for `set`."""
     places: torch.Tensor
     """float64 [distinct, 2]: latitude and longitude in degrees."""
 
@@ -88,6 +88,7 @@ class Written:
         edit = self.write(dims, self.targets)
         assert edit.left is not None
         assert edit.right is not None
+        assert self.rows is not None
         way = edit.values[0, :, 0] - self.rows.double()[sources] @ edit.right.T
         apart = way @ edit.left.T
         return apart.norm(dim=1)[:, None]

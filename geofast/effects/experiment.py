@@ -26,7 +26,7 @@ from ..models import Model
 from ..models.load import load
 from ..run import Probe, Run, key
 from ..run import open as open_run
-from ..steering import Edit, States, edited, generate_arms, score, states
+from ..steering import Edit, edited, generate_arms, score, states
 from ..steering.asking import can_generate, require_tokenizer
 from ..steering.edit import EDIT_ROLES, Phase
 from . import study, words
@@ -504,21 +504,24 @@ def _written(
     longest: int,
     batch_size: int,
 ) -> Written:
-    """Run the distinct samples once for their rows and states."""
-    # An edit that adds nothing refuses an input without a token of the role.
-    nothing = torch.zeros(1, 1, 1, len(probe.coef))
-    every = torch.arange(len(probe.coef))
-    check = Edit("add", (probe.site,), len(probe.coef), every, nothing, role, phase)
+    """Run the distinct samples once for what is written of them, or for their rows."""
+    width = len(probe.coef)
+    # An edit that adds nothing refuses what cannot be edited.
+    nothing = torch.zeros(1, 1, 1, width)
+    check = Edit("add", (probe.site,), width, torch.arange(width), nothing, role, phase)
     check.sites_in(model)
+    found = rows = None
     try:
-        (rows,) = _pooled(model, inputs, [[check]], probe, batch_size)
+        if asked.mode == "set":
+            (rows,) = _pooled(model, inputs, [[check]], probe, batch_size)
+        else:
+            # A name that is scored may have more tokens than an answer.
+            steps = 0 if phase == "prompt" else max(asked.max_new_tokens, longest + 1) - 1
+            found = states(model, inputs, probe.site, role, steps=steps, batch_size=batch_size)
     except ValueError as error:
         raise _blamed(error, model, asked, inputs, check, probe) from error
-    found: States | None = None
-    if asked.mode != "set":
-        # A name that is scored may have more tokens than an answer.
-        steps = 0 if phase == "prompt" else max(asked.max_new_tokens, longest + 1) - 1
-        found = states(model, inputs, probe.site, role, steps=steps, batch_size=batch_size)
+    if found is not None and (wide := found.at[probe.site].shape[-1]) != width:
+        raise ValueError(f"{probe.site} is {wide} wide, and the run's probe is for {width}")
     return Written(
         probe, asked.mode, role, phase, model.name, asked.sources, asked.targets, found, rows,
         asked.places,

@@ -228,7 +228,9 @@ def text(found: Steered) -> str:
 
 
 def _notes(info: Mapping[str, Any]) -> Iterator[str]:
-    lines = [f"Left out: {n} pairs, {why}." for why, n in info["pairs"]["left_out"].items()]
+    lines = [
+        f"Left out: {n} pair{'s' * (n > 1)}, {why}." for why, n in info["pairs"]["left_out"].items()
+    ]
     lines += [f"No control {name!r}: {why}." for name, why in info["left_out"].items()]
     if lines:
         yield "\n".join(fill(line, "  ") for line in lines)

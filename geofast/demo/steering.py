@@ -32,7 +32,7 @@ from .probing import load_quietly
 
 CITY_PROMPT = "The city of {name} is in the country of"
 SHARES = (0.1, 0.2, 0.4)
-CALIBRATING, REPORTED = 40, 100  # pairs
+CALIBRATING, REPORTED = 24, 60  # pairs
 _SEED = 0
 
 
@@ -69,7 +69,7 @@ def steer_cities(samples: int | None = None) -> Demo:
     names = gazetteer()
     country = [names.names("country", code)[0] for code in whole.table["country"]]
     whole = replace(whole, table=whole.table.assign(country=country))
-    return _demo(model, whole, "country", "lm.layers.*[0369]", "mean:text", CITY_PROMPT, answer=6)
+    return _demo(model, whole, "country", "lm.layers.*[05]", "mean:text", CITY_PROMPT, answer=6)
 
 
 def _of_one_length(model: Model, samples: Samples, prompt: str) -> Samples:
@@ -117,7 +117,7 @@ def known(model: Model, samples: Samples, run: Run, column: str) -> pd.DataFrame
     inputs = [worded_.load(i) for i in range(len(samples))]
     said = asked.generate(inputs, batch_size=64, max_new_tokens=6)
     names, places = gazetteer(), samples.table[column]
-    texts = inputs if samples.kind == "text" else [""] * len(inputs)
+    texts = [str(text) if samples.kind == "text" else "" for text in inputs]
     right = [
         bool(named(text, {column: place}, names, prompt=prompt)[column])
         for text, place, prompt in zip(said, places, texts, strict=True)

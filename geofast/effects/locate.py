@@ -55,9 +55,10 @@ class Located:
         `effect`, the mean change of log p(target's name) - log p(source's name) of the next token;
         `damage`, the mean KL(unedited || edited) of that token, given that it is neither name;
         `random_effect` and `random_damage`, the same in as many random dimensions (where all are
-        edited, in these); and `score`, effect - random_effect, missing where the damage is above
-        the budget. All in nats, each with the ends of its 95 % bootstrap interval over pairs,
-        `_low` and `_high`. The highest score first; what has none last, by its damage.
+        edited, in these); and `score`, how much the effect is above that in random dimensions or
+        that of no edit, 0, whichever is higher; missing where the damage is above the budget. All
+        in nats, each with the ends of its 95 % bootstrap interval over pairs, `_low` and `_high`.
+        The highest score first; what has none last, by its damage.
     info : dict
         What was asked, and what it ran on. `budget`, and what asking the target itself would do to
         the next token, `target_effect` and `target_damage`, in nats.
@@ -70,7 +71,8 @@ class Located:
     def best(self) -> Setting:
         """The setting with the highest score.
 
-        The score has chosen it, and is too high for that: report what it does to other pairs.
+        The score has chosen it, and is too high for that: report what it does to other pairs. One
+        that is not above 0 does nothing that random dimensions do not.
 
         Raises
         ------
@@ -195,7 +197,8 @@ def locate(
     wanted = [t.key for t in trials if t.mode != "set"]
     held = states_of(model, asked.targets, wanted, batch_size)
     goal = next_tokens(model, asked.targets, batch_size)
-    effect, damage = {}, {}
+    effect: dict[_Trial, torch.Tensor] = {}
+    damage: dict[_Trial, torch.Tensor] = {}
     for part in _parts(trials, held, len(asked)):
         each = [setting.get(t) or t.write(held[t.key], asked.of_pair) for t in part]
         made = odds(model, asked, goal, [[edit] for edits in each for edit in edits], batch_size)
@@ -287,8 +290,8 @@ class _Trial:
         """Make the edits that move the reading to the targets' places."""
         probe, role = self.at.probe, self.at.role
         places = pairs.samples.table[["latitude", "longitude"]].to_numpy("float64")
-        goals = torch.from_numpy(places[pairs.target]).T
-        return [set_to(probe, *goals, dims, role=role) for dims in self.several]
+        latitude, longitude = torch.from_numpy(places[pairs.target]).T
+        return [set_to(probe, latitude, longitude, dims, role=role) for dims in self.several]
 
     def write(self, held: States, of_pair: torch.Tensor) -> list[Edit]:
         """Make the edits that write the targets' states, each the number of a pair's target."""
@@ -359,7 +362,10 @@ def _table(
     for trial in effect:
         edit, beside = effect[trial][[0, -1]].numpy()
         harm, harm_beside = damage[trial][[0, -1]].numpy()
-        score = edit - beside if harm.mean() <= budget else np.full_like(edit, np.nan)
+        # Random dimensions that do worse than no edit would make any edit look good.
+        score = edit - beside if beside.mean() > 0 else edit
+        if harm.mean() > budget:
+            score = np.full_like(edit, np.nan)
         values += [edit, beside, harm, harm_beside, score]
         probe = trial.at.probe
         rows.append(
@@ -390,8 +396,8 @@ def _text(table: pd.DataFrame, info: Mapping[str, Any]) -> str:
         "name) - log p(source's name) of the next token, in nats; asking the target itself: "
         f"{info['target_effect']:.2f}. Damage: KL of that token given that it is neither; asking "
         f"the target itself: {info['target_damage']:.2f}. Score: effect less that of as many "
-        f"random dimensions, at a damage of at most {info['budget']:.2f}. 95 % intervals are over "
-        "pairs."
+        "random dimensions, or of no edit where that is more, at a damage of at most "
+        f"{info['budget']:.2f}. 95 % intervals are over pairs."
     )
     headers = ["site", "mode", "share", "effect", "random", "score", "damage"]
     cells = [
@@ -404,5 +410,7 @@ def _text(table: pd.DataFrame, info: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     blocks = [fill(head), Table(headers, cells, 2).text()]
     if (more := len(table) - _SHOWN) > 0:
-        blocks.append(f"{more} more with lower scores.")
+        blocks.append(f"{more} more with lower scores or more damage.")
+    if not (table["score"] > 0).any():
+        blocks.append("Within the budget no setting does more than random dimensions or no edit.")
     return "\n\n".join(blocks)

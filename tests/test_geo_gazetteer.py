@@ -82,6 +82,8 @@ def found(text, table=TABLE):
         # common words
         ("Nice, France.", ["Nice", "France"]),
         ("Answer: Nice", ["Nice"]),
+        ("Nice - France\n- Nice views", ["Nice", "France"]),
+        ("Guinea - Bissau", ["Guinea"]),
         ("Nice views. Most people like Reading, and the nice city of Nice.", ["Reading", "Nice"]),
         ("most of it was nice reading", []),
         ("Turkey is large. They ate turkey.", ["Turkey"]),

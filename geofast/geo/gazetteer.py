@@ -84,10 +84,11 @@ _LETTERS = "\u3040-\u30ff\u3400-\u9fff"  # kana and Chinese characters: each a w
 _TOKEN = re.compile(
     rf"[{_LETTERS}]|[^\W_{_LETTERS}]+(?:[\u0300-\u036f]+[^\W_{_LETTERS}]*)*|\n|[^\w\s]|_"
 )
-_SOFT = frozenset("-\u2010\u2011\u2012\u2013\u2014'\u2018\u2019\u02bb\u02bc`\u00b4\u00b7")
+_DASHES = frozenset("-\u2010\u2011\u2012\u2013\u2014")
+_SOFT = _DASHES | frozenset("'\u2018\u2019\u02bb\u02bc`\u00b4\u00b7")
 _MARKS = re.compile("[\u0300-\u036f]+")
-_SIMPLE = re.compile("[a-z0-9 -]+")
-_STARTS = frozenset('.!?:\n"\u201c\u201e\u00ab\u2022*#>')
+_SIMPLE = re.compile("[a-z0-9]+(?:(?:-| +)[a-z0-9]+)*")
+_STARTS = _DASHES | frozenset('.!?:\n"\u201c\u201e\u00ab\u2022*#>')
 _PLAIN = str.maketrans(
     {
         "ø": "o",
@@ -207,7 +208,7 @@ class Gazetteer:
         """Return the names in a text, in its order; none overlap, longer ones come first."""
         return _apart(self._candidates(_read(text)))
 
-    def _entry(self, level: str, value: str, place: Mapping[str, str]) -> Entry | None:
+    def _entry(self, level: str, value: object, place: Mapping[str, str]) -> Entry | None:
         """Find what a table calls `value`; `place` has the other levels of the same thing."""
         if level not in LEVELS:
             msg = f"A place has the levels {', '.join(LEVELS)}, not {level!r}."
@@ -385,7 +386,9 @@ def _read(text: str) -> _Read:
     for match in _TOKEN.finditer(text):
         token = match.group()
         fold = _fold(token)
-        if fold in _SOFT or not fold.strip(" "):
+        if fold in _SOFT and not (fold in _DASHES and _is_apart(text, *match.span())):
+            continue
+        if not fold.strip(" "):
             continue
         if token == "." and written and _abbreviates(written[-1]):
             continue
@@ -406,6 +409,11 @@ def _plain(text: str) -> str:
         return text.lower()
     parts = unicodedata.normalize("NFKD", text.casefold())
     return _MARKS.sub("", parts).translate(_PLAIN)
+
+
+def _is_apart(text: str, start: int, end: int) -> bool:
+    """Tell whether blanks stand on both sides: of a dash that joins no words."""
+    return not text[max(start - 1, 0) : start].strip() and not text[end : end + 1].strip()
 
 
 def _abbreviates(word: str) -> bool:

@@ -5,34 +5,30 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from ..capture import capture
 from ..data import Samples, read
 from ..geo import great_circle_km
-from ..geo.gazetteer import LEVELS, Gazetteer, named
+from ..geo.gazetteer import LEVELS, Gazetteer
 from ..models import Model
 from ..models.load import load
 from ..run import Probe, Run, key
 from ..run import open as open_run
-from ..steering import Edit, edited, generate_arms, score, states
+from ..steering import Edit, generate_arms, states
 from ..steering.asking import can_generate, require_tokenizer
-from ..steering.edit import EDIT_ROLES, Phase
+from ..steering.edit import Phase
 from . import study, words
 from .arms import (
     CONTROLS,
-    MODES,
     Arms,
     Index,
     Written,
@@ -42,17 +38,12 @@ from .arms import (
     mean_differences,
 )
 from .dims import ranked_dims
+from .measuring import Measured, chunks, measure, pooled
+from .names import Names, kept_pairs
 from .outcome import Steered, summarise
-from .pairs import Pairs
 from .probed import probed_sites
 from .prompted import prompted
-
-Keep = Literal["known", "all"]
-Protocol = Literal["corrected", "study"]
-
-_BYTES = 512 << 20  # of the values of edits that are in memory at once
-_NO_NAMES = Gazetteer([])
-_COLUMNS = {"place": ("place", "name", "city")}  # where no names= says which
+from .request import Keep, Protocol, Request
 
 
 def steer(
@@ -152,7 +143,7 @@ def steer(
     clock = _Clock(progress)
     run = run if isinstance(run, Run) else open_run(run)
     samples = data if isinstance(data, Samples) else read(data)
-    asked = _Asked.of(
+    asked = Request.of(
         samples, pairs, shares=shares, mode=mode, role=role, controls=controls, names=names,
         max_new_tokens=max_new_tokens, keep=keep, protocol=protocol,
     )  # fmt: skip
@@ -168,7 +159,7 @@ def steer(
     order = ranked_dims(run, where.probe.name, ranking)
     lost = left_out(run, where.probe.name, asked.controls)
     there = [control for control in asked.controls if control not in lost]
-    known = _Names.of(asked, model, gazetteer)
+    known = Names.of(asked, model, gazetteer)
 
     clock.begin("reading states")
     inputs = [asked.samples.load(row) for row in asked.rows.tolist()]
@@ -185,12 +176,12 @@ def steer(
     (answers,) = generate_arms(
         model, inputs, [[]], batch_size=batch_size, max_new_tokens=max_new_tokens
     )
-    kept, why = _kept(asked, known, answers)
+    kept, why = kept_pairs(asked, known, answers)
     later = _later(run, model, where.probe)
-    measured = _Measured(len(arms.makes))
-    for number, some in enumerate(_chunks(arms, kept)):
+    measured = Measured(len(arms.makes))
+    for number, some in enumerate(chunks(arms, kept)):
         clock.begin("asking with edits", number)
-        measured.add(_measure(model, inputs, arms, some, known, later, asked, batch_size))
+        measured.add(measure(model, inputs, arms, some, known, later, asked, batch_size))
     clock.begin("scoring")
     measured.perplexity(model, inputs, arms, kept, asked, batch_size)
     table = _table(asked, arms, kept, known, measured, answers)
@@ -221,139 +212,7 @@ def steer(
     return Steered(table, summary, info, edits)
 
 
-# ------ what is asked
-
-
-@dataclass(frozen=True, eq=False)
-class _Asked:
-    """An experiment, read and checked as far as that goes without the model."""
-
-    samples: Samples
-    pairs: Pairs
-    rows: Index
-    """Of the samples' table: the distinct samples of the pairs."""
-    sources: Index
-    """Of each pair, the number of its source in `rows`."""
-    targets: Index
-    shares: tuple[float, ...]
-    mode: str
-    controls: tuple[str, ...]
-    names: Mapping[str, str]
-    """By level, a column."""
-    max_new_tokens: int
-    keep: str
-    protocol: str
-
-    @classmethod
-    def of(
-        cls,
-        samples: Samples,
-        pairs: pd.DataFrame | str | Path,
-        *,
-        shares: Sequence[float],
-        mode: str,
-        role: str | None,
-        controls: Sequence[str],
-        names: Mapping[str, str] | None,
-        max_new_tokens: int,
-        keep: str,
-        protocol: str,
-    ) -> _Asked:
-        """Read the pairs and check the arguments."""
-        _require("mode", mode, MODES, "; add is the control 'mean difference'" * (mode == "add"))
-        _require("keep", keep, get_args(Keep))
-        _require("protocol", protocol, get_args(Protocol))
-        if role is not None:
-            _require("role", role, EDIT_ROLES)
-        controls = [controls] if isinstance(controls, str) else list(controls)
-        for control in controls:
-            _require("controls", control, CONTROLS)
-        parts = [float(share) for share in ([1.0] if mode == "patch" else shares)]
-        if not parts or not all(0 <= share <= 1 for share in parts) or len({*parts}) < len(parts):
-            raise ValueError(f"shares must be 0 to 1, each once; got {parts}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be 1 or more; got {max_new_tokens}")
-        found = _pairs(pairs, samples)
-        rows, back = distinct(np.concatenate([found.source, found.target]))
-        _check_places(samples, rows)
-        columns = _columns(samples, names)
-        if keep == "known" and not columns:
-            raise ValueError(
-                "keep='known' asks whether answers name the places: say which columns have the "
-                "names (names={'country': 'country'}), or keep='all'"
-            )
-        return cls(
-            samples, found, rows, back[: len(found)], back[len(found) :], tuple(parts), mode,
-            tuple(dict.fromkeys(controls)), columns, max_new_tokens, keep, protocol,
-        )  # fmt: skip
-
-    @property
-    def ids(self) -> Any:
-        """Of all samples, in the order of the table."""
-        return self.samples.table["id"].astype(str).to_numpy()
-
-    @property
-    def level(self) -> str:
-        """The level whose name counts: the country, or else the first there is; "" for none."""
-        here = [level for level in LEVELS if level in self.names]
-        return "country" if "country" in here else next(iter(here), "")
-
-    @property
-    def places(self) -> torch.Tensor:
-        """Latitude and longitude of the distinct samples, float64 [distinct, 2]."""
-        table = self.samples.table.iloc[self.rows]
-        return torch.from_numpy(table[["latitude", "longitude"]].to_numpy("float64", copy=True))
-
-    def values(self, number: int) -> dict[str, str]:
-        """What the columns say of a distinct sample, by level; missing values are left out."""
-        row = self.samples.table.iloc[int(self.rows[number])]
-        found = {level: row[column] for level, column in self.names.items()}
-        return {k: str(v) for k, v in found.items() if not pd.isna(v) and str(v).strip()}
-
-    def where(self, number: int) -> str:
-        """Name a distinct sample for people."""
-        return self.samples.where(int(self.rows[number]))
-
-
-def _require(name: str, value: str, allowed: Sequence[str], more: str = "") -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}{more}")
-
-
-def _pairs(pairs: pd.DataFrame | str | Path, samples: Samples) -> Pairs:
-    ids = samples.table["id"].astype(str)
-    if ids.duplicated().any():
-        twice = ids[ids.duplicated()].iloc[0]
-        raise ValueError(f"{samples.source} has two samples with the id {twice!r}")
-    found = Pairs.of(pairs, samples)
-    times = Counter(zip(found.source.tolist(), found.target.tolist(), strict=True))
-    (source, target), most = times.most_common(1)[0]
-    if most > 1:
-        raise ValueError(f"the pair of {ids.iloc[source]!r} and {ids.iloc[target]!r} comes twice")
-    return found
-
-
-def _check_places(samples: Samples, rows: Index) -> None:
-    for name, most in (("latitude", 90), ("longitude", 180)):
-        values = samples.table[name].to_numpy("float64")[rows]
-        for bad in np.flatnonzero(~(np.abs(values) <= most))[:1]:
-            msg = f"{samples.where(int(rows[bad]))}: {name} {values[bad]} is off the sphere"
-            raise ValueError(f"{msg}: -{most} to {most} degrees")
-
-
-def _columns(samples: Samples, names: Mapping[str, str] | None) -> dict[str, str]:
-    table = samples.table
-    if names is None:
-        guessed = {
-            level: [c for c in _COLUMNS.get(level, (level,)) if c in table] for level in LEVELS
-        }
-        return {level: columns[0] for level, columns in guessed.items() if columns}
-    for level, column in names.items():
-        _require("a level of names", level, LEVELS)
-        if column not in table:
-            has = ", ".join(map(str, table.columns))
-            raise ValueError(f"{samples.source} has no column {column!r}; it has {has}")
-    return {level: names[level] for level in LEVELS if level in names}
+# ------ what is run
 
 
 def _prompts(run: Run) -> Sequence[str]:
@@ -386,117 +245,9 @@ def _later(run: Run, model: Model, probe: Probe) -> Probe | None:
     return max(after, key=lambda p: order.index(p.site), default=None)
 
 
-# ------ names
-
-
-@dataclass(frozen=True, eq=False)
-class _Names:
-    """What the distinct samples are called, and whether a text says so."""
-
-    gazetteer: Gazetteer | None
-    places: list[dict[str, str]]
-    """By level, of each distinct sample."""
-    prompts: list[str]
-    """What is asked about each."""
-    usual: list[str]
-    """The name that counts; empty where there is none."""
-    tokens: int
-    """The most that such a name has."""
-
-    @classmethod
-    def of(cls, asked: _Asked, model: Model, gazetteer: Gazetteer | None) -> _Names:
-        """Collect the names; the asked level must be there for every sample."""
-        count = len(asked.rows)
-        found = [asked.values(i) for i in range(count)] if gazetteer is not None else [{}] * count
-        texts = asked.samples.kind == "text"
-        asking = next(iter(model.prompts), "")
-        prompts = [str(asked.samples.load(int(r))) if texts else asking for r in asked.rows]
-        usual = [""] * count
-        if gazetteer is not None and asked.level:
-            for i, one in enumerate(found):
-                if asked.level not in one:
-                    column = asked.names[asked.level]
-                    raise ValueError(f"{asked.where(i)} has no {column}: fill the column in")
-                usual[i] = next(iter(gazetteer.names(asked.level, one[asked.level])), "")
-        return cls(gazetteer, found, prompts, usual, max(map(len, _ids(model, usual)), default=0))
-
-    def says(self, text: str, of: int, beside: int | None, asked: int) -> dict[str, bool | None]:
-        """Tell whether an answer about sample `asked` names `of`, which is not `beside`."""
-        if self.gazetteer is None:
-            return {}
-        other = {} if beside is None else self.places[beside]
-        return named(
-            text, self.places[of], self.gazetteer, beside=other, prompt=self.prompts[asked]
-        )
-
-    def about(
-        self, asked: _Asked, answers: Sequence[str], numbers: Index
-    ) -> dict[str, dict[str, Any]]:
-        """What distinct samples are asked, answer unedited and are called, by id: for people."""
-        ids, found = asked.ids[asked.rows], dict[str, dict[str, Any]]()
-        for n in numbers.tolist():
-            names = {
-                level: list(self.gazetteer.names(level, value)) if self.gazetteer else []
-                for level, value in self.places[n].items()
-            }
-            found[str(ids[n])] = {"asked": self.prompts[n], "answer": answers[n], "names": names}
-        return found
-
-    def spot(self, asked: _Asked, number: int) -> study.Spot:
-        """What the study looks for; codes, which it did not have, are names."""
-        row = asked.samples.table.iloc[int(asked.rows[number])].to_dict()
-        for level, column in asked.names.items():
-            value = row[column]
-            if self.gazetteer is not None and isinstance(value, str) and value.isupper():
-                row[column] = next(iter(self.gazetteer.names(level, value)), value)
-        return study.Spot.of(row, asked.names)
-
-
-def _ids(model: Model, texts: Sequence[str]) -> list[list[int]]:
-    tokenizer = require_tokenizer(model)
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def _kept(asked: _Asked, known: _Names, answers: Sequence[str]) -> tuple[Index, dict[str, int]]:
-    """Numbers of the pairs that are kept, and how many are not for which reason."""
-    every = np.arange(len(asked.pairs))
-    if asked.keep == "all":
-        return every, {}
-    says = [
-        known.says(text, number, None, number).get(asked.level)
-        for number, text in enumerate(answers)
-    ]
-    why: Counter[str] = Counter()
-    kept = []
-    for pair, (s, t) in enumerate(zip(asked.sources.tolist(), asked.targets.tolist(), strict=True)):
-        reason = ""
-        if known.usual[s].casefold() == known.usual[t].casefold():
-            reason = f"both of one {asked.level}"
-        elif says[s] is None or says[t] is None:
-            reason = f"the {asked.level} stands in the prompt"
-        elif not says[s]:
-            reason = f"unedited, the model does not name the source's {asked.level}"
-        elif not says[t]:
-            reason = f"unedited, the model does not name the target's {asked.level}"
-        if reason:
-            why[reason] += 1
-        else:
-            kept.append(pair)
-    if not kept:
-        reasons = "; ".join(f"{n}: {reason}" for reason, n in why.items())
-        raise ValueError(f"of {len(every)} pairs none is left ({reasons}); keep='all' keeps them")
-    return np.array(kept, dtype=np.int64), dict(why)
-
-
-# ------ states and arms
-
-
 def _written(
     model: Model,
-    asked: _Asked,
+    asked: Request,
     inputs: Sequence[Any],
     probe: Probe,
     role: str,
@@ -513,7 +264,7 @@ def _written(
     found = rows = None
     try:
         if asked.mode == "set":
-            (rows,) = _pooled(model, inputs, [[check]], probe, batch_size)
+            (rows,) = pooled(model, inputs, [[check]], probe, batch_size)
         else:
             # A name that is scored may have more tokens than an answer.
             steps = 0 if phase == "prompt" else max(asked.max_new_tokens, longest + 1) - 1
@@ -531,7 +282,7 @@ def _written(
 def _blamed(
     error: ValueError,
     model: Model,
-    asked: _Asked,
+    asked: Request,
     inputs: Sequence[Any],
     check: Edit,
     probe: Probe,
@@ -539,30 +290,13 @@ def _blamed(
     """Name the first sample that alone fails as well."""
     for number, one in enumerate(inputs):
         try:
-            _pooled(model, [one], [[check]], probe, 1)
+            pooled(model, [one], [[check]], probe, 1)
         except ValueError as alone:
             return ValueError(f"{asked.where(number)}: {alone}")
     return error
 
 
-def _pooled(
-    model: Model, inputs: Sequence[Any], arms: Sequence[Sequence[Edit]], probe: Probe, size: int
-) -> list[torch.Tensor]:
-    """Pooled rows where a probe reads, float32 [inputs, d], under every arm."""
-    short = model.until(model.sites(probe.site))
-    found: list[list[torch.Tensor]] = [[] for _ in arms]
-    for start in range(0, len(inputs), size):
-        numbers = range(start, min(start + size, len(inputs)))
-        batch = short.prepare([inputs[i] for i in numbers])
-        for number, arm in enumerate(arms):
-            here = [edit.take(numbers) if edit.samples > 1 else edit for edit in arm]
-            with edited(short, here), capture(short, probe.site, probe.pool) as rows:
-                short.forward(batch)
-            found[number].append(rows[key(probe.site, probe.pool)])
-    return [torch.cat(parts) for parts in found]
-
-
-def _differences(run: Run, name: str, asked: _Asked) -> torch.Tensor:
+def _differences(run: Run, name: str, asked: Request) -> torch.Tensor:
     ids = asked.ids[asked.rows]
     both = np.stack([asked.sources, asked.targets], 1)
     column = asked.names.get("country", "")
@@ -574,123 +308,15 @@ def _differences(run: Run, name: str, asked: _Asked) -> torch.Tensor:
     return mean_differences(run, name, pairs, asked.places[torch.from_numpy(both)], column, values)
 
 
-def _chunks(arms: Arms, kept: Index) -> Iterable[Index]:
-    """Split pairs so that the values of all arms' edits fit."""
-    each = 4 * 2 * max(1, sum(arms.sizes))  # twice: for the names of both places
-    step = max(1, _BYTES // each)
-    return [kept[i : i + step] for i in range(0, len(kept), step)]
-
-
-# ------ measuring
-
-
-@dataclass(eq=False)
-class _Measured:
-    """What was measured of pairs, by the number of the edits; chunk after chunk."""
-
-    count: int
-    answers: list[list[str]] = field(default_factory=list)
-    numbers: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
-
-    def add(self, more: _Measured) -> None:
-        """Append other pairs."""
-        self.answers = self.answers or [[] for _ in range(self.count)]
-        for mine, theirs in zip(self.answers, more.answers, strict=True):
-            mine += theirs
-        for name, parts in more.numbers.items():
-            self.numbers.setdefault(name, []).extend(parts)
-
-    def of(self, name: str) -> NDArray[np.float64]:
-        """A measure of all pairs, float64 [edits, pairs, ...]."""
-        return np.concatenate(self.numbers[name], 1)
-
-    def perplexity(
-        self,
-        model: Model,
-        inputs: Sequence[Any],
-        arms: Arms,
-        kept: Index,
-        asked: _Asked,
-        batch_size: int,
-    ) -> None:
-        """Score every answer under the unedited model, each once; an empty one has none."""
-        sources = arms.place.sources[kept].tolist()
-        asked_for = [
-            (s, text) for said in self.answers for s, text in zip(sources, said, strict=True)
-        ]
-        distinct_ = list(dict.fromkeys(asked_for))
-        ids = [one[: asked.max_new_tokens] for one in _ids(model, [t for _, t in distinct_])]
-        full = [i for i, one in enumerate(ids) if one]
-        found = np.full(len(distinct_), np.nan)
-        if full:
-            (scores,) = score(
-                model, [inputs[distinct_[i][0]] for i in full], [ids[i] for i in full],
-                batch_size=batch_size,
-            )  # fmt: skip
-            found[full] = scores.perplexity.numpy()
-        of = dict(zip(distinct_, found.tolist(), strict=True))
-        values = np.array([of[one] for one in asked_for])
-        self.numbers["perplexity"] = [values.reshape(self.count, len(kept))]
-
-
-def _measure(
-    model: Model,
-    inputs: Sequence[Any],
-    arms: Arms,
-    some: Index,
-    known: _Names,
-    later: Probe | None,
-    asked: _Asked,
-    batch_size: int,
-) -> _Measured:
-    """Run some pairs under all edits."""
-    made = _Measured(len(arms.makes))
-    sources, targets = arms.place.sources[some].tolist(), arms.place.targets[some].tolist()
-    shown = [inputs[s] for s in sources]
-    edits = [make(some) for make in arms.makes]
-    made.answers = generate_arms(
-        model, shown, edits, batch_size=batch_size, max_new_tokens=asked.max_new_tokens
-    )
-    n = len(some)
-    odds = np.full((made.count, n), np.nan)
-    apart = [i for i in range(n) if _can_tell(known.usual[sources[i]], known.usual[targets[i]])]
-    if apart:
-        both = np.concatenate([some[apart], some[apart]])
-        texts = [known.usual[targets[i]] for i in apart] + [known.usual[sources[i]] for i in apart]
-        twice = [make(both) for make in arms.makes]
-        scores = score(model, [shown[i] for i in apart] * 2, texts, twice, batch_size=batch_size)
-        totals = torch.stack([s.total for s in scores]).numpy()
-        odds[:, apart] = totals[:, : len(apart)] - totals[:, len(apart) :]
-    divergence = np.zeros((made.count, n))
-    if made.count > 1:
-        # Before the first token they are compared whatever it is, also where an answer is empty.
-        ids = [one[: asked.max_new_tokens] or [0] for one in _ids(model, made.answers[0])]
-        scores = score(model, shown, ids, edits[1:], kl=True, batch_size=batch_size)
-        for number, found in enumerate(scores, 1):
-            assert found.kl is not None
-            divergence[number] = (found.kl.sum(1) / found.counts).numpy()
-    reading = np.full((made.count, n, 2), np.nan)
-    if later is not None:
-        columns = [later.targets.index(name) for name in ("latitude", "longitude")]
-        for number, rows in enumerate(_pooled(model, shown, edits, later, batch_size)):
-            reading[number] = later(rows)[:, columns].numpy()
-    made.numbers = {"log_odds": [odds], "kl": [divergence], "reading": [reading]}
-    return made
-
-
-def _can_tell(source: str, target: str) -> bool:
-    return bool(source and target) and source.casefold() != target.casefold()
-
-
 # ------ the table
 
 
 def _table(
-    asked: _Asked,
+    asked: Request,
     arms: Arms,
     kept: Index,
-    known: _Names,
-    measured: _Measured,
+    known: Names,
+    measured: Measured,
     answers: Sequence[str],
 ) -> pd.DataFrame:
     """Make `Steered.pairs`."""
@@ -724,10 +350,13 @@ def _table(
     return table[[*first, *measures, *(c for c in table if c not in {*first, *measures})]]
 
 
+_NO_NAMES = Gazetteer([])
+
+
 class _Judge:
     """Reads answers, each once."""
 
-    def __init__(self, asked: _Asked, known: _Names, answers: Sequence[str]) -> None:
+    def __init__(self, asked: Request, known: Names, answers: Sequence[str]) -> None:
         self._asked, self._known = asked, known
         self._seen: dict[tuple[int, int, str, str], dict[str, Any]] = {}
         self._spots: list[study.Spot] = []

@@ -51,8 +51,8 @@ def example(
     truths = ["to_country", "own_country", "moved", "kept"]
     table = pd.DataFrame(rows).astype(dict.fromkeys(truths, "boolean"))
     said: dict[str, object] = {
-        "model": "hf:org/small-lm", "data": "cities.csv", "run": "runs/lm", "site": "lm.layers.7",
-        "pool": "last", "prompt": "", "role": "last", "phase": "both",
+        "model": "hf:org/small-lm", "data": "/somewhere/cities.csv", "run": "runs/lm",
+        "site": "lm.layers.7", "pool": "last", "prompt": "", "role": "last", "phase": "both",
         "mode": "swap", "shares": list(shares), "ranking": "coef_std", "controls": list(controls),
         "left_out": {}, "read_at": "lm.layers.20", "names": {"country": "country"},
         "level": "country", "keep": "known", "protocol": "corrected", "seed": 0,
@@ -137,7 +137,7 @@ def test_the_finding_is_true_of_the_numbers(several: Steered) -> None:
     )
     assert f"are {table['log_odds']['edit', 0.8]:.2f} nats (unedited " in odds
     assert f"{table['km']['edit', 0.8]:,.0f} km from the target (unedited " in read
-    assert f"KL {table['kl']['edit', 0.8]:.2f} nats (unedited 0.00, random dims " in damage
+    assert f"KL {table['kl']['edit', 0.8]:.3f} nats (unedited 0.000, random dims " in damage
 
 
 def test_what_controls_do_as_well_is_not_claimed() -> None:
@@ -173,6 +173,9 @@ def test_an_edit_that_never_moves_an_answer_says_so() -> None:
     made = example(20, shares=(0.4,), strength=dict.fromkeys(STRENGTH, 0))
     first = steering_text.finding(made)[0]
     assert "small-lm never names the target's place (20 answers), no more than with its" in first
+    two = example(20, shares=(0.4, 0.8), strength=dict.fromkeys(STRENGTH, 0))
+    first = steering_text.finding(two)[0]
+    assert first.startswith("With any of 2 shares of the dimensions of lm.layers.7 swapped, small")
     alone = example(20, shares=(0.4,), controls=(), mode="set")
     first = steering_text.finding(alone)[0]
     assert first.startswith("With the reading at lm.layers.7 set to the target in 40 % of the dim")
@@ -198,7 +201,9 @@ def test_lines_are_the_summary_and_bars_its_intervals(several: Steered) -> None:
     figure = steering_figures.effect_and_damage(several)
     panels = [axes for axes in figure.axes if axes.get_visible()]
     titles = [axes.get_title(loc="left") for axes in panels]
-    assert [t.split(":")[0] for t in titles] == ["Effect", "Effect", "Damage", "Effect"]
+    assert [t.split(":")[0] for t in titles] == [
+        "Effect", "Effect", "Damage", "Answers that name the target's place, over damage",
+    ]  # fmt: skip
     table = several.summary[several.summary["arm"] == "edit"]
     for axes, measure in zip(panels, ("moved", "log_odds", "kl", "moved"), strict=True):
         lines = {line.get_label(): line for line in axes.get_lines()}
@@ -292,6 +297,7 @@ def test_the_page_needs_no_other_file(folder: Path) -> None:
     assert page.count('src="data:image/png;base64,') == 2
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
     assert "http" not in page
+    assert "/somewhere" not in page.partition("<details>")[0]
     assert page.startswith("<!doctype html>")
 
 

@@ -95,26 +95,22 @@ def _method(steered: Steered) -> list[str]:
     ]
     if asked := text.first_asked(steered):
         said.append(f"The first source is asked: {asked!r}.")
-    if info["mode"] != "patch" and info.get("ranking"):
+    if info["mode"] != "patch":
         said.append(f"Dimensions are ranked by {info['ranking']}, from the run's probe there.")
-    beside = [f"{c}: {text.CONTROL_WORDS.get(c, 'see the code')}" for c in text.controls(steered)]
-    if beside:
-        said.append(f"Controls beside it: {'; '.join(beside)}.")
-    said.append(
+    said += [f"Control {c}: {text.CONTROL_WORDS[c]}." for c in text.controls(steered)]
+    said += [
         "An answer names a place where a gazetteer finds one of its names or aliases as whole "
-        "words; what stands in the prompt, or is the same for both places, does not count. Log "
-        "odds: log p(target's name) - log p(source's name) where the answer begins, in nats. KL: "
-        "from the unedited model's next-token distribution, over the tokens of the unedited "
-        "answer, in nats. Perplexity: of the answer, under the unedited model. Repetition: the "
-        "share of an answer's word triples that it has said before. Stability: how much of the "
-        "unedited answer is still there, names of places apart (ROUGE-L; 1: all)."
-    )
-    said.append(
-        "In parentheses, and as bars: 95 % bootstrap intervals over pairs. p: two-sided, against "
-        "as many random dimensions of the same share, of the same pairs (McNemar's exact test, or "
-        "sign flips), not corrected for the number of rows. Pairs that share a source or a target "
-        "are not independent, so that intervals are somewhat too narrow."
-    )
+        "words. What stands in the prompt, or is the same for both places, does not count.",
+        "Log odds: log p(target's name) - log p(source's name) where the answer begins, in nats.",
+        "KL: from the unedited model's next-token distribution, over the tokens of the unedited "
+        "answer, in nats. Perplexity: of the answer, under the unedited model.",
+        "Repetition: the share of an answer's word triples that it has said before. Stability: how "
+        "much of the unedited answer is still there, names of places apart (ROUGE-L; 1: all).",
+        "In parentheses, and as bars: 95 % bootstrap intervals over pairs. Pairs that share a "
+        "source or a target are not independent, so they are somewhat too narrow.",
+        "p: two-sided, against as many random dimensions of the same share, of the same pairs "
+        "(McNemar's exact test, or sign flips), not corrected for the number of rows.",
+    ]
     ran = [f"{name} {info[name]}" for name in ("device", "dtype") if info.get(name)]
     return [*said, f"It ran with {', '.join(ran)}."] if ran else said
 
@@ -185,7 +181,7 @@ def _markdown(steered: Steered, folder: Path, pictures: list[str], told: Path) -
     if lines := _left_out(steered):
         parts += ["## Left out", "\n".join(f"- {line}" for line in lines)]
     parts += ["## Open it again", f"```python\n{_again(told)}\n```"]
-    parts += ["## Method", " ".join(_method(steered))]
+    parts += ["## Method", "\n".join(f"- {line}" for line in _method(steered))]
     if steered.info.get("warnings"):
         parts += ["## Warnings", "\n".join(f"- {w}" for w in steered.info["warnings"])]
     parts += ["## Use", frame.use("pairs.csv") + _EDITED]
@@ -247,7 +243,8 @@ def _html(steered: Steered, folder: Path, pictures: list[str], told: Path) -> st
     if lines := _left_out(steered):
         items = "".join(f"<li>{escape(line)}</li>" for line in lines)
         body.append(f"<h2>Left out</h2><ul>{items}</ul>")
-    body.append(f"<h2>Method</h2><p>{escape(' '.join(_method(steered)))}</p>")
+    items = "".join(f"<li>{escape(line)}</li>" for line in _method(steered))
+    body.append(f"<h2>Method</h2><ul>{items}</ul>")
     for message in steered.info.get("warnings", []):
         body.append(f'<p class="note">Warning: {escape(str(message))}</p>')
     body.append(f"<h2>Open it again</h2><pre>{escape(_again(told))}</pre>")

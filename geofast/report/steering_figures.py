@@ -30,6 +30,10 @@ _TITLES = {
     "log_odds": "Effect: log odds of the target's name, nats",
     "kl": "Damage: KL from the unedited model, nats",
 }
+_OVER = {
+    "moved": "Answers that name the target's place",
+    "log_odds": "Log odds of the target's name",
+}
 
 
 # ---------------------------------------------------------------- effect and damage
@@ -129,11 +133,11 @@ def _bars(axes: Axes, style: Mapping[str, Any], x: Array, y: Array, **errors: An
 
 def _over_shares(axes: Axes, steered: Steered, measure: str) -> None:
     shares = 100 * np.array(text.shares(steered))
-    gap = float(np.diff(shares).min()) if len(shares) > 1 else 10.0
+    apart = 0.012 * np.ptp(shares) if len(shares) > 1 else 1.0
     arms = _arms(steered)
     for i, arm in enumerate(arms):
         # Side by side, so that intervals do not hide each other.
-        x = shares + 0.07 * gap * (i - (len(arms) - 1) / 2)
+        x = shares + apart * (i - (len(arms) - 1) / 2)
         mean, below, above = _values(steered, arm, measure)
         style = _style(steered, arm)
         _bars(axes, style, x, mean, yerr=[below, above])
@@ -165,7 +169,7 @@ def _over_damage(axes: Axes, steered: Steered, measure: str) -> None:
                 )  # fmt: skip
     if before and pd.notna(before[measure]):
         axes.axhline(before[measure], color=GREY, lw=1, ls="--", zorder=1, label="unedited")
-    axes.set_title(f"{_TITLES[measure]}, over damage", fontsize=11, loc="left")
+    axes.set_title(f"{_OVER[measure]}, over damage", fontsize=11, loc="left")
     axes.set_xlabel("damage: KL from the unedited model, nats", fontsize=11)
     axes.set_xlim(left=min(0, axes.get_xlim()[0]))
     _scale(axes, steered, measure)

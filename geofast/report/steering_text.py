@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,12 +72,14 @@ def row_of(steered: Steered, arm: str, share: float) -> Mapping[str, Any]:
 
 
 def shown_share(steered: Steered) -> float:
-    """Return the smallest share with the largest effect: what the finding and examples are of."""
-    measure = "moved" if has(steered, "moved") else "log_odds"
-    table = steered.summary[steered.summary["arm"] == EDIT].sort_values("share", kind="stable")
-    if measure not in table.columns or table[measure].isna().all():
-        return float(table["share"].iloc[-1])
-    return float(table["share"].loc[table[measure].astype(float).idxmax()])
+    """Return the share with the largest effect: what the finding and the examples are of.
+
+    That is the one with the most moved answers, then the highest log odds, then the smallest.
+    """
+    table = steered.summary[steered.summary["arm"] == EDIT]
+    effects = [m for m in ("moved", "log_odds") if has(steered, m)]
+    order = table.sort_values([*effects, "share"], ascending=[*(False for _ in effects), True])
+    return float(order["share"].iloc[0])
 
 
 def share_words(share: float) -> str:
@@ -89,7 +92,7 @@ def headline(steered: Steered) -> str:
     info = steered.info
     pairs = len(steered.pairs[["source", "target"]].drop_duplicates())
     what = f"{info['mode'].capitalize()} at {info['site']} of {model_name(steered)}"
-    return f"{what}: {pairs:,} pairs of {data_name(steered)}"
+    return f"{what}: {pairs:,} pairs of {Path(data_name(steered)).name}"
 
 
 # ---------------------------------------------------------------- the finding
@@ -114,18 +117,19 @@ def _named(steered: Steered, share: float) -> str:
     n = int(_judged(steered, EDIT, share).notna().sum())
     low, high = (_percent_alone(row.get(f"moved_{end}")) for end in ("low", "high"))
     several = len(shares(steered))
-    tried = f" (the best of {several} shares)" if several > 1 else ""
     if not row["moved"]:
-        said = f"{_doing(steered, share)}, {names} never names the target's place ({n} answers)"
+        whole = f"any of {several} shares" if several > 1 else share_words(share)
+        said = f"{_doing(steered, whole)}, {names} never names the target's place ({n} answers)"
     else:
+        tried = f" (the best of {several} shares)" if several > 1 else ""
         rate = f"{_percent(row['moved'])} of {n} answers (95 % interval {low} to {high})"
-        said = f"{_doing(steered, share)}{tried}, {names} names the target's place in {rate}"
+        doing = _doing(steered, share_words(share))
+        said = f"{doing}{tried}, {names} names the target's place in {rate}"
     return f"{said}{_against(steered, share)}."
 
 
-def _doing(steered: Steered, share: float) -> str:
-    info = steered.info
-    return _MODES[info["mode"]].format(share=share_words(share), site=info["site"])
+def _doing(steered: Steered, share: str) -> str:
+    return _MODES[steered.info["mode"]].format(share=share, site=steered.info["site"])
 
 
 def _against(steered: Steered, share: float) -> str:
@@ -179,8 +183,8 @@ def _read(steered: Steered, share: float) -> str:
 
 def _damage(steered: Steered, share: float) -> str:
     edit = row_of(steered, EDIT, share)
-    said = f"The next token's distribution moves by KL {_two(edit['kl'])} nats"
-    said += _beside(steered, share, "kl", _two)
+    said = f"The next token's distribution moves by KL {number(edit['kl'])} nats"
+    said += _beside(steered, share, "kl", number)
     if has(steered, "kept"):
         said += f"; {_percent(edit['kept'])} of the answers still name the source's place"
         said += _beside(steered, share, "kept", _percent)
@@ -230,7 +234,7 @@ def damage_table(steered: Steered) -> Table:
         steered,
         {
             "kept": ("names source, %", _percent_alone),
-            "kl": ("KL", _two),
+            "kl": ("KL", number),
             "perplexity": ("perplexity", lambda v: number(v, 1)),
             "repetition": ("repetition", _two),
             "stability": ("stability", _two),

@@ -1,11 +1,13 @@
 """The dimension search: held-out R2 against the share of dimensions kept, refit.
 
-10 fractions, 5 folds, 12 alphas, two targets, one layer. geofast has the statistics, as a run keeps
-them, and chooses alpha in every training part; its time is that of one ranking, and of all. The
-solve stage is what a probe took before, from rows or from statistics. scikit-learn refits from
-rows, as the study does: RidgeCV over the alphas on each share. One fold and one target of it are
-timed, a tenth of a layer, since the layer takes minutes. What is timed is checked first, on a
-smaller layer, against scikit-learn's refits in float64.
+10 fractions, 5 folds, 12 alphas, two targets, one layer. What comes first is the curve by |coef|
+from statistics, which choose alpha in every training part too; then the same from rows, whose
+statistics are made for it, the other rankings, and all four with five random orders. `first solve`
+is what the probe took for the layer before: its folds with their inner ones, and the final probe.
+So a ratio above 1 says how many curves by |coef| it is worth. scikit-learn refits from rows, as the
+study does: RidgeCV over the alphas on each share. One fold and one target of it are timed, a tenth
+of a layer, since the layer takes minutes. What is timed is checked first, on a smaller layer,
+against scikit-learn's refits in float64.
 """
 
 import numpy as np
@@ -19,18 +21,22 @@ import geofast as gf
 from geofast.subspace.measure import FRACTIONS, of_grams
 
 TARGETS = ("latitude", "longitude")
-N, D = 5000, 768
-GROUP = f"dimension search N={N} d={D}"
+SIZES = {"d384": (5000, 384), "d768": (5000, 768)}
 
 
 def gram_of(x, y, fold):
     return gf.Gram(x.shape[1], 2, 5).update(x, y, fold)
 
 
-@pytest.fixture(scope="module")
-def job():
-    x, y, fold = layer(N, D, 0), targets(N)[0], study_folds(N)
+@pytest.fixture(scope="module", params=SIZES)
+def job(request):
+    n, d = SIZES[request.param]
+    x, y, fold = layer(n, d, 0), targets(n)[0], study_folds(n)
     return x, y, fold, gram_of(x, y, fold)
+
+
+def group(x):
+    return f"dimension search N={len(x)} d={x.shape[1]}"
 
 
 @pytest.fixture(scope="module")
@@ -59,36 +65,49 @@ def curves(gram, **options):
     return of_grams({"vision.layers.0/cls": gram}, TARGETS, **options)
 
 
-@pytest.mark.parametrize("ranking", ["coef", "coef_std", "forward", "backward"])
-@pytest.mark.usefixtures("checked")
-def test_geofast(benchmark, job, ranking):
-    benchmark.group = GROUP
-    options = {"rankings": [ranking], "random": 0}
-    benchmark.pedantic(curves, (job[3],), options, rounds=3, warmup_rounds=1)
+def timed(benchmark, job, work, note, rounds=3):
+    benchmark.group = group(job[0])
+    benchmark.extra_info["of"] = note
+    benchmark.pedantic(work, rounds=rounds, warmup_rounds=1)
 
 
 @pytest.mark.usefixtures("checked")
-def test_geofast_everything(benchmark, job):
-    """All rankings, and five random orders."""
-    benchmark.group = GROUP
-    benchmark.pedantic(curves, (job[3],), rounds=2)
+def test_by_coef(benchmark, job):
+    timed(benchmark, job, lambda: curves(job[3], rankings=["coef"], random=0), "statistics")
 
 
-@pytest.mark.parametrize("kept", ["rows", "statistics"])
-def test_solve_stage(benchmark, job, kept):
-    """What the probe took to solve the layer: its folds, with inner ones, and the final probe."""
-    x, y, fold, gram = job
+@pytest.mark.usefixtures("checked")
+def test_by_coef_from_rows(benchmark, job):
+    x, y, fold, _ = job
+    timed(benchmark, job, lambda: curves(gram_of(x, y, fold), rankings=["coef"], random=0), "rows")
 
-    def rows():
-        gf.cross_validate(x, y, fold, inner=True)
-        gf.fit(x, y)
 
-    def statistics():
-        gf.solve(gram, inner=True)
-        gf.solve(gram, folds=torch.zeros(5, dtype=torch.int64))
+@pytest.mark.parametrize("ranking", ["coef_std", "forward", "backward"])
+def test_by_another_ranking(benchmark, job, ranking):
+    timed(benchmark, job, lambda: curves(job[3], rankings=[ranking], random=0), ranking)
 
-    benchmark.group = GROUP
-    benchmark.pedantic(rows if kept == "rows" else statistics, rounds=3, warmup_rounds=1)
+
+def test_everything(benchmark, job):
+    timed(benchmark, job, lambda: curves(job[3]), "four rankings, five random orders", rounds=2)
+
+
+@pytest.mark.parametrize("select", ["loo", "gcv"])
+def test_first_solve_of_rows(benchmark, job, select):
+    x, y, fold, _ = job
+
+    def stage():
+        gf.cross_validate(x, y, fold, select=select, inner=True)
+        gf.fit(x, y, select=select)
+
+    timed(benchmark, job, stage, "rows")
+
+
+def test_first_solve_of_statistics(benchmark, job):
+    def stage():
+        gf.solve(job[3], inner=True)
+        gf.solve(job[3], folds=torch.zeros(5, dtype=torch.int64))
+
+    timed(benchmark, job, stage, "statistics")
 
 
 @pytest.mark.usefixtures("checked")
@@ -99,10 +118,10 @@ def test_scikit_learn(benchmark, job):
 
     def refits():
         for share in FRACTIONS:
-            some = points[:, order[: round(D * share)]]
+            some = points[:, order[: round(x.shape[1] * share)]]
             model = RidgeCV(alphas=gf.ALPHAS).fit(some[train], value[train])
             r2_score(value[~train], model.predict(some[~train]))
 
-    benchmark.group = GROUP
+    benchmark.group = group(x)
     benchmark.extra_info["layers"] = 0.1  # one of five folds, and of two targets
     benchmark.pedantic(refits, rounds=1)

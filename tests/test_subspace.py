@@ -16,7 +16,7 @@ from test_ridge import folds_of
 import geofast as gf
 from geofast.cli import main
 from geofast.report import subspace as report
-from geofast.subspace import measure, ranking
+from geofast.subspace import measure, ranking, store
 from geofast.subspace.measure import of_grams
 from geofast.subspace.ranking import RANKINGS, random_orders
 from geofast.subspace.stability import jaccard, jaccard_by_chance, smallest
@@ -363,7 +363,7 @@ def test_what_was_saved_opens_as_it_was(small, tmp_path):
     of_nothing = of_grams(
         {"a/cls": gram_of(*rows(60, 6), folds_of(60))}, TARGETS, rankings=[], random=1
     )
-    of_nothing.save(tmp_path / "out")  # and replaces it
+    store.write(of_nothing, tmp_path / "out")  # and replaces it
     assert gf.Subspace.open(tmp_path / "out").smallest.empty
 
 
@@ -378,7 +378,8 @@ def test_what_was_saved_opens_as_it_was(small, tmp_path):
     ],
 )
 def test_a_folder_that_cannot_be_read(small, tmp_path, file, content, message):
-    path = small.save(tmp_path) / file
+    store.write(small, tmp_path)
+    path = tmp_path / file
     if content is None:
         path.unlink()
     elif content == b"other":

@@ -168,6 +168,7 @@ def _ring_smallest(axes: Axes, found: Subspace, here: pd.DataFrame, target: str)
     if table.empty:
         return
     table = table[(table["target"] == target) & table["fraction"].notna()]
+    table = table[table["ranking"] != "study"]  # its R2 has chosen what it scores
     table = table[(table[text.KEYS] == here.iloc[0][text.KEYS]).all(axis=1)]
     for _, row in table.iterrows():
         same = (here["ranking"] == row["ranking"]) & (here["fraction"] == row["fraction"])
@@ -207,6 +208,7 @@ def _draw_layers(axes: Axes, found: Subspace, target: str, layers: pd.DataFrame)
     axes.spines[:].set_visible(False)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, aspect=30)
     bar.outline.set_visible(False)
+    bar.set_label("held-out R²", fontsize=10)
     bar.ax.tick_params(labelsize=9)
 
 

@@ -126,6 +126,7 @@ def _eliminate(
     """
     width, d = columns.shape
     here, score, scratch = np.empty(width, np.int64), np.empty(d), np.empty(d)
+    lines = columns.numpy()
     # No pivot may be taken twice: the worst score there is.
     worst = np.inf if least else -np.inf
     for j in range(width):
@@ -133,9 +134,8 @@ def _eliminate(
         np.divide(np.square(r, out=score), scratch, out=score)
         score[here[:j]] = worst
         here[j] = i = int(score.argmin() if least else score.argmax())
-        before, column = columns[:j], columns[j]
-        torch.addmv(s[i], before.mT, before[:, i], alpha=-1, out=column)
-        line = column.numpy()
+        before, line = columns[:j], lines[j]
+        torch.addmv(s[i], before.mT, before[:, i], alpha=-1, out=columns[j])
         pivot = 1 / math.sqrt(max(line[i], _TINY))
         line *= pivot
         r -= np.multiply(line, r[i] * pivot, out=scratch)

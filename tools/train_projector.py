@@ -60,7 +60,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     log = Log(options.work / "training.log")
     log(f"{time.strftime('%Y-%m-%d')}, {machine()}")
-    log(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {vars(options)}")
+    asked = f"crops {options.crops}, test {options.test}, minutes {options.minutes}"
+    log(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {asked}")
     sets = split(options.crops, options.test, log)
     features = {name: patches(data, name, options.work, log) for name, data in sets.items()}
     reader = Reader()
@@ -511,8 +512,9 @@ CARD = """# Projector from DINOv2-S to SmolLM2-135M
 LLaVA's `multi_modal_projector` (384 to 576 to 576, {parameters} parameters, float16) between the
 patches of DINOv2-S after block {layer} (images of {side} px) and SmolLM2-135M-Instruct, both
 frozen. Trained by tools/train_projector.py on {crops} crops of NASA's Blue Marble, each seen once,
-with answers about the place that come from GeoNames (CC BY 4.0): {questions} The whole of it is in
-training.log.
+in {minutes:.0f} minutes with the measuring; training.log is all of it. Questions:
+{questions}
+The answers come from GeoNames (CC BY 4.0).
 
 Held out: `between`, crops at other random places, which overlap training crops; `apart`, crops in
 {blocks} blocks of 15 degrees that no training crop touches. The likeliest of the named answers,
@@ -525,8 +527,9 @@ of the image, and with another crop's image:
 
 Generated answers name the continent in {between:.0%} of `between` and {apart:.0%} of `apart`.
 "Country" is the nearest city's, among the {countries} that at least 1 % of the training crops have;
-"climate" is a word for the latitude. The model was taught these questions and no others. The
-weights of the projector are geofast's (Apache-2.0).
+"climate" is a word for the latitude. The model knows regions that it was shown; of the continent
+of one that it was not it knows little. It was taught these questions and no others. The weights of
+the projector are geofast's (Apache-2.0).
 """
 
 
@@ -545,6 +548,7 @@ def card(metrics: dict[str, Any]) -> str:
         parameters=f"{384 * 576 + 576 * 576 + 2 * 576:,}",
         layer=LAYER,
         side=SIDE,
+        minutes=metrics["seconds"] / 60,
         crops=f"{metrics['crops']['train']:,}",
         questions=" ".join(wordings[0] for wordings in QUESTIONS.values()),
         blocks=len(metrics["held_out_blocks"]),

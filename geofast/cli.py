@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", help="probe a real model on real data, from the package index"
     )
-    demo.add_argument("name", choices=["satellite", "cities"])
+    demo.add_argument("name", choices=["satellite", "cities", "steer-cities", "steer-images"])
     demo.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     demo.add_argument("--samples", type=_count, help="fewer samples, for a quick look")
     demo.add_argument("--overwrite", action="store_true", help="replace the run folder")
@@ -420,11 +420,32 @@ def _demo(o: argparse.Namespace) -> None:
     from . import _folder, demo
 
     out = o.out or Path("runs") / o.name
+    make = getattr(demo, o.name.replace("-", "_"))
+    if o.name.startswith("steer-"):
+        _steer_demo(o, out, make)
+        return
     _folder.check_free(out.expanduser().resolve(), o.overwrite)
     with _whoever_listens():
-        run = getattr(demo, o.name)(o.samples, **({"alphas": o.alphas} if o.alphas else {}))
+        run = make(o.samples, **({"alphas": o.alphas} if o.alphas else {}))
         run.save(out, overwrite=o.overwrite)
     _print(run, out)
+
+
+def _steer_demo(o: argparse.Namespace, out: Path, make: Any) -> None:
+    """Save a run, a sweep and experiments into folders of one, and print what edits change."""
+    from . import _folder
+
+    if o.alphas:
+        raise ValueError("--alphas is of the demos that probe: satellite and cities")
+    _folder.check_free(out.expanduser().resolve() / "run", o.overwrite)
+    with _whoever_listens():
+        made = make(o.samples)
+        for name, part in made.parts():
+            options = {} if name == "locate" else {"overwrite": o.overwrite}
+            part.save(out / name, **options)
+    for name, part in made.parts():
+        if name != "run":
+            print(f"{name}: {out / name}\n\n{part}\n")
 
 
 def _sites(o: argparse.Namespace) -> None:

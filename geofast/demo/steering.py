@@ -6,7 +6,7 @@ they do is reported of pairs of the other half.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,11 @@ import pandas as pd
 
 from ..data import Samples
 from ..data.demos import cities as cities_data
-from ..data.demos import smollm2
+from ..data.demos import satellite as satellite_data
+from ..data.demos import seeing, smollm2
 from ..data.demos.gazetteer import gazetteer
+from ..data.demos.satellite import places_seen
+from ..data.demos.seeing import QUESTIONS
 from ..effects.experiment import steer
 from ..effects.locate import Located, locate
 from ..effects.outcome import Steered
@@ -31,8 +34,8 @@ from ..steering.asking import require_tokenizer
 from .probing import load_quietly
 
 CITY_PROMPT = "The city of {name} is in the country of"
-SHARES = (0.1, 0.2, 0.4)
-CALIBRATING, REPORTED = 24, 60  # pairs
+ANSWER = 6  # tokens
+SATELLITE_SEED = 2  # the projector was trained and tested on crops of others
 _SEED = 0
 
 
@@ -69,7 +72,29 @@ def steer_cities(samples: int | None = None) -> Demo:
     names = gazetteer()
     country = [names.names("country", code)[0] for code in whole.table["country"]]
     whole = replace(whole, table=whole.table.assign(country=country))
-    return _demo(model, whole, "country", "lm.layers.*[05]", "mean:text", CITY_PROMPT, answer=6)
+    return _demo(
+        model, whole, "country", "lm.layers.*[05]", "mean:text", CITY_PROMPT,
+        modes=("swap", "set"), shares=(0.1, 0.2, 0.4), pairs=(24, 60),
+    )  # fmt: skip
+
+
+def steer_images(samples: int | None = None) -> Demo:
+    """Swap the place inside the image tokens of a model that says which continent it sees.
+
+    The model is `geofast.data.demos.seeing`; the crops are others than it was trained on, between
+    those. The continent that it names is what counts, of pairs whose continents it names rightly
+    without an edit. Half of the crops are probed and serve to choose where to edit.
+
+    Parameters
+    ----------
+    samples
+        Crops of NASA's Blue Marble; 300 by default.
+    """
+    crops = satellite_data(300 if samples is None else samples, seed=SATELLITE_SEED)
+    return _demo(
+        load_quietly(seeing()), places_seen(crops), "continent", "lm.layers.*[05]", "mean:image",
+        QUESTIONS["continent"][0], modes=("swap",), shares=(0.2, 0.4), pairs=(16, 30),
+    )  # fmt: skip
 
 
 def _of_one_length(model: Model, samples: Samples, prompt: str) -> Samples:
@@ -83,8 +108,18 @@ def _of_one_length(model: Model, samples: Samples, prompt: str) -> Samples:
 
 
 def _demo(
-    model: Model, whole: Samples, column: str, sites: str, pool: str, prompt: str, *, answer: int
+    model: Model,
+    whole: Samples,
+    column: str,
+    sites: str,
+    pool: str,
+    prompt: str,
+    *,
+    modes: Sequence[str],
+    shares: Sequence[float],
+    pairs: tuple[int, int],
 ) -> Demo:
+    """Probe half of the samples, choose sites on pairs of them, and steer pairs of the others."""
     order = np.random.default_rng(_SEED).permutation(len(whole))
     half = len(whole) // 2
     seen, unseen = whole.take(np.sort(order[:half])), whole.take(np.sort(order[half:]))
@@ -93,20 +128,18 @@ def _demo(
         split=[KFold(), GroupKFold(column)], progress=True,
     )  # fmt: skip
     names = {column: column}
-    pairs = [
+    drawn = [
         pairs_between(known(model, some, run, column), column, n)
-        for some, n in ((seen, CALIBRATING), (unseen, REPORTED))
+        for some, n in zip((seen, unseen), pairs, strict=True)
     ]
-    found = locate(
-        model, seen, pairs[0], run, names=names,
-        modes=("swap", "set"), shares=SHARES,
-    )  # fmt: skip
+    found = locate(model, seen, drawn[0], run, names=names, modes=modes, shares=shares)
     steered = {}
-    for mode in ("swap", "set"):
-        site = best_of(found, mode)
+    for mode in modes:
+        best = found.table[found.table["mode"] == mode].iloc[0]
+        print(f"Chosen: {mode} at {best['site']}, {best['share']:.0%} of the dimensions")
         steered[mode] = steer(
-            model, unseen, pairs[1], run, site=site,
-            shares=SHARES, mode=mode, names=names, max_new_tokens=answer, progress=True,
+            model, unseen, drawn[1], run, site=best["site"],
+            shares=shares, mode=mode, names=names, max_new_tokens=ANSWER, progress=True,
         )  # fmt: skip
     return Demo(run, found, steered)
 
@@ -115,7 +148,7 @@ def known(model: Model, samples: Samples, run: Run, column: str) -> pd.DataFrame
     """Return the rows of the samples of which the model names what a column says."""
     asked, worded_, _ = prompted(model, samples, run)
     inputs = [worded_.load(i) for i in range(len(samples))]
-    said = asked.generate(inputs, batch_size=64, max_new_tokens=6)
+    said = asked.generate(inputs, batch_size=64, max_new_tokens=ANSWER)
     names, places = gazetteer(), samples.table[column]
     texts = [str(text) if samples.kind == "text" else "" for text in inputs]
     right = [
@@ -143,9 +176,3 @@ def pairs_between(table: pd.DataFrame, column: str, n: int) -> pd.DataFrame:
         if len(pairs) == n:
             break
     return pd.DataFrame([*pairs], columns=["source", "target"])
-
-
-def best_of(found: Located, mode: str) -> str:
-    """Return the site at which a mode has the highest score."""
-    table = found.table[found.table["mode"] == mode]
-    return str(table.iloc[0]["site"])

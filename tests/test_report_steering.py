@@ -137,7 +137,7 @@ def test_the_finding_is_true_of_the_numbers(several: Steered) -> None:
     )
     assert f"are {table['log_odds']['edit', 0.8]:.2f} nats (unedited " in odds
     assert f"{table['km']['edit', 0.8]:,.0f} km from the target (unedited " in read
-    assert f"KL {table['kl']['edit', 0.8]:.3f} nats (unedited 0.000, random dims " in damage
+    assert f"KL {table['kl']['edit', 0.8]:.3f} nats (random dims " in damage
 
 
 def test_what_controls_do_as_well_is_not_claimed() -> None:

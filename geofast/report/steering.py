@@ -126,9 +126,8 @@ def _caption(steered: Steered, name: str) -> str:
             "shows the same pairs without it."
         )
     return (
-        "Effect and damage, with 95 % intervals over pairs. The best edit is at the top left of "
-        "effect against damage: it moves the answer and nothing else. The dashed line is the "
-        "unedited model."
+        "Effect and damage, with 95 % intervals over pairs; the dashed line is the unedited model. "
+        "Over damage, the best edit is at the top left: it moves the answer and nothing else."
     )
 
 

@@ -164,8 +164,8 @@ def _over_damage(axes: Axes, steered: Steered, measure: str) -> None:
         if arm == EDIT and len(shares) > 1:
             for i in {0, len(shares) - 1, shares.index(text.shown_share(steered))}:
                 axes.annotate(
-                    text.share_words(shares[i]), (damage[i], mean[i]), (5, 5), fontsize=9,
-                    textcoords="offset points", color=style["color"],
+                    text.share_words(shares[i]), (damage[i], mean[i]), (-6, 7), fontsize=9,
+                    textcoords="offset points", ha="right", color=style["color"],
                 )  # fmt: skip
     if before and pd.notna(before[measure]):
         axes.axhline(before[measure], color=GREY, lw=1, ls="--", zorder=1, label="unedited")

@@ -184,16 +184,23 @@ def _read(steered: Steered, share: float) -> str:
 def _damage(steered: Steered, share: float) -> str:
     edit = row_of(steered, EDIT, share)
     said = f"The next token's distribution moves by KL {number(edit['kl'])} nats"
-    said += _beside(steered, share, "kl", number)
+    said += _beside(steered, share, "kl", number, unedited=False)
     if has(steered, "kept"):
         said += f"; {_percent(edit['kept'])} of the answers still name the source's place"
         said += _beside(steered, share, "kept", _percent)
     return f"{said}."
 
 
-def _beside(steered: Steered, share: float, measure: str, words: Callable[[Any], str]) -> str:
+def _beside(
+    steered: Steered,
+    share: float,
+    measure: str,
+    words: Callable[[Any], str],
+    *,
+    unedited: bool = True,
+) -> str:
     """What the unedited model and the first control have, in parentheses."""
-    arms = [UNEDITED, *filter(None, [shown_control(steered)])]
+    arms = [*([UNEDITED] if unedited else []), *filter(None, [shown_control(steered)])]
     found = {arm: row_of(steered, arm, share).get(measure) for arm in arms}
     told = [f"{arm_words(a)} {words(v)}" for a, v in found.items() if v is not None and pd.notna(v)]
     return f" ({', '.join(told)})" if told else ""

@@ -1,6 +1,6 @@
 """Train the projector of `geofast.data.demos.seeing`, which lets SmolLM2 see through DINOv2.
 
-    python tools/train_projector.py --out geofast/data/demos/projector [--crops 2400]
+    python tools/train_projector.py --out geofast/data/demos/projector [--crops 3000] [--minutes 44]
 
 Both models are frozen. DINOv2's patches of every training crop are made once; then the projector
 alone learns, by the cross-entropy of the answers to questions about the place. All questions about
@@ -52,9 +52,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of what is committed")
     parser.add_argument("--work", type=Path, default=Path("/tmp/geofast-projector"))
-    parser.add_argument("--crops", type=int, default=2400, help="training crops, each seen once")
+    parser.add_argument("--crops", type=int, default=3000, help="training crops, each seen once")
     parser.add_argument("--test", type=int, default=200, help="crops in each held-out set")
-    parser.add_argument("--minutes", type=float, default=90, help="stop training after so long")
+    parser.add_argument("--minutes", type=float, default=44, help="stop training after so long")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)

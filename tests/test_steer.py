@@ -435,7 +435,11 @@ def test_words_fit_100_columns(steered):
     assert "pairs" in repr(steered)
 
 
-def test_saved_and_opened(steered, tmp_path):
+def test_saved_and_opened(steered, tmp_path, monkeypatch):
+    def write(_steered, folder, _told):  # the pages have tests of their own, and take long
+        (folder / "README.md").write_text("words")
+
+    monkeypatch.setattr("geofast.report.steering.write", write)
     folder = steered.save(tmp_path / "out")
     again = open_steered(folder)
     pd.testing.assert_frame_equal(again.pairs, steered.pairs)
@@ -619,6 +623,7 @@ def test_images_and_tokens_of_a_role(gazetteer):
         ({"blank": 1}, "has no country"),
         ({"other": 1}, "the run is of another"),
         ({"text": 1}, "makes no text"),
+        ({"narrow": 1}, "is 32 wide, and the run's probe is for 16"),
     ],
 )
 def test_bad_input_stops_before_anything_is_generated(
@@ -639,6 +644,12 @@ def test_bad_input_stops_before_anything_is_generated(
         table.loc[int(pairs["target"][0][1:]), "country"] = None
     if changes.pop("other", 0):
         run = dataclasses.replace(run, info=run.info | {"model": "another"})
+    if changes.pop("narrow", 0):
+        probe = run.probes[f"{SITE}/last"]
+        run = dataclasses.replace(
+            run, probes={probe.name: dataclasses.replace(probe, coef=probe.coef[:16])}
+        )
+        changes |= {"ranking": "coef", "controls": []}
     if changes.pop("text", 0):
         model = gf.load(tiny.bert(), processor=tiny.tokenizer())
     given = dataclasses.replace(samples, table=table)
@@ -647,7 +658,8 @@ def test_bad_input_stops_before_anything_is_generated(
         steer(model, given, pairs, run, **options(gazetteer, **changes))
 
 
-def test_samples_and_pairs_from_files(model, samples, run, pairs, gazetteer, tmp_path):
+def test_samples_and_pairs_from_files(model, samples, run, pairs, gazetteer, tmp_path, monkeypatch):
+    monkeypatch.setattr("geofast.report.write_report", lambda *_: None)
     table = samples.table.assign(text=list(samples.inputs))
     table.to_csv(tmp_path / "samples.csv", index=False)
     pairs.to_csv(tmp_path / "pairs.csv", index=False)

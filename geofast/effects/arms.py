@@ -83,15 +83,15 @@ class Written:
         if self.states is not None:
             (x,) = self.states.at.values()
             x = x[:, : self.states.in_prompt, dims].double()
-            apart: torch.Tensor = x[targets] - x[sources]
-            return apart.norm(dim=2)
+            apart: torch.Tensor = (x[targets] - x[sources]).norm(dim=2)
+            return apart
         edit = self.write(dims, self.targets)
         assert edit.left is not None
         assert edit.right is not None
         assert self.rows is not None
         way = edit.values[0, :, 0] - self.rows.double()[sources] @ edit.right.T
-        apart = way @ edit.left.T
-        return apart.norm(dim=1)[:, None]
+        apart = (way @ edit.left.T).norm(dim=1)
+        return apart[:, None]
 
     def add(self, values: torch.Tensor) -> Edit:
         """Return the edit that adds [pairs, tokens, d]."""

@@ -24,7 +24,7 @@ from ..steering.generation import States
 from ..steering.make import patch, set_to, swap
 from .dims import ranked_dims
 from .intervals import bootstrap_means
-from .odds import BYTES, Asked, next_tokens, odds, states_of
+from .odds import BYTES, Asked, is_late, next_tokens, odds, states_of
 from .pairs import Pairs
 from .probed import Probed, probed_sites
 from .prompted import prompted
@@ -281,11 +281,6 @@ class _Trial:
         """The dimensions of each of its arms."""
         return [self.dims, self.random] if len(self.random) else [self.dims]
 
-    @property
-    def is_late(self) -> bool:
-        """Whether nothing before a prompt's last token is edited."""
-        return self.at.role == "last" and self.at.site.startswith("lm.")
-
     def set_to(self, pairs: Pairs) -> list[Edit]:
         """Make the edits that move the reading to the targets' places."""
         probe, role = self.at.probe, self.at.role
@@ -332,11 +327,11 @@ def _parts(
     trials: Sequence[_Trial], held: Mapping[tuple[str, str], States], pairs: int
 ) -> Iterator[list[_Trial]]:
     """Part trials into those that are run in one call, their edits in memory together."""
-    if late := [trial for trial in trials if trial.is_late]:
+    if late := [trial for trial in trials if is_late(*trial.key)]:
         yield late
     part: list[_Trial] = []
     size = 0
-    for trial in (trial for trial in trials if not trial.is_late):
+    for trial in (trial for trial in trials if not is_late(*trial.key)):
         x = held[trial.key].at[trial.at.site] if trial.mode != "set" else torch.empty(1, 1, 0)
         more = pairs * x.shape[1] * sum(map(len, trial.several)) * x.element_size()
         if part and size + more > BYTES:

@@ -108,7 +108,7 @@ def odds(
     """
     n = len(asked)
     made = Odds(*torch.zeros(2, len(arms), n).double(), *torch.zeros(2, n).double())
-    late = [all(is_late(model, edit) for edit in arm) for arm in arms]
+    late = [all(is_late(s, edit.role) for edit in arm for s in edit.sites) for arm in arms]
     texts = asked.tokens[:, 1:].tolist()
     # What a prompt is before its last token is read once, where no arm of a call changes it.
     for part in sorted(set(late), reverse=True) or [True]:
@@ -124,19 +124,19 @@ class _Compare:
 
     def __init__(self, asked: Asked, goal: torch.Tensor, arms: Sequence[int], made: Odds) -> None:
         self._asked, self._goal, self._arms, self._made = asked, goal, arms, made
-        self._logs = self._odds = torch.empty(0)
+        self._odds = self._others = torch.empty(0)
 
     def __call__(self, arm: int, rows: list[int], _step: int, logs: torch.Tensor) -> None:
         two, made = self._asked.tokens[rows].to(logs.device), self._made
         if arm == 0:
-            self._logs, self._odds = logs, _log_odds(logs, two)
+            self._odds, self._others = _log_odds(logs, two), _others(logs, two)
             ends = self._goal[self._asked.of_pair[rows]].to(logs.device)
             made.whole[rows] = (_log_odds(ends, two) - self._odds).cpu()
-            made.whole_damage[rows] = _apart(logs, ends, two).cpu()
+            made.whole_damage[rows] = _apart(self._others, _others(ends, two)).cpu()
         else:
             i = self._arms[arm - 1]
             made.effect[i, rows] = (_log_odds(logs, two) - self._odds).cpu()
-            made.damage[i, rows] = _apart(self._logs, logs, two).cpu()
+            made.damage[i, rows] = _apart(self._others, _others(logs, two)).cpu()
 
 
 def next_tokens(model: Model, inputs: Sequence[Any], batch_size: int) -> torch.Tensor:
@@ -164,9 +164,9 @@ def states_of(
     return found
 
 
-def is_late(model: Model, edit: Edit) -> bool:
-    """Tell whether an edit leaves alone whatever comes before a prompt's last token."""
-    return edit.role == "last" and all(site.tower == "lm" for site in edit.sites_in(model))
+def is_late(site: str, role: str) -> bool:
+    """Tell whether an edit there leaves alone whatever comes before a prompt's last token."""
+    return role == "last" and site.startswith("lm.")
 
 
 def prompt_ids(model: Model, inputs: Sequence[Any]) -> list[torch.Tensor]:
@@ -184,11 +184,15 @@ def _log_odds(logs: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     return of_target - of_source
 
 
-def _apart(before: torch.Tensor, after: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
-    """KL(before || after) of log-probabilities [n, vocab], given neither token of `two` [n, 2]."""
-    p, q = (logs.scatter(1, two, -torch.inf).log_softmax(1) for logs in (before, after))
+def _others(logs: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [n, vocab] given that it is neither token of `two` [n, 2]."""
+    return logs.scatter(1, two, -torch.inf).log_softmax(1)
+
+
+def _apart(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """KL(before || after) of log-probabilities [n, vocab]: float64 [n]."""
     # What has no probability before adds nothing, whatever it has after.
-    terms = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)
+    terms = torch.where(before > -torch.inf, before.exp() * (before - after), 0.0)
     return terms.sum(1, dtype=torch.float64).clamp(min=0)
 
 

@@ -231,7 +231,7 @@ def test_arrows_end_where_the_probe_reads(several: Steered) -> None:
     for axes, arm in zip(figure.axes, ("edit", "random dims"), strict=False):
         rows = steering_text.of_arm(several, arm, 0.8).head(steering_figures.MAP_PAIRS)
         arrows = [p._posA_posB for p in axes.patches if isinstance(p, FancyArrowPatch)]
-        assert len(arrows) == 3 * len(rows)  # those that cross the date line come in twice
+        assert len(rows) <= len(arrows) <= 2 * len(rows)  # twice where it crosses the date line
         starts, ends = (np.array([a[i] for a in arrows]) for i in range(2))
         there = rows[["reading_longitude", "reading_latitude"]].to_numpy()
         for place in there:

@@ -266,7 +266,9 @@ def _draw_pairs(axes: Axes, rows: pd.DataFrame, norm: Any, colours: Any) -> None
     rest = LineCollection(list(world.short_way(reading, target)), lw=0.8, ls=":", color=GREY)
     axes.add_collection(rest, autolim=False)
     arrows = world.short_way(source, reading)
-    for (start, end), distance in zip(arrows, np.tile(away, 3), strict=True):
+    across = arrows[:, :, 0]
+    there = (across.max(1) >= -180) & (across.min(1) <= 180)  # most copies lie beside the map
+    for (start, end), distance in zip(arrows[there], np.tile(away, 3)[there], strict=True):
         arrow = FancyArrowPatch(
             start, end, arrowstyle="-|>", mutation_scale=9, shrinkA=0, shrinkB=0, lw=1.3,
             color=colours(norm(distance)), zorder=3,

@@ -19,7 +19,7 @@ from .data import Samples, read
 from .extract import ready, usable, worded
 from .geo import Split
 from .geo.folds import as_split
-from .models import Model, Tower
+from .models import Model
 from .models.twin import require_twin
 from .plan import Task, make_tasks
 from .pooling import parse_pools
@@ -288,7 +288,7 @@ def check_pools(model: Model, sites: str | Sequence[str] | None, pool: Pools) ->
     by_tower = pools_by_tower(model.towers, wanted, pool)
     apart = ", or name the sites of one tower (sites=, --sites)" if len(by_tower) > 1 else ""
     for name, pools in by_tower.items():
-        tower, roles = towers[name], _roles(model, towers[name])
+        tower, roles = towers[name], model.roles(towers[name])
         # What stands before the patches, a model without numbers does not show.
         open_ = ("cls", "register") if name == "vision" and model.device.type == "meta" else ()
         for one in pools:
@@ -299,13 +299,6 @@ def check_pools(model: Model, sites: str | Sequence[str] | None, pool: Pools) ->
                     f"pool {one.name!r}: {name} has no {lacking[0]} token, but {has}; use "
                     f"{tower.default_pool} or mean{apart}"
                 )
-
-
-def _roles(model: Model, tower: Tower) -> tuple[str, ...]:
-    """Return what the tokens of a tower may be; `all` they are in any case."""
-    image = ("image",) if model.kind == "image" and tower.image_token is not None else ()
-    roles = (*tower.prefix, *image, tower.tokens, *tower.suffix)
-    return tuple(role for role in dict.fromkeys(roles) if role != "all")
 
 
 def scored_tasks(

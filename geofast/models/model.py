@@ -94,6 +94,15 @@ class Model:
         """Return the sites that `patterns` name; see `structure.match_sites`."""
         return match_sites(self.towers, patterns)
 
+    def roles(self, tower: Tower) -> tuple[str, ...]:
+        """Return what the tokens of a tower may be, given inputs of `kind`.
+
+        `all` they are in any case.
+        """
+        image = ("image",) if self.kind == "image" and tower.image_token is not None else ()
+        roles = dict.fromkeys((*tower.prefix, *image, tower.tokens, *tower.suffix))
+        return tuple(role for role in roles if role != "all")
+
     @property
     def prompts(self) -> tuple[str, ...]:
         """What a model that talks about images is asked about each; () for every other model."""

@@ -164,8 +164,8 @@ class Edit:
         Raises
         ------
         ValueError
-            When it is for another model, a site is not there, or a token that is generated is to
-            be changed where none comes by.
+            When it is for another model, a site is not there or has no token of the role, or a
+            token that is generated is to be changed where none comes by.
         """
         if self.model and self.model != model.name:
             raise ValueError(f"the edit was made for {self.model}, and this model is {model.name}")
@@ -180,7 +180,20 @@ class Edit:
         if ahead and self.phase != "prompt":
             msg = f"{ahead[0]} runs once, before anything is generated: use phase='prompt'"
             raise ValueError(msg)
+        require_role(model, sites, self.role)
         return sites
+
+
+def require_role(model: Model, sites: Sequence[Site], role: str) -> None:
+    """Refuse a role that no token has at one of some sites, whatever the input."""
+    towers = {t.name: t for t in model.towers}
+    for site in sites if role not in ("last", "all") else ():
+        tower = towers[site.tower]
+        # A vector is of every role; in its norm alone, DINOv3's ConvNeXt has a cls.
+        open_ = site.is_vector or (tower.channels_first and site.name.endswith(".norm"))
+        if not open_ and role not in (roles := model.roles(tower)):
+            has = " and ".join(roles) or "a single vector"
+            raise ValueError(f"{site.name} has no {role} token, but {has}: choose one by role=")
 
 
 def save_edits(edits: Sequence[Edit], path: str | Path) -> None:

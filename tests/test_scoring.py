@@ -198,6 +198,18 @@ def test_bad_answers():
         score(model, INPUTS, ANSWERS, [[edits_of()["both"].take([0, 1])]])
 
 
+@pytest.mark.parametrize("inputs", [INPUTS, ["w1", "w2", "w3", "w4"]])
+def test_no_arm_is_answered_before_the_width_of_every_edit_is_seen(inputs):
+    model, answered = language(), []
+    wrong = gf.add(SITE, torch.ones(16), 1.0, 1.0, phase="steps")
+    model.module.lm_head.register_forward_hook(lambda *_: answered.append(1))
+    with pytest.raises(ValueError, match=r"lm.layers.1 is 32 wide, and the edit is for 16"):
+        generate_arms(model, inputs, [[], [edits_of()["both"]], [wrong]])
+    assert len(answered) <= 1  # the pass in which it was seen
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.module.modules()]
+    assert sum(hooks) == 1
+
+
 def test_a_prompt_of_one_token_is_read_whole():
     model, edit = language(), edits_of()["both"]
     short = ["w1 w2", "w3", "w3", "w4"]

@@ -711,13 +711,20 @@ def test_what_does_not_go_with_the_model_is_refused_before_it_runs():
         model.generate(SOURCES, [own], use_cache=False)
     with pytest.raises(ValueError, match="generation_config="):
         model.generate(SOURCES, [own], generation_config=model.module.generation_config)
+    for role in ("image", "cls"):
+        with pytest.raises(ValueError, match=f"lm.layers.1 has no {role} token, but text: choose"):
+            model.generate(SOURCES, [gf.add(SITE, **good, role=role)])
+    with pytest.raises(ValueError, match="has no image token"):
+        gf.states(model, TARGETS, SITE, "image")
     assert not calls
     with pytest.raises(ValueError, match="32 wide, and the edit is for 16"):
         model.generate(SOURCES, [gf.add(SITE, torch.ones(16), 1.0, 1.0)])
-    with pytest.raises(ValueError, match="sample 0 of the batch has no image token"):
-        model.generate(SOURCES, [gf.add(SITE, **good, role="image")])
-    with pytest.raises(ValueError, match="no image token at"):
-        gf.states(model, TARGETS, SITE, "image")
+    lacking = tiny.tokenizer()(["w1 w2", ""], padding=True, return_tensors="pt")
+    with (
+        pytest.raises(ValueError, match="sample 1 of the batch has no text token"),
+        model.edited([gf.add(SITE, **good, role="text")]),
+    ):
+        model.body(input_ids=lacking["input_ids"], attention_mask=lacking["attention_mask"])
     with pytest.raises(ValueError, match="1 to 4 text tokens"):
         gf.states(model, TARGETS, SITE, "text")
     with pytest.raises(ValueError, match="has 5 text tokens"):

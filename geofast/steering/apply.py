@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..capture import modules_around
 from ..models import Model, Site, Stage
 from ..models.layout import Call, Layout, as_tokens, lay_out
+from ..models.phi4 import Phi4
 from .edit import Edit
 
 
@@ -109,6 +109,28 @@ def watching(
         watcher.require_met()
 
 
+@contextmanager
+def fitting(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
+    """Refuse edits for another width when the model runs; they change nothing."""
+    towers = {t.name: t for t in model.towers}
+    with ExitStack() as hooks:
+        for edit in edits:
+            for site in edit.sites_in(model):
+                check = partial(_require_width, edit, site, towers[site.tower].channels_first)
+                hooks.callback(_on_site(site, check, False).remove)
+        yield
+
+
+def _require_width(edit: Edit, site: Site, channels_first: bool, hidden: torch.Tensor) -> None:
+    width = hidden.shape[1 if channels_first and hidden.ndim == 4 else -1]
+    if width != edit.width:
+        raise _of_width(site.name, width, edit)
+
+
+def _of_width(site: str, width: int, edit: Edit) -> ValueError:
+    return ValueError(f"{site} is {width} wide, and the edit is for {edit.width}")
+
+
 _Placed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -124,8 +146,7 @@ class _Change:
     def __call__(self, hidden: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         edit = self._edit
         if hidden.shape[1] != edit.width:
-            msg = f"{self._site} is {hidden.shape[1]} wide, and the edit is for {edit.width}"
-            raise ValueError(msg)
+            raise _of_width(self._site, hidden.shape[1], edit)
         writes = edit.mode in ("swap", "patch")
         # Sums in half precision would lose what the edit is to reach.
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -211,17 +232,19 @@ class _Watcher:
 
         for stage in self._stages:
             add(_before(stage.body, partial(self._start, stage)))
+            if isinstance(stage.body, Phi4):
+                add(_before(stage.body.model, partial(self._start_inside, stage)))
         for stage in self._stages:
-            names = {site.tower for site in self._sites.values()}
-            for name in sorted(names & {t.name for t in stage.towers}):
-                # What a projector is given, its vision tower was given before.
-                tower = self._towers["vision" if name == "projector" else name]
+            names = {s.tower for s in self._sites.values()} & {t.name for t in stage.towers}
+            # What a projector is given, its vision tower was given before.
+            for name in sorted({"vision" if n == "projector" else n for n in names}):
+                tower = self._towers[name]
                 around = modules_around(stage.body, (*tower.blocks, tower.head)[0])
                 inner = [module for module in around if not any(module is b for b in bodies)]
                 if inner and name != "lm":
-                    add(_before(inner[0], partial(self._start_tower, tower.name)))
+                    add(_before(inner[0], partial(self._start_tower, name)))
                 for module in around:
-                    add(_before(module, partial(self._note_mask, tower.name)))
+                    add(_before(module, partial(self._note_mask, name)))
         for name, jobs in self._jobs.items():
             site = self._sites[name]
             add(_on_site(site, partial(self._at, site, jobs), self._ahead))
@@ -248,6 +271,11 @@ class _Watcher:
         self._layouts.clear()
         self._places.clear()
         self._count(given)
+
+    def _start_inside(self, stage: Stage, given: Mapping[str, Any]) -> None:
+        """Note a call that does without `Phi4`, as transformers' `generate` makes."""
+        if given.get("inputs_embeds") is None:
+            self._start(stage, given)
 
     def _start_tower(self, name: str, given: Mapping[str, Any]) -> None:
         """Note a call of a tower that no stage has called, as transformers' `generate` makes."""
@@ -436,5 +464,6 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile from looking into a hook; without it, do not load it, which takes 2 s."""
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
+    """Keep torch.compile from looking into a hook: the model may be compiled inside the block."""
+    disabled: Callable[..., Any] = torch.compiler.disable(hook)
+    return disabled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from ..models import Model
 from ..models.model import evaluating
-from .apply import edited
+from .apply import edited, fitting
 from .edit import Edit
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 20}
@@ -41,7 +42,7 @@ def ask(
     ------
     ValueError
         Before anything runs, when an edit does not go with the model or has values for another
-        number of samples.
+        number of samples; before anything is answered, when one is for another width.
     """
     for arm in arms:
         for edit in arm:
@@ -57,23 +58,28 @@ def ask(
     share &= all(_is_late(model, edit) for edit in edits)
     in_text = all(site.tower == "lm" for edit in edits for site in edit.sites_in(model))
     rest = list(range(len(inputs)))
-    for start in range(0, len(distinct) if share else 0, batch_size):
-        prefix = _Prefix.read(model, distinct[start : start + batch_size])
-        if prefix is None:
-            break
-        here = [row for row in rest if numbers[row] < start + batch_size]
-        rest = [row for row in rest if numbers[row] >= start + batch_size]
-        for rows in _chunks(here, batch_size):
-            which = torch.tensor([numbers[row] - start for row in rows])
+    # The first arm is checked by its own edits; the others must not fail after it was answered.
+    with ExitStack() as ahead:
+        ahead.enter_context(fitting(model, [edit for arm in arms[1:] for edit in arm]))
+        for start in range(0, len(distinct) if share else 0, batch_size):
+            prefix = _Prefix.read(model, distinct[start : start + batch_size])
+            if prefix is None:
+                break
+            here = [row for row in rest if numbers[row] < start + batch_size]
+            rest = [row for row in rest if numbers[row] >= start + batch_size]
+            for rows in _chunks(here, batch_size):
+                which = torch.tensor([numbers[row] - start for row in rows])
+                for number, arm in enumerate(arms):
+                    with edited(model, _take(arm, rows), copies, begun=True):
+                        answer(number, rows, prefix.take(which, copies))
+                    ahead.close()
+        for rows in _chunks(rest, batch_size):
+            some = [inputs[row] for row in rows]
+            seen = prompt_of(model, some) if in_text else None
             for number, arm in enumerate(arms):
-                with edited(model, _take(arm, rows), copies, begun=True):
-                    answer(number, rows, prefix.take(which, copies))
-    for rows in _chunks(rest, batch_size):
-        some = [inputs[row] for row in rows]
-        seen = prompt_of(model, some) if in_text else None
-        for number, arm in enumerate(arms):
-            with edited(model, _take(arm, rows), copies):
-                answer(number, rows, prompt_of(model, some) if seen is None else dict(seen))
+                with edited(model, _take(arm, rows), copies):
+                    answer(number, rows, prompt_of(model, some) if seen is None else dict(seen))
+                ahead.close()
 
 
 def run(model: Model, arguments: dict[str, Any], **options: Any) -> Any:
@@ -104,11 +110,16 @@ def prompt_of(model: Model, inputs: Sequence[Any]) -> dict[str, Any]:
     batch = model.prepare(inputs)
     if "prompts" not in batch:
         return _to_left(batch)
-    if "mm_encoder_outputs" not in inspect.signature(model.module.forward).parameters:
+    if not takes_looks(model):
         msg = f"{type(model.module).__name__} takes no images that were looked at before: run "
         raise ValueError(msg + "model.module.generate inside model.edited(edits)")
     (prompt,) = batch["prompts"]
     return {**_to_left(prompt), "mm_encoder_outputs": {"image": model.look(batch)}}
+
+
+def takes_looks(model: Model) -> bool:
+    """Tell whether the module's `generate` takes images that were looked at before."""
+    return "mm_encoder_outputs" in inspect.signature(model.module.forward).parameters
 
 
 def can_generate(model: Model) -> bool:

@@ -10,8 +10,8 @@ import torch
 
 from ..models import Model
 from .apply import Job, Tokens, watching
-from .asking import ask, can_generate, prompt_of, require_tokenizer, run
-from .edit import EDIT_ROLES, Edit
+from .asking import ask, can_generate, prompt_of, require_tokenizer, run, takes_looks
+from .edit import EDIT_ROLES, Edit, require_role
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +67,15 @@ def states(
     if not inputs:
         raise ValueError("inputs is empty: there are no states to keep")
     wanted = model.sites(sites)
+    require_role(model, wanted, role)
     ahead = [site.name for site in wanted if site.tower != "lm"]
     if steps and ahead:
         raise ValueError(f"{ahead[0]} runs once, before anything is generated: leave steps= out")
     kept: dict[str, list[torch.Tensor]] = {site.name: [] for site in wanted}
     phase = "both" if steps else "prompt"
-    speaks = len(ahead) < len(wanted) and (steps > 0 or can_generate(model))
+    speaks = len(ahead) < len(wanted) and (
+        steps > 0 or (can_generate(model) and (takes_looks(model) or not model.prompts))
+    )
     for start in range(0, len(inputs), batch_size):
         some = inputs[start : start + batch_size]
         seen: dict[str, list[torch.Tensor]] = {site.name: [] for site in wanted}

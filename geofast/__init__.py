@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from ._core import __version__
     from .capture import capture
     from .doctor import doctor
+    from .effects.experiment import steer
+    from .effects.locate import Located, locate
+    from .effects.outcome import Steered, open_steered
+    from .effects.patching import Patched, patching
     from .estimator import RidgeCV
     from .forecast import Forecast, plan
     from .geo import Blocks, GroupKFold, KFold
@@ -25,12 +29,16 @@ if TYPE_CHECKING:
     from .run import Probe, Run, open
     from .steering import (
         Edit,
+        Scores,
         States,
         ablate,
         add,
+        generate_arms,
         load_edits,
         patch,
+        save_control_vector,
         save_edits,
+        score,
         set_to,
         states,
         swap,
@@ -47,14 +55,18 @@ __all__ = [
     "Gram",
     "GroupKFold",
     "KFold",
+    "Located",
     "Model",
+    "Patched",
     "Pool",
     "Probe",
     "RidgeCV",
     "Rows",
     "Run",
+    "Scores",
     "Solution",
     "States",
+    "Steered",
     "Subspace",
     "__version__",
     "ablate",
@@ -64,16 +76,23 @@ __all__ = [
     "data",
     "doctor",
     "fit",
+    "generate_arms",
     "load",
     "load_edits",
+    "locate",
     "open",
+    "open_steered",
     "patch",
+    "patching",
     "plan",
     "probe",
+    "save_control_vector",
     "save_edits",
+    "score",
     "set_to",
     "solve",
     "states",
+    "steer",
     "swap",
     "tokens",
     "top_dims",
@@ -83,6 +102,10 @@ _OF_MODULE = {
     "_core": ["__version__"],
     "capture": ["capture"],
     "doctor": ["doctor"],
+    "effects.experiment": ["steer"],
+    "effects.locate": ["Located", "locate"],
+    "effects.outcome": ["Steered", "open_steered"],
+    "effects.patching": ["Patched", "patching"],
     "estimator": ["RidgeCV"],
     "forecast": ["Forecast", "plan"],
     "geo": ["Blocks", "GroupKFold", "KFold"],
@@ -95,12 +118,16 @@ _OF_MODULE = {
     "run": ["Probe", "Run", "open"],
     "steering": [
         "Edit",
+        "Scores",
         "States",
         "ablate",
         "add",
+        "generate_arms",
         "load_edits",
         "patch",
+        "save_control_vector",
         "save_edits",
+        "score",
         "set_to",
         "states",
         "swap",

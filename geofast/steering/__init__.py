@@ -1,6 +1,7 @@
 """Edits of the residual stream: as data, in a forward pass and while a model generates."""
 
 from .apply import edited
+from .control_vector import save_control_vector
 from .edit import Edit, load_edits, save_edits
 from .generation import States, generate, generate_arms, states
 from .make import ablate, add, patch, set_to, swap, top_dims
@@ -18,6 +19,7 @@ __all__ = [
     "generate_arms",
     "load_edits",
     "patch",
+    "save_control_vector",
     "save_edits",
     "score",
     "set_to",

@@ -142,12 +142,21 @@ def test_a_ranking_named_twice_is_measured_once():
     pd.testing.assert_frame_equal(once, twice)
 
 
+def test_few_sets_at_a_time_are_the_same(monkeypatch):
+    gram = gram_of(*rows(200, 20), folds_of(200))
+    whole = of_grams({"a/cls": gram}, TARGETS, protocol="study").curves
+    monkeypatch.setattr(measure, "_BYTES", 1)
+    pd.testing.assert_frame_equal(
+        of_grams({"a/cls": gram}, TARGETS, protocol="study").curves, whole
+    )
+
+
 # ------ leakage, and the study
 
 
 def layer_of(x, y, fold, protocol="study"):
     asked = measure._asked((0.1, 0.5), RANKINGS, 0, 0, protocol, gf.ALPHAS)
-    return measure._layer(gram_of(x, y, fold), None, TARGETS, asked)
+    return measure._layer(gram_of(x, y, fold), None, TARGETS, asked, {})
 
 
 def test_a_training_part_ranks_without_what_it_holds_out():
@@ -310,20 +319,20 @@ def test_statistics_by_group(kept):
 def test_the_command(kept, tmp_path, capsys):
     kept[1].save(tmp_path / "run")
     arguments = ["subspace", str(tmp_path / "run"), "--protocol", "study", "--random", "2"]
-    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    some = ["--sites", "vision.layers.1", "vision.embed"]
+    assert main([*arguments, *some, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= max(100, len(str(tmp_path / "out/subspace.html")))
     assert "more column" not in printed
     assert "latitude: smallest share" in printed
     assert str(tmp_path / "out" / "subspace.png") in printed
-    found = kept[1].subspace(protocol="study", random=2)
+    found = kept[1].subspace(sites=some[1:], protocol="study", random=2)
     _assert_same(gf.Subspace.open(tmp_path / "out"), found)
     assert main([*arguments, "--sites", "lm.layers.*"]) == 1
     assert "the run has no site 'lm.layers.*'" in capsys.readouterr().err
     # A run is replaced while nothing but its own files lies in its folder.
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 1
     assert "is a run's folder" in capsys.readouterr().err
-    kept[1].save(tmp_path / "run", overwrite=True)
 
 
 # ------ its folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -229,11 +230,17 @@ def _smallest(
     }  # fmt: skip
 
 
+@lru_cache(1)
+def _chance(d: int, sizes: tuple[int, ...]) -> list[float]:
+    """By chance, which is the same for every layer of a width."""
+    return jaccard_by_chance(d, torch.tensor(sizes)).tolist()
+
+
 def _stability(
     name: str, layer: Layer, targets: Sequence[str], fractions: Sequence[float]
 ) -> list[dict[str, Any]]:
     d = int(layer.sizes[-1])
-    chance = jaccard_by_chance(d, layer.sizes).tolist()
+    chance = _chance(d, tuple(layer.sizes.tolist()))
     rows = []
     for ranking, order in layer.order.items():
         agree = jaccard(order, layer.sizes)

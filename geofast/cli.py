@@ -497,10 +497,9 @@ def _subspace(o: argparse.Namespace) -> None:
             fractions=o.fractions, split=o.split, sites=o.sites, rankings=o.rankings,
             random=o.random, seed=o.seed, protocol=o.protocol, progress=True,
         )  # fmt: skip
-        if o.out:
-            found.save(o.out)
-    if o.out:
-        _print_pages(o.out, "subspace.html")
+        out = found.save(o.out) if o.out else None
+    if out:
+        _print_pages(out, "subspace.html")
         print()
     print(found)
 

@@ -74,6 +74,7 @@ def test_the_commands_of_the_readme_exist():
     blocks = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
     text = "".join(blocks).replace("\\\n", " ")
     lines = re.findall(r"^geofast (.*)$", text, re.MULTILINE)
-    assert {line.split()[0] for line in lines} == {"probe", "plan", "sites", "doctor", "show"}
+    said = {"probe", "plan", "sites", "doctor", "show", "locate", "steer"}
+    assert {line.split()[0] for line in lines} == said
     for line in lines:
         _parser().parse_args(shlex.split(line, comments=True))

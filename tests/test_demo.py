@@ -15,7 +15,8 @@ import pytest
 
 import geofast as gf
 from geofast.cli import main
-from geofast.data.demos import cities, dinov2_small, satellite, smollm2
+from geofast.data.demos import cities, dinov2_small, gazetteer, satellite, seeing, smollm2
+from geofast.demo import steering
 from geofast.demo.probing import CITY_PROMPTS, _no_bar
 
 pytestmark = pytest.mark.assets
@@ -107,3 +108,48 @@ def test_the_bar_of_transformers_comes_back(capsys, monkeypatch):
     assert "Loading weights" not in capsys.readouterr().err
     gf.load(dinov2_small())
     assert "Loading weights" in capsys.readouterr().err
+
+
+def few_of(monkeypatch, **smaller):
+    """Make a demo of edits smaller, but for what it does."""
+    whole = steering._demo
+
+    def small(*given, **options):
+        places = dict(
+            zip(("model", "whole", "column", "sites", "pool", "prompt"), given, strict=True)
+        )
+        return whole(**(places | options | smaller))
+
+    monkeypatch.setattr("geofast.demo.steering._demo", small)
+
+
+def test_cities_are_swapped_inside_a_model(tmp_path, capsys, monkeypatch):
+    fetched(lambda: cities(1), smollm2, gazetteer)
+    sites = ["lm.layers.10", "lm.layers.25"]
+    few_of(monkeypatch, sites=sites, modes=("swap",), shares=(0.4,), pairs=(4, 12))
+    out = tmp_path / "steer"
+    assert main(["demo", "steer-cities", "--samples", "240", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 100
+    assert "Chosen: swap at lm.layers.10, 40% of the dimensions" in said
+    swapped = gf.open_steered(out / "swap")
+    moved = swapped.summary.set_index("arm")["moved"]
+    assert moved["none"] == 0
+    # At a full run 85 % and 17 %: most of what the dimensions do, and little of what others do.
+    assert moved["edit"] >= 0.5
+    assert moved["edit"] >= moved["random dims"] + 0.3
+    probed = set(gf.open(out / "run").samples["id"])
+    assert not probed & {*swapped.pairs["source"], *swapped.pairs["target"]}
+    for name in ("effects.png", "map.png", "report.html"):
+        assert (out / "swap" / name).stat().st_size > 10_000
+    assert (out / "locate" / "locate.csv").is_file()
+
+
+def test_continents_are_swapped_inside_a_model_that_sees(tmp_path, monkeypatch):
+    fetched(lambda: satellite(1), seeing, gazetteer)
+    few_of(monkeypatch, sites="lm.layers.0", shares=(1.0,), pairs=(2, 3))
+    made = steering.steer_images(60)
+    moved = made.steered["swap"].summary.set_index("arm")["moved"]
+    # All image tokens of the target, from the first block on: it says what it says of the target.
+    assert moved["edit"] == 1
+    assert moved["none"] == 0

@@ -65,10 +65,10 @@ def steer_cities(samples: int | None = None) -> Demo:
     Parameters
     ----------
     samples
-        Cities, the largest of GeoNames, of which those are taken; 2,000 by default.
+        Cities, the largest of GeoNames, of which those are taken; 900 by default.
     """
     model = load_quietly(smollm2())
-    whole = _of_one_length(model, cities_data(2000 if samples is None else samples), CITY_PROMPT)
+    whole = _of_one_length(model, cities_data(900 if samples is None else samples), CITY_PROMPT)
     names = gazetteer()
     country = [names.names("country", code)[0] for code in whole.table["country"]]
     whole = replace(whole, table=whole.table.assign(country=country))

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -290,6 +291,12 @@ def test_rows_and_statistics_say_the_same_and_all_dimensions_the_runs_r2(kept, s
         for target in TARGETS:
             expected = table.loc[(site, pool), f"r2_{target}"]
             np.testing.assert_allclose(full.loc[(site, pool, target), "r2"], expected, atol=1e-6)
+
+
+def test_layers_are_in_the_order_of_the_pass(kept):
+    turned = replace(kept[0], rows=dict(reversed(kept[0].rows.items())))
+    found, expected = (run.subspace(rankings=["coef"], random=0) for run in (turned, kept[0]))
+    pd.testing.assert_frame_equal(found.curves, expected.curves)
 
 
 def test_statistics_by_group(kept):

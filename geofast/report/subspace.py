@@ -32,7 +32,7 @@ WORDS = {
 _COLOURS = dict(zip(WORDS, (*COLOURS[:4], GREY, "#000000"), strict=True))
 _TARGETS = 4  # more have their curves in subspace.csv
 _FLOOR = -0.5  # R2 below 0 is worse than the mean; how much worse would squash the rest
-_LABELS = 24  # layers with a name; of more, every second one and so on
+_LABELS = 30  # layers with a name; of more, every second one and so on
 
 
 def write(found: Subspace, folder: str | Path, told: str | Path | None = None) -> None:
@@ -106,7 +106,7 @@ def shares(found: Subspace) -> Figure:
     matplotlib.figure.Figure
     """
     targets = found.targets[:_TARGETS]
-    layers = found.curves[text.KEYS].drop_duplicates()
+    layers = _by_pool(found)
     many = len(layers) > 1 and not found.smallest.empty
     height = 3.6 if len(layers) <= 14 else 4.6
     figure = canvas.blank(10, 1.3 + height * len(targets))
@@ -129,6 +129,13 @@ def shares(found: Subspace) -> Figure:
     )  # fmt: skip
     canvas.title(figure, finding(found))
     return figure
+
+
+def _by_pool(found: Subspace) -> pd.DataFrame:
+    """Site, pool and prompt of every layer, one pool and prompt after the other."""
+    layers = found.curves[text.KEYS].drop_duplicates()
+    parts = layers.groupby(["pool", "prompt"], sort=False)
+    return pd.concat([part for _, part in parts])
 
 
 def _draw_curves(axes: Axes, found: Subspace, target: str) -> None:
@@ -180,7 +187,7 @@ def _ring_smallest(axes: Axes, found: Subspace, here: pd.DataFrame, target: str)
 
 
 def _draw_layers(axes: Axes, found: Subspace, target: str, layers: pd.DataFrame) -> None:
-    """R2 of every layer by share, of one ranking: the layers from the bottom to the top."""
+    """R2 of every layer by share, of one ranking; the first layer lies at the bottom."""
     ranking = _ranking_that_keeps_most(found, target)
     table = found.curves
     table = table[(table["target"] == target) & (table["ranking"] == ranking)]
@@ -201,7 +208,7 @@ def _draw_layers(axes: Axes, found: Subspace, target: str, layers: pd.DataFrame)
     )  # fmt: skip
     step = -(-len(names) // _LABELS)
     shown = range(0, len(names), step)
-    labels = [text.layer_name(layers.iloc[i], 24) for i in shown]
+    labels = [text.layer_name(layers.iloc[i], 30) for i in shown]
     axes.set_yticks(shown, labels, fontsize=8)
     axes.set_xticks(range(len(fractions)), [text.percent(f) for f in fractions], fontsize=9)
     axes.set_title(f"every layer, by {WORDS[ranking]}", fontsize=11, loc="left")

@@ -147,6 +147,9 @@ def _chosen(run: Run, sites: str | Sequence[str] | None) -> list[str]:
             "this run keeps neither rows nor statistics to search for dimensions: probe again "
             "with storage='gram' (--storage gram), or with room for rows in memory"
         )
+    # A file has them in the order of the alphabet, probes in that of the pass.
+    place = {name: i for i, name in enumerate(run.probes)}
+    names.sort(key=lambda name: place.get(name, len(place)))
     if sites is None:
         return names
     wanted = [sites] if isinstance(sites, str) else list(sites)

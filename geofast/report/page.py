@@ -186,5 +186,7 @@ def _html(run: Run, folder: Path, pictures: list[str], told: Path) -> str:
     body.append("<h2>Everything</h2><details><summary>The whole table, layers.csv</summary>")
     body.append(frame.table(frame.whole(run.layers)) + "</details>")
     body.append("<details><summary>How it was made, run.json</summary>")
-    body.append(f"{frame.facts(run.info, {'honest', 'warnings'})}</details>")  # told elsewhere
+    body.append(
+        f"{frame.facts(run.info, {'honest', 'warnings', 'fold_of_cell'})}</details>"
+    )  # told elsewhere
     return frame.document(text.headline(run), body)

@@ -370,14 +370,35 @@ def test_prompts_about_images_are_probed_beside_each_other(load, storage):
     assert set(few.layers["tower"]) == {"vision"}
 
 
-def test_the_page_is_what_the_checks_say(monkeypatch):
-    """In the second run of `make test`, which has all that the families need."""
+@pytest.fixture
+def families_page(monkeypatch):
+    """The tool that writes the page; it is there in the second run of `make test`."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import families_page
 
     if absent := families_page.lacking():
         pytest.skip(f"the page of families takes {', '.join(absent)}: constraints-zoo.txt")
+    return families_page
+
+
+PAGE = (ROOT / "docs" / "families.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "what", [*families.FAMILIES, *families.REAL], ids=lambda w: getattr(w, "__name__", w)
+)
+def test_a_row_of_the_page_is_what_the_checks_say(families_page, what, tmp_path):
+    rows = families_page.rows_of(what, tmp_path)
+    assert "fail" not in "".join(rows)
+    assert "\n".join(["", *rows, ""]) in PAGE
+    title = rows[0].split("|")[1]
+    assert PAGE.count(f"\n|{title}|") == len(rows)
+
+
+def test_the_page_has_every_family_and_no_other(families_page):
+    table = PAGE.removeprefix(families_page.HEAD).partition(families_page.KNOWN_HEAD)[0]
+    rows = table.splitlines()
+    assert families_page.page(rows) == PAGE
     assert set(families_page.KNOWN.values()) <= set(families.FAMILIES)
-    made = families_page.page()
-    assert made == (ROOT / "docs" / "families.md").read_text()
-    assert "fail" not in made
+    titles = [*map(families_page.title, families.FAMILIES), *families.REAL]
+    assert list(dict.fromkeys(row.split("|")[1].strip() for row in rows)) == titles

@@ -1,7 +1,7 @@
 """Write docs/families.md: every model family, and what `geofast doctor` says of it.
 
 python tools/families_page.py          write it
-It takes all that the families need (constraints-zoo.txt). The tests call `page` and compare.
+It takes all that the families need (constraints-zoo.txt). The tests make every row and compare.
 """
 
 import sys
@@ -124,16 +124,18 @@ def lacking():
     return sorted({package for package in f.NEEDS.values() if not find_spec(package)})
 
 
-def page():
-    """Return the page; it takes every package that some family needs."""
-    lines = []
-    for family in f.FAMILIES:
-        with tempfile.TemporaryDirectory() as folder:
-            model = gf.load(f.save(family, Path(folder)))
-            lines += [row(title(family), view, "random") for view in (model, model.other) if view]
-    lines += [row(name, gf.load(weights()), "real") for name, weights in f.REAL.items()]
+def page(rows):
+    """Return the page with these rows of its table."""
     known = [f"| {names} | {title(family)} |" for names, family in KNOWN.items()]
-    return HEAD + "\n".join(lines) + "\n" + KNOWN_HEAD + "\n".join(known) + "\n"
+    return HEAD + "\n".join(rows) + "\n" + KNOWN_HEAD + "\n".join(known) + "\n"
+
+
+def rows_of(what, folder):
+    """Return the rows of a family, or of one of `REAL`; it takes every package that it needs."""
+    if what in f.REAL:
+        return [row(what, gf.load(f.REAL[what]()), "real")]
+    model = gf.load(f.save(what, folder))
+    return [row(title(what), view, "random") for view in (model, model.other) if view]
 
 
 def title(family):
@@ -154,4 +156,8 @@ def row(name, view, weights):
 if __name__ == "__main__":
     if absent := lacking():
         sys.exit(f"the page needs {', '.join(absent)}: install constraints-zoo.txt")
-    (ROOT / "docs" / "families.md").write_text(page())
+    rows = []
+    for what in (*f.FAMILIES, *f.REAL):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += rows_of(what, Path(folder))
+    (ROOT / "docs" / "families.md").write_text(page(rows))

@@ -129,6 +129,15 @@ def process_and_threads(_):
     return os.getpid(), torch.get_num_threads()
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_workers_are_other_processes_with_one_thread():
     seen = [
         b.inputs[0]
@@ -137,7 +146,7 @@ def test_workers_are_other_processes_with_one_thread():
     assert len({pid for pid, _ in seen} - {os.getpid()}) == 2
     assert {threads for _, threads in seen} == {1}
     (here,) = batches(pictures(1), [0], 1, transform=process_and_threads)
-    assert here.inputs[0] == (os.getpid(), torch.get_num_threads())
+    assert here.inputs[0] == (os.getpid(), 2)
 
 
 def test_an_early_end_leaves_no_process():

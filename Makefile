@@ -24,7 +24,7 @@ demo: $(VENV)/.demo
 # makes transformers take other processors.
 test: $(VENV)/.dev $(VENV)/.zoo
 	$(BIN)/pytest
-	PYTHONPATH="$(ZOO)" $(BIN)/pytest $(foreach part,zoo families doctor roles,tests/test_$(part).py)
+	PYTHONPATH="$(ZOO)" $(BIN)/pytest $(foreach part,zoo families doctor roles edits_everywhere,tests/test_$(part).py)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -162,6 +162,32 @@ def test_settings_of_the_checkpoint_do_not_bend_the_scores():
     assert torch.equal(bare.log_prob, same.log_prob)
 
 
+def test_an_answer_is_scored_past_a_token_that_ends_answers():
+    model, ids = language(), [[12, 11, 14, 13]]
+    (whole,) = score(model, INPUTS[:1], ids)
+    model.module.generation_config.eos_token_id = 11
+    (same,) = score(model, INPUTS[:1], ids)
+    assert same.counts.tolist() == [4]
+    assert torch.equal(whole.log_prob, same.log_prob)
+
+
+def test_an_edit_that_half_precision_cannot_hold_is_not_without_damage():
+    module = tiny.llama().half()
+    model = gf.load(module, processor=tiny.tokenizer())
+    edit = gf.add(SITE, torch.ones(32), 1e6, 1.0)
+    bare, broken = score(model, INPUTS, ANSWERS, [[], [edit]], kl=True)
+    assert not bare.kl.any()
+    assert broken.kl[:, 0].isnan().all()
+    assert broken.kl[0, 2:].tolist() == [0.0]  # after the end of the answer
+
+
+def test_what_has_no_probability_before_adds_no_divergence():
+    before = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
+    after = torch.tensor([[0.25, 0.25, 0.5], [0.5, 0.5, 0.0]]).log()
+    found = scoring.divergence(before, after)
+    assert found.tolist() == pytest.approx([np.log(2), np.log(2)], rel=1e-6)
+
+
 def test_an_answer_of_ids_is_taken_as_it_is_and_a_text_goes_on_with_a_space(monkeypatch):
     model = language()
     tokenizer = model.collate.tokenizer

@@ -14,7 +14,7 @@ from ..models import Model
 from ..steering.asking import can_generate, require_tokenizer
 from ..steering.edit import Edit
 from ..steering.generation import States, states
-from ..steering.scoring import answer_ids, follow
+from ..steering.scoring import answer_ids, divergence, follow
 from .pairs import once
 
 BYTES = 512 << 20
@@ -132,11 +132,11 @@ class _Compare:
             self._odds, self._others = _log_odds(logs, two), _others(logs, two)
             ends = self._goal[self._asked.of_pair[rows]].to(logs.device)
             made.whole[rows] = (_log_odds(ends, two) - self._odds).cpu()
-            made.whole_damage[rows] = _apart(self._others, _others(ends, two)).cpu()
+            made.whole_damage[rows] = divergence(self._others, _others(ends, two)).cpu()
         else:
             i = self._arms[arm - 1]
             made.effect[i, rows] = (_log_odds(logs, two) - self._odds).cpu()
-            made.damage[i, rows] = _apart(self._others, _others(logs, two)).cpu()
+            made.damage[i, rows] = divergence(self._others, _others(logs, two)).cpu()
 
 
 def next_tokens(model: Model, inputs: Sequence[Any], batch_size: int) -> torch.Tensor:
@@ -187,13 +187,6 @@ def _log_odds(logs: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
 def _others(logs: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [n, vocab] given that it is neither token of `two` [n, 2]."""
     return logs.scatter(1, two, -torch.inf).log_softmax(1)
-
-
-def _apart(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """KL(before || after) of log-probabilities [n, vocab]: float64 [n]."""
-    # What has no probability before adds nothing, whatever it has after.
-    terms = torch.where(before > -torch.inf, before.exp() * (before - after), 0.0)
-    return terms.sum(1, dtype=torch.float64).clamp(min=0)
 
 
 def _require_speech(model: Model) -> None:

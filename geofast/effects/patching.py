@@ -192,9 +192,8 @@ def _where(model: Model, sites: Sequence[Site], roles: Sequence[str]) -> list[tu
 
 
 def _roles(model: Model, tower: Tower) -> tuple[str, ...]:
-    image = ("image",) if model.kind == "image" and tower.image_token is not None else ()
     last = ("last",) if tower.name == "lm" else ()
-    return (*tower.prefix, *image, tower.tokens, *tower.suffix, *last, "all")
+    return (*model.roles(tower), *last, "all")
 
 
 def _check_lengths(model: Model, asked: Asked, positions: Sequence[int]) -> None:

@@ -16,7 +16,10 @@ See = Callable[[int, list[int], int, torch.Tensor], None]
 """Given the number of an arm, rows, the number of a token, and log-probabilities [rows, vocab]."""
 
 # What a checkpoint's own settings of generation would make of an answer is not asked here.
-_PLAIN = {"return_dict_in_generate": True, "output_logits": True, "min_new_tokens": None}
+_PLAIN = {
+    "return_dict_in_generate": True, "output_logits": True, "min_new_tokens": None,
+    "eos_token_id": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,29 +87,28 @@ def score(
     # Where the edited arms are compared, the first is the model as it is.
     every = [(), *arms] if kl else list(arms)
     log_prob = torch.zeros(len(every), len(inputs), 1, dtype=torch.float64)
-    divergence = torch.zeros_like(log_prob)
+    diverged = torch.zeros_like(log_prob)
     unedited: dict[int, torch.Tensor] = {}
 
     def see(arm: int, rows: list[int], step: int, ids: torch.Tensor, logs: torch.Tensor) -> None:
-        nonlocal log_prob, divergence
+        nonlocal log_prob, diverged
         if step == log_prob.shape[2]:
             log_prob = torch.nn.functional.pad(log_prob, (0, 1))
-            divergence = torch.nn.functional.pad(divergence, (0, 1))
+            diverged = torch.nn.functional.pad(diverged, (0, 1))
         index = torch.tensor(rows)
         there = ids >= 0
         counts[index] = counts[index].maximum(there.cpu() * (step + 1))
         found = logs.gather(1, ids.clamp(min=0)[:, None])[:, 0].double()
-        log_prob[arm, index, step] = (found * there).cpu()
+        log_prob[arm, index, step] = found.where(there, 0.0).cpu()
         if kl and arm == 0:
             unedited[step] = logs
         elif kl:
-            before = unedited[step].double()
-            apart = (before.exp() * (before - logs.double())).nan_to_num(0.0).sum(1)
-            divergence[arm, index, step] = (apart * there).cpu()
+            apart = divergence(unedited[step], logs).where(there, 0.0)
+            diverged[arm, index, step] = apart.cpu()
 
     _follow(model, inputs, texts, every, see, batch_size)
     return [
-        Scores(log_prob[arm], counts, divergence[arm] if kl else None)
+        Scores(log_prob[arm], counts, diverged[arm] if kl else None)
         for arm in range(int(kl), len(every))
     ]
 
@@ -128,6 +130,14 @@ def follow(
         model, inputs, texts, arms, lambda arm, rows, step, _, logs: see(arm, rows, step, logs),
         batch_size,
     )  # fmt: skip
+
+
+def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return KL(before || after) of log-probabilities [n, vocab], in nats: float64 [n]."""
+    before, after = before.double(), after.double()
+    # What has no probability before adds nothing, whatever it has after.
+    terms = torch.where(before == -torch.inf, 0.0, before.exp() * (before - after))
+    return terms.sum(1).clamp(min=0)
 
 
 def answer_ids(model: Model, prompt_ids: torch.Tensor, text: str) -> list[int]:

@@ -202,6 +202,19 @@ def test_the_budget_is_what_the_target_itself_does(model, samples, run, pairs):
     assert "no setting does more than random dimensions" in str(none)
 
 
+def test_whole_states_are_ranked_by_effect_and_not_said_to_do_nothing(model, samples, run):
+    ids, place = samples.table["id"], samples.table["place"].to_numpy(copy=True)
+    place[[0, 5, 2, 7]] = place[[5, 0, 7, 2]]  # with their own names the effects are below 0
+    named = replace(samples, table=samples.table.assign(place=place))
+    pairs = pd.DataFrame({"source": ids[[0, 2]], "target": ids[[5, 7]].to_numpy()})
+    found = locate(model, named, pairs, run, modes=["patch"], max_damage=100.0)
+    assert (found.table["effect"] > 0).all()
+    assert not found.table["score"].any()
+    assert found.table["effect"].is_monotonic_decreasing
+    assert not found.table["damage"].is_monotonic_increasing
+    assert "no setting does more" not in str(found)
+
+
 def test_a_swap_with_itself_changes_nothing(model, samples, run):
     texts = [samples.inputs[0]] * 2
     twins = from_arrays(texts, [1.0, 2.0], [3.0, 4.0], ids=["a", "b"], place=["w60", "w61"])

@@ -58,7 +58,8 @@ class Located:
         edited, in these); and `score`, how much the effect is above that in random dimensions or
         that of no edit, 0, whichever is higher; missing where the damage is above the budget. All
         in nats, each with the ends of its 95 % bootstrap interval over pairs, `_low` and `_high`.
-        The highest score first; what has none last, by its damage.
+        The highest score first, of equal ones the highest effect; what has none last, by its
+        damage.
     info : dict
         What was asked, and what it ran on. `budget`, and what asking the target itself would do to
         the next token, `target_effect` and `target_damage`, in nats.
@@ -379,8 +380,12 @@ def _table(
         for name, mean, a, b in zip(_MEASURED, *each, strict=True):
             row |= {name: float(mean), f"{name}_low": float(a), f"{name}_high": float(b)}
     table = pd.DataFrame(rows)
-    by = ["score", "damage"]
-    return table.sort_values(by, ascending=[False, True], kind="stable", ignore_index=True)
+    # Where all dimensions are edited none are left to be random, and every score is 0 at most.
+    then = table["effect"].where(table["score"].notna(), -table["damage"])
+    table = table.assign(then=then).sort_values(
+        ["score", "then"], ascending=False, kind="stable", ignore_index=True
+    )
+    return table.drop(columns="then")
 
 
 def _text(table: pd.DataFrame, info: Mapping[str, Any]) -> str:
@@ -406,6 +411,7 @@ def _text(table: pd.DataFrame, info: Mapping[str, Any]) -> str:
     blocks = [fill(head), Table(headers, cells, 2).text()]
     if (more := len(table) - _SHOWN) > 0:
         blocks.append(f"{more} more with lower scores or more damage.")
-    if not (table["score"] > 0).any():
+    beside = table[(table["share"] < 1) & (table["mode"] != "patch")]
+    if len(beside) and not (beside["score"] > 0).any():
         blocks.append("Within the budget no setting does more than random dimensions or no edit.")
     return "\n\n".join(blocks)

@@ -32,7 +32,8 @@ class Scores:
     """int64 [rows]: how many tokens the answers have."""
     kl: torch.Tensor | None = None
     """float64 [rows, tokens], when asked for: the divergence KL(unedited || edited) of the next
-    token's distribution, in nats, before each token; 0 after its end."""
+    token's distribution, in nats, before each token; 0 after its end. As `log_prob` not a number
+    where an edit leaves none that the model's dtype holds."""
 
     @property
     def total(self) -> torch.Tensor:

@@ -12,6 +12,9 @@ BIN    := $(VENV)/bin
 CONSTRAINTS := -c $(if $(shell command -v nvidia-smi 2>/dev/null),constraints.txt,constraints-cpu.txt)
 PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
 ZOO         := $(abspath $(VENV))/zoo
+# Two processes of one thread each; what is timed runs by itself after them.
+PYTEST      := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not alone"
+ALONE       := $(BIN)/pytest -m alone
 OR_SAY_WHY  := || { echo "The install failed. Where the lines above name nvidia or triton, this package index has torch for CUDA only: see the top of the README." >&2; exit 1; }
 SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.py' -o -name '*.png') CMakeLists.txt pyproject.toml constraints.txt constraints-cpu.txt
 
@@ -23,8 +26,9 @@ demo: $(VENV)/.demo
 # Twice: as `make demo` installs geofast, and beside open_clip, timm and torchvision, whose presence
 # makes transformers take other processors.
 test: $(VENV)/.dev $(VENV)/.zoo
-	$(BIN)/pytest
-	PYTHONPATH="$(ZOO)" $(BIN)/pytest $(foreach part,zoo families doctor roles edits_everywhere,tests/test_$(part).py)
+	$(PYTEST)
+	$(ALONE)
+	PYTHONPATH="$(ZOO)" $(PYTEST) $(foreach part,zoo families doctor roles edits_everywhere,tests/test_$(part).py)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check

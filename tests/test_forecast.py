@@ -237,6 +237,7 @@ def test_a_class_that_needs_numbers_is_told(tmp_path, monkeypatch):
         gf.plan(folder, photos())
 
 
+@pytest.mark.alone
 def test_planning_takes_no_longer_than_what_it_plans(tmp_path):
     """Fifty folds have 1,225 pairs; measured as they are, they took minutes."""
     folder = save(families.vit, tmp_path)
@@ -250,6 +251,7 @@ def test_planning_takes_no_longer_than_what_it_plans(tmp_path):
     assert many.seconds["solve"] > gf.plan(folder, data, split=gf.KFold(5)).seconds["solve"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("samples", "width", "select"), [(800, 96, "loo"), (4000, 256, "gcv")])
 def test_solving_is_told_from_a_smaller_size(samples, width, select):
     generator = torch.Generator().manual_seed(0)
@@ -356,6 +358,7 @@ def test_plan_and_probe_take_the_same():
     assert plan == probe
 
 
+@pytest.mark.alone
 def test_the_prediction_is_near_a_run(tmp_path):
     """Within a factor of four, on a machine that may be busy, once the process is warm."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model

@@ -533,8 +533,9 @@ def _locate(o: argparse.Namespace) -> None:
 
     with _whoever_listens():
         found = locate(
-            **_pairs(o), names=_names(o) or "country", sites=o.sites, shares=o.share, modes=o.mode
-        )
+            **_pairs(o), names=_names(o) or {"country": "country"}, sites=o.sites, shares=o.share,
+            modes=o.mode,
+        )  # fmt: skip
         if o.out:
             found.save(o.out)
     print(found)

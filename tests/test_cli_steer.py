@@ -119,6 +119,8 @@ def test_every_option_is_handed_on(job, tmp_path, asked, monkeypatch):
 
 
 def test_locate_is_asked_what_was_said(job, asked):
+    assert main(arguments(job, command="locate")) == 0
+    assert asked["names"] == {"country": "country"}  # codes are names there, as for steer
     more = ["--country", "land", "--sites", "lm.*", "--mode", "swap", "set", "--share", "0.2"]
     assert main(arguments(job, *more, command="locate")) == 0
     assert asked["prompt"] is None

@@ -59,6 +59,10 @@ class Written:
         """Width of the hidden states."""
         return len(self.probe.coef)
 
+    def count(self, share: float) -> int:
+        """How many dimensions a share is: one at least, unless it is 0."""
+        return max(int(share > 0), round(share * self.width))
+
     def write(self, dims: torch.Tensor, samples: Index) -> Edit:
         """Return the edit that writes distinct samples, in that order, in some dimensions."""
         if self.mode == "set":
@@ -121,7 +125,7 @@ class Arms:
         """Add an arm that writes the first share of dimensions of an order."""
         place = self.place
         # In their own order: arms with the same dimensions are the same.
-        dims = order[: round(share * place.width)].sort().values
+        dims = order[: place.count(share)].sort().values
         key = tuple(dims.tolist())
         if not key:
             self.table.append((name, share, 0))
@@ -205,10 +209,10 @@ def make_arms(
         for control in controls:
             if control in orders:
                 arms.write(control, share, orders[control])
-            elif not round(share * place.width):
+            elif not share:
                 arms.table.append((control, share, 0))
             elif control == "random direction":
-                lengths = place.lengths(orders["edit"][: round(share * place.width)])
+                lengths = place.lengths(orders["edit"][: place.count(share)])
                 arms.add(control, share, _along(random, lengths))
             elif difference:
                 arms.table.append((control, share, difference))

@@ -141,7 +141,7 @@ def test_images_are_looked_at_once_and_say_what_they_say_alone(family, monkeypat
 def test_follow_shows_whole_distributions():
     model, seen = language(), {}
 
-    def see(arm, rows, step, logs):
+    def see(arm, rows, step, _ids, logs):
         for row, log in zip(rows, logs, strict=True):
             seen[arm, row, step] = log
 

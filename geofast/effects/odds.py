@@ -126,7 +126,9 @@ class _Compare:
         self._asked, self._goal, self._arms, self._made = asked, goal, arms, made
         self._odds = self._others = torch.empty(0)
 
-    def __call__(self, arm: int, rows: list[int], _step: int, logs: torch.Tensor) -> None:
+    def __call__(
+        self, arm: int, rows: list[int], _step: int, _ids: torch.Tensor, logs: torch.Tensor
+    ) -> None:
         two, made = self._asked.tokens[rows].to(logs.device), self._made
         if arm == 0:
             self._odds, self._others = _log_odds(logs, two), _others(logs, two)
@@ -143,7 +145,7 @@ def next_tokens(model: Model, inputs: Sequence[Any], batch_size: int) -> torch.T
     """Return log-probabilities of the token after each prompt: float32 [n, vocab], on the CPU."""
     made: dict[int, torch.Tensor] = {}
 
-    def see(_arm: int, rows: list[int], _step: int, logs: torch.Tensor) -> None:
+    def see(_arm: int, rows: list[int], _step: int, _ids: torch.Tensor, logs: torch.Tensor) -> None:
         made.update(zip(rows, logs.cpu(), strict=True))
 
     follow(model, inputs, [[0]] * len(inputs), [()], see, batch_size=batch_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import warnings
-from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from . import canvas
 from .text import Table
 
 _STYLE = """
@@ -91,6 +92,20 @@ def picture(path: Path, caption: str) -> str:
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
+
+
+def draw(what: Any, wanted: Mapping[str, Callable[[Any], Any]], folder: Path) -> list[str]:
+    """Draw what can be drawn of something with `info`; return the names of the pictures."""
+    drawn = []
+    for name, make in wanted.items():
+        try:
+            with kept_going(what.info, name):
+                canvas.save(make(what), folder / name)
+                drawn.append(name)
+        except ImportError as err:
+            warn(what.info, f"the report has no pictures: {err}")
+            break
+    return drawn
 
 
 def facts(info: Mapping[str, Any], without: Collection[str]) -> str:

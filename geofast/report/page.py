@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import canvas, figures, frame, text
+from . import figures, frame, text
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -46,16 +46,7 @@ def _draw(run: Run, folder: Path) -> list[str]:
     wanted = {"layers.png": figures.layer_curve}
     if figures.has_map(run):
         wanted["map.png"] = figures.map_of_predictions
-    drawn = []
-    for name, draw in wanted.items():
-        try:
-            with frame.kept_going(run.info, name):
-                canvas.save(draw(run), folder / name)
-                drawn.append(name)
-        except ImportError as err:
-            frame.warn(run.info, f"the report has no pictures: {err}")
-            break
-    return drawn
+    return frame.draw(run, wanted, folder)
 
 
 # ---------------------------------------------------------------- what both pages say

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import canvas, frame
+from . import frame
 from . import steering_figures as figures
 from . import steering_text as text
 from .text import Table
@@ -61,16 +61,7 @@ def _draw(steered: Steered, folder: Path) -> list[str]:
     wanted = {"effects.png": figures.effect_and_damage}
     if figures.has_map(steered):
         wanted["map.png"] = figures.map_of_readings
-    drawn = []
-    for name, draw in wanted.items():
-        try:
-            with frame.kept_going(steered.info, name):
-                canvas.save(draw(steered), folder / name)
-                drawn.append(name)
-        except ImportError as err:
-            frame.warn(steered.info, f"the report has no pictures: {err}")
-            break
-    return drawn
+    return frame.draw(steered, wanted, folder)
 
 
 # ---------------------------------------------------------------- what both pages say
@@ -142,7 +133,9 @@ def _examples_caption(steered: Steered, shown: int) -> str:
 def _left_out(steered: Steered) -> list[str]:
     """Which pairs and controls are not there, and why."""
     info = steered.info
-    pairs = [f"{n:,} pairs left out: {why}" for why, n in info["pairs"]["left_out"].items()]
+    pairs = [
+        f"{n:,} pair{'s' * (n > 1)} left out: {why}" for why, n in info["pairs"]["left_out"].items()
+    ]
     return pairs + [f"no control {name!r}: {why}" for name, why in info.get("left_out", {}).items()]
 
 

@@ -12,8 +12,9 @@ from ..models import Model
 from .asking import ask, require_tokenizer, run
 from .edit import Edit
 
-See = Callable[[int, list[int], int, torch.Tensor], None]
-"""Given the number of an arm, rows, the number of a token, and log-probabilities [rows, vocab]."""
+See = Callable[[int, list[int], int, torch.Tensor, torch.Tensor], None]
+"""Given the number of an arm, rows, the number of a token, its ids in the rows' answers (int64
+[rows], -1 after the end of one) and log-probabilities [rows, vocab]."""
 
 # What a checkpoint's own settings of generation would make of an answer is not asked here.
 _PLAIN = {
@@ -107,7 +108,7 @@ def score(
             apart = divergence(unedited[step], logs).where(there, 0.0)
             diverged[arm, index, step] = apart.cpu()
 
-    _follow(model, inputs, texts, every, see, batch_size)
+    follow(model, inputs, texts, every, see, batch_size=batch_size)
     return [
         Scores(log_prob[arm], counts, diverged[arm] if kl else None)
         for arm in range(int(kl), len(every))
@@ -123,14 +124,24 @@ def follow(
     *,
     batch_size: int = 32,
 ) -> None:
-    """Show `see` the distribution before every token of given answers; see `score`.
+    """Show `see` the distribution before every token of given answers; see `score`."""
+    require_tokenizer(model)
+    if len(texts) != len(inputs):
+        raise ValueError(f"there are {len(inputs)} inputs and {len(texts)} answers: give as many")
+    empty = [row for row, text in enumerate(texts) if not len(text)]
+    if empty:
+        raise ValueError(f"the answer to input {empty[0]} is empty: there is nothing to score")
 
-    Of the answers that are shorter than others beside them, `see` is shown more than their tokens.
-    """
-    _follow(
-        model, inputs, texts, arms, lambda arm, rows, step, _, logs: see(arm, rows, step, logs),
-        batch_size,
-    )  # fmt: skip
+    def answer(arm: int, rows: list[int], arguments: dict[str, Any]) -> None:
+        prompts = arguments["input_ids"]
+        ids = _answers(model, prompts, [texts[row] for row in rows])
+        made = run(
+            model, arguments, max_new_tokens=ids.shape[1], logits_processor=[_Force(ids)], **_PLAIN
+        )
+        for step, logits in enumerate(made.logits):
+            see(arm, rows, step, ids[:, step], logits.float().log_softmax(1))
+
+    ask(model, list(inputs), arms, answer, batch_size=batch_size)
 
 
 def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -149,36 +160,6 @@ def answer_ids(model: Model, prompt_ids: torch.Tensor, text: str) -> list[int]:
         text = f" {text}"
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
-
-
-_SeeIds = Callable[[int, list[int], int, torch.Tensor, torch.Tensor], None]
-
-
-def _follow(
-    model: Model,
-    inputs: Sequence[Any],
-    texts: Sequence[str | Sequence[int]],
-    arms: Sequence[Sequence[Edit]],
-    see: _SeeIds,
-    batch_size: int,
-) -> None:
-    require_tokenizer(model)
-    if len(texts) != len(inputs):
-        raise ValueError(f"there are {len(inputs)} inputs and {len(texts)} answers: give as many")
-    empty = [row for row, text in enumerate(texts) if not len(text)]
-    if empty:
-        raise ValueError(f"the answer to input {empty[0]} is empty: there is nothing to score")
-
-    def answer(arm: int, rows: list[int], arguments: dict[str, Any]) -> None:
-        prompts = arguments["input_ids"]
-        ids = _answers(model, prompts, [texts[row] for row in rows])
-        made = run(
-            model, arguments, max_new_tokens=ids.shape[1], logits_processor=[_Force(ids)], **_PLAIN
-        )
-        for step, logits in enumerate(made.logits):
-            see(arm, rows, step, ids[:, step], logits.float().log_softmax(1))
-
-    ask(model, list(inputs), arms, answer, batch_size=batch_size)
 
 
 def _answers(

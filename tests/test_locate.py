@@ -294,6 +294,21 @@ def test_bad_arguments_stop_before_the_model_runs(model, samples, run, pairs, ch
     handle.remove()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "pairs.csv is no CSV with source and target: No columns"),
+        (b"\xff\xfe\x00\x01", "pairs.csv is no CSV with source and target: .*utf-8"),
+        (b"source,target\n0,\n", "pairs.csv, row 0: no target is given"),
+        (b"source,target\nNA,0\n", "pairs.csv, row 0: .* has no sample 'NA', the source"),
+    ],
+)
+def test_files_that_name_no_pairs(model, samples, run, tmp_path, text, message):
+    (tmp_path / "pairs.csv").write_bytes(text)
+    with pytest.raises(ValueError, match=message):
+        locate(model, samples, tmp_path / "pairs.csv", run)
+
+
 def test_runs_and_models_that_do_not_go_together(model, samples, run, pairs):
     other = gf.load(tiny.gpt2(), processor=tiny.tokenizer())
     with pytest.raises(

@@ -48,7 +48,9 @@ def test_texts_stand_in_the_words_of_the_run(model):
     assert list(worded.inputs) == ["w5 w1", "w5 w2"]
     assert list(run.probes) == ["lm.layers.0/last/w5 {name}"]
     assert len(several.probes) == 2
-    with pytest.raises(ValueError, match=r"several prompts: choose one by prompt= of '\{name\}'"):
+    with pytest.raises(
+        ValueError, match=r"several prompts: choose one by prompt= \(--prompt\): '\{name\}'"
+    ):
         prompted(model, TEXTS, several)
     with pytest.raises(ValueError, match="never asked 'w7'; its prompts: none"):
         prompted(model, TEXTS, run_of(), "w7")

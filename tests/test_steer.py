@@ -292,17 +292,19 @@ def test_arms_and_their_edits(model, samples, run):
         states, None, torch.zeros(6, 2, dtype=torch.float64),
     )  # fmt: skip
     order = ranked_dims(run, probe.name, "coef")
-    arms = make_arms(place, run, order, (0.0, 0.25, 1.0), CONTROLS[:3], "coef", 3, None)
+    arms = make_arms(place, run, order, (0.0, 0.01, 0.25, 1.0), CONTROLS[:3], "coef", 3, None)
     names = [(name, share) for name, share, _ in arms.table]
     assert names == [
         ("none", 0.0),
-        *((a, s) for s in (0, 0.25, 1) for a in ("edit", *CONTROLS[:3])),
+        *((a, s) for s in (0, 0.01, 0.25, 1) for a in ("edit", *CONTROLS[:3])),
     ]
     number = {(name, share): k for name, share, k in arms.table}
     assert number["edit", 0.0] == number["random direction", 0.0] == 0
     assert number["edit", 1.0] == number["random dims", 1.0] == number["shuffled labels", 1.0]
     assert len({k for (_, share), k in number.items() if share == 0.25}) == 4
     some = np.array([2, 1])
+    (least,) = arms.makes[number["edit", 0.01]](some)
+    assert least.dims.tolist() == [int(order[0])]  # no share but 0 is of none
     (edit,) = arms.makes[number["edit", 0.25]](some)
     (random,) = arms.makes[number["random direction", 0.25]](some)
     (control,) = arms.makes[number["random dims", 0.25]](some)
@@ -316,7 +318,7 @@ def test_arms_and_their_edits(model, samples, run):
     )
     assert random.values.shape == (1, 2, 1, 32)
     assert control.dims.tolist() == sorted(random_orders(32, 1, 3)[0][:8].tolist())
-    assert [e.samples for e in arms.edits(np.array([1, 3, 4]))] == [3, 3]
+    assert [e.samples for e in arms.edits(np.array([1, 3, 4]))] == [3, 3, 3]
 
 
 def test_shuffled_labels_are_of_the_same_rows(run):
@@ -492,7 +494,7 @@ def test_only_pairs_whose_countries_are_known_are_kept(model, samples, run, gaze
     assert len(every.pairs[every.pairs["arm"] == "edit"]) == 5
     assert every.pairs["moved"].isna().sum() == 2  # of one country: nothing can be learnt
     assert every.pairs["log_odds"].isna().sum() == 2
-    with pytest.raises(ValueError, match="of 1 pairs none is left"):
+    with pytest.raises(ValueError, match="of 1 pair none is left"):
         steer(model, given, asked[:1], run, **options(gazetteer, controls=[]))
 
 
@@ -604,6 +606,7 @@ def test_images_and_tokens_of_a_role(gazetteer):
         ({"pairs": [("s0", "s99")]}, "no sample 's99'"),
         ({"pairs": []}, "has no pair"),
         ({"pairs": [("s0", "s1"), ("s0", "s1")]}, "'s0' and 's1' comes twice"),
+        ({"site": "lm.layers.*"}, "site must be one site; .lm.layers... is lm.layers"),
         ({"site": "lm.layers.9"}, "never probed a site 'lm.layers.9'; it has lm.embed"),
         ({"role": "image"}, "image"),
         ({"role": "patches"}, "role must be one of last"),

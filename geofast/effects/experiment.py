@@ -86,7 +86,8 @@ def steer(
         Where to edit: a site that the run probed, or the whole name of a probe, `site/pool`. None
         takes the run's best probe.
     shares
-        Of the dimensions, 0 to 1; at 0 nothing is edited. Mode `patch` edits all, whatever is said.
+        Of the dimensions, 0 to 1: one at least, but at 0 nothing is edited. Mode `patch` edits all,
+        whatever is said.
     mode
         `swap` writes the target's state in the first dimensions of the ranking. `set` moves there
         what the probe reads to the target's latitude and longitude. `patch` writes the target's
@@ -151,7 +152,10 @@ def steer(
     model, samples, run = prompted(load(model), samples, run, prompt)
     _require_speech(model)
     asked = replace(asked, samples=samples)
-    (where,) = probed_sites(run, model, [site or run.best.name], role)
+    where, *more = probed_sites(run, model, [site or run.best.name], role)
+    if more:
+        there = ", ".join(one.site for one in (where, *more))
+        raise ValueError(f"site must be one site; {site!r} is {there}")
     if asked.names and gazetteer is None:
         from ..data.demos.gazetteer import gazetteer as default
 

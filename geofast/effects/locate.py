@@ -392,8 +392,9 @@ def _text(table: pd.DataFrame, info: Mapping[str, Any]) -> str:
     pairs = info["pairs"]
     alike = f" ({pairs['alike']} whose names begin alike left out)" if pairs["alike"] else ""
     head = (
-        f"{len(table)} settings on {pairs['used']} pairs{alike}. Effect: change of log p(target's "
-        "name) - log p(source's name) of the next token, in nats; asking the target itself: "
+        f"{len(table)} setting{'s' * (len(table) > 1)} on {pairs['used']} pairs{alike}. Effect: "
+        "change of log p(target's name) - log p(source's name) of the next token, in nats; asking "
+        "the target itself: "
         f"{info['target_effect']:.2f}. Damage: KL of that token given that it is neither; asking "
         f"the target itself: {info['target_damage']:.2f}. Score: effect less that of as many "
         "random dimensions, or of no edit where that is more, at a damage of at most "

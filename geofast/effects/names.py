@@ -120,5 +120,8 @@ def kept_pairs(
             kept.append(pair)
     if not kept:
         reasons = "; ".join(f"{n}: {reason}" for reason, n in why.items())
-        raise ValueError(f"of {len(every)} pairs none is left ({reasons}); keep='all' keeps them")
+        raise ValueError(
+            f"of {len(every)} pair{'s' * (len(every) > 1)} none is left ({reasons}); keep='all' "
+            "(--all-pairs) keeps them"
+        )
     return np.array(kept, dtype=np.int64), dict(why)

@@ -42,10 +42,11 @@ class Pairs:
         FileNotFoundError
             When there is no such CSV.
         ValueError
-            When a column is missing, there is no pair, or a pair names an unknown sample.
+            When the file is no CSV, a column is missing, there is no pair, or a pair names an
+            unknown sample.
         """
         where = "pairs" if isinstance(pairs, pd.DataFrame) else str(pairs)
-        table = pairs if isinstance(pairs, pd.DataFrame) else pd.read_csv(pairs, dtype=str)
+        table = pairs if isinstance(pairs, pd.DataFrame) else _read(pairs)
         missing = [name for name in _COLUMNS if name not in table]
         if missing:
             has = ", ".join(map(str, table.columns))
@@ -56,6 +57,8 @@ class Pairs:
         source, target = (ids.get_indexer(table[name].astype(str)) for name in _COLUMNS)
         for name, found in zip(_COLUMNS, (source, target), strict=True):
             for row in np.flatnonzero(found < 0)[:1]:
+                if not str(table[name].iloc[row]):
+                    raise ValueError(f"{where}, row {row}: no {name} is given")
                 msg = (
                     f"{where}, row {row}: {samples.source} has no sample {table[name].iloc[row]!r}"
                 )
@@ -96,6 +99,14 @@ class Pairs:
             if row not in read:
                 read[row] = self.samples.load(row)
         return [read[r] for r in self.source.tolist()], [read[r] for r in self.target.tolist()]
+
+
+def _read(path: str | Path) -> pd.DataFrame:
+    """Read pairs as text; `NA` is an id."""
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV with source and target: {error}") from error
 
 
 def once(inputs: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:

@@ -42,7 +42,9 @@ def prompted(
     many = run.info.get("arguments", {}).get("prompts") or []
     told = ", ".join(map(repr, many)) or "none"
     if prompt is None and len(many) > 1:
-        raise ValueError(f"the run was asked several prompts: choose one by prompt= of {told}")
+        raise ValueError(
+            f"the run was asked several prompts: choose one by prompt= (--prompt): {told}"
+        )
     if prompt is not None and prompt not in many:
         raise ValueError(f"the run was never asked {prompt!r}; its prompts: {told}")
     chosen = many[0] if prompt is None and many else prompt

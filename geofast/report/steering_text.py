@@ -119,7 +119,8 @@ def _named(steered: Steered, share: float) -> str:
     several = len(shares(steered))
     if not row["moved"]:
         whole = f"any of {several} shares" if several > 1 else share_words(share)
-        said = f"{_doing(steered, whole)}, {names} never names the target's place ({n} answers)"
+        said = f"{_doing(steered, whole)}, {names} never names the target's place "
+        said += f"({n} answer{'s' * (n > 1)})"
     else:
         tried = f" (the best of {several} shares)" if several > 1 else ""
         rate = f"{_percent(row['moved'])} of {n} answers (95 % interval {low} to {high})"

@@ -179,6 +179,18 @@ def test_gcv_chooses_golubs_alpha(route, kind, seed):
     np.testing.assert_allclose(gf.solve(gram).alpha.numpy(), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("n", [100, 150, 260, 400])
+def test_gcv_of_hardly_more_rows_than_features_or_fewer(n):
+    """At the least alphas n - 1 - df is next to nothing, and rounding must not choose them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 288, generator=generator) * torch.logspace(2, 0, 288)
+    y = (x[:, :2] + 200 * torch.randn(n, 2, generator=generator)).double()
+    fold = folds_of(n)
+    expected = [gf.ALPHAS[gcv(x[fold != f], y[fold != f], gf.ALPHAS).argmin()] for f in range(5)]
+    found = gf.solve(gf.Gram(288, 2, 5).update(x, y, fold))
+    np.testing.assert_allclose(found.alpha.numpy(), expected, rtol=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_give_what_rows_give(route, kind):
     x, y = rows(kind=kind)

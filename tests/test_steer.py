@@ -544,9 +544,11 @@ def test_the_studys_judge_keeps_its_faults():
 
 def test_the_studys_scores_stand_beside_ours(model, samples, run, pairs, gazetteer):
     given = study.SWAP | {"shares": (0.0, 0.5, 1.0), "max_new_tokens": TOKENS}
-    found = steer(
-        model, samples, pairs, run, names={"country": "country"}, gazetteer=gazetteer, **given
-    )
+    given |= {"names": {"country": "country"}, "gazetteer": gazetteer}
+    found = steer(model, samples, pairs, run, keep="all", **given)
+    assert not found.pairs["study_known"].any()  # these answers name a country, and no spot
+    with pytest.raises(ValueError, match=r"6: unedited, .* the source's spot and where"):
+        steer(model, samples, pairs, run, **given)
     assert found.summary["arm"].unique().tolist() == ["none", "edit", "random dims"]
     country, name = (samples.table.set_index("id")[c] for c in ("country", "name"))
     for row in found.pairs.itertuples():
@@ -606,6 +608,7 @@ def test_images_and_tokens_of_a_role(gazetteer):
         ({"pairs": [("s0", "s99")]}, "no sample 's99'"),
         ({"pairs": []}, "has no pair"),
         ({"pairs": [("s0", "s1"), ("s0", "s1")]}, "'s0' and 's1' comes twice"),
+        ({"pairs": [("s0", "s1"), ("s2", "s2")]}, "the pair of 's2' is of one sample"),
         ({"site": "lm.layers.*"}, "site must be one site; .lm.layers... is lm.layers"),
         ({"site": "lm.layers.9"}, "never probed a site 'lm.layers.9'; it has lm.embed"),
         ({"role": "image"}, "image"),

@@ -137,6 +137,8 @@ def _demo(
     for mode in modes:
         best = found.table[found.table["mode"] == mode].iloc[0]
         print(f"Chosen: {mode} at {best['site']}, {best['share']:.0%} of the dimensions")
+        if not best["score"] > 0:
+            print("though there it does no more than random dimensions, or more damage than asked")
         steered[mode] = steer(
             model, unseen, drawn[1], run, site=best["site"],
             shares=shares, mode=mode, names=names, max_new_tokens=ANSWER, progress=True,

@@ -116,7 +116,8 @@ def steer(
         Of an answer.
     keep
         `known`: only pairs of different countries (where no column says them, of different values
-        at the first level there is) whose unedited answers name that of both. `all`: every pair.
+        at the first level there is) whose unedited answers name that of both; under
+        `protocol="study"` by the study's own judge. `all`: every pair.
     seed
         Of the random controls, the bootstrap and the random signs.
     protocol
@@ -154,8 +155,8 @@ def steer(
     asked = replace(asked, samples=samples)
     where, *more = probed_sites(run, model, [site or run.best.name], role)
     if more:
-        there = ", ".join(one.site for one in (where, *more))
-        raise ValueError(f"site must be one site; {site!r} is {there}")
+        several = ", ".join(one.site for one in (where, *more))
+        raise ValueError(f"site must be one site; {site!r} is {several}")
     if asked.names and gazetteer is None:
         from ..data.demos.gazetteer import gazetteer as default
 
@@ -367,8 +368,7 @@ class _Judge:
         self._right: list[bool] = []
         if asked.protocol == "study":
             self._spots = [known.spot(asked, i) for i in range(len(asked.rows))]
-            pairs = zip(answers, self._spots, strict=True)
-            self._right = [study.known(text, spot) for text, spot in pairs]
+            self._right = known.by_study(asked, answers)
 
     def __call__(self, source: int, target: int, answer: str, unedited: str) -> dict[str, Any]:
         """Score an answer about a source, beside the unedited one."""

@@ -81,6 +81,10 @@ class Names:
                 row[column] = next(iter(self.gazetteer.names(level, value)), value)
         return study.Spot.of(row, asked.names)
 
+    def by_study(self, asked: Request, answers: Sequence[str]) -> list[bool]:
+        """Tell which unedited answers the study takes for known."""
+        return [study.known(text, self.spot(asked, i)) for i, text in enumerate(answers)]
+
 
 def token_ids(model: Model, texts: Sequence[str]) -> list[list[int]]:
     """Return the tokens of each text, special ones left out."""
@@ -98,10 +102,13 @@ def kept_pairs(
     every = np.arange(len(asked.pairs))
     if asked.keep == "all":
         return every, {}
-    says = [
-        known.says(text, number, None, number).get(asked.level)
-        for number, text in enumerate(answers)
-    ]
+    says: list[bool | None]
+    if asked.protocol == "study":
+        what = "spot and where it is, by substrings"
+        says = [*known.by_study(asked, answers)]
+    else:
+        what = asked.level
+        says = [known.says(text, i, None, i).get(what) for i, text in enumerate(answers)]
     why: Counter[str] = Counter()
     kept = []
     for pair, (s, t) in enumerate(zip(asked.sources.tolist(), asked.targets.tolist(), strict=True)):
@@ -111,9 +118,9 @@ def kept_pairs(
         elif says[s] is None or says[t] is None:
             reason = f"the {asked.level} stands in the prompt"
         elif not says[s]:
-            reason = f"unedited, the model does not name the source's {asked.level}"
+            reason = f"unedited, the model does not name the source's {what}"
         elif not says[t]:
-            reason = f"unedited, the model does not name the target's {asked.level}"
+            reason = f"unedited, the model does not name the target's {what}"
         if reason:
             why[reason] += 1
         else:

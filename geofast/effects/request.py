@@ -126,6 +126,8 @@ def _pairs(pairs: pd.DataFrame | str | Path, samples: Samples) -> Pairs:
         twice = ids[ids.duplicated()].iloc[0]
         raise ValueError(f"{samples.source} has two samples with the id {twice!r}")
     found = Pairs.of(pairs, samples)
+    for row in np.flatnonzero(found.source == found.target)[:1].tolist():
+        raise ValueError(f"the pair of {ids.iloc[found.source[row]]!r} is of one sample: name two")
     times = Counter(zip(found.source.tolist(), found.target.tolist(), strict=True))
     (source, target), most = times.most_common(1)[0]
     if most > 1:

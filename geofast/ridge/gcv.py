@@ -15,6 +15,7 @@ from .training import Training, is_small, subset
 _STEPS = 10  # Lanczos steps: a neighbouring alpha is exact to 1e-8, one three decades off to 10 %
 _PROBES = 6  # random sign vectors for the trace
 _SCOUT = (8, 2)  # steps and sign vectors where only the place of the minimum is asked for
+_FEW_ROWS = 1.1  # times the features: below, whole spectra in float64
 _TIE = 1e-3  # closer than this and the errors of the estimate: exact traces decide
 
 
@@ -41,7 +42,8 @@ class Minimum:
 
 def least_gcv(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Minimum:
     """Find the minimum of each GCV curve; `alphas` are on the CPU."""
-    if is_small(train.dim):
+    # With hardly more rows than features, n - 1 - df is what rounding leaves of two near numbers.
+    if is_small(train.dim) or bool((train.n < _FEW_ROWS * train.dim).any()):
         return _exact(train, alphas, dtype)
     pole = torch.full((len(train),), len(alphas) // 2)
     folds = train.stats.folds

@@ -439,13 +439,11 @@ def _steer_demo(o: argparse.Namespace, out: Path, make: Any) -> None:
         raise ValueError("--alphas is of the demos that probe: satellite and cities")
     _folder.check_free(out.expanduser().resolve() / "run", o.overwrite)
     with _whoever_listens():
-        made = make(o.samples)
-        for name, part in made.parts():
+        for name, part in make(o.samples):
             options = {} if name == "locate" else {"overwrite": o.overwrite}
             part.save(out / name, **options)
-    for name, part in made.parts():
-        if name != "run":
-            print(f"{name}: {out / name}\n\n{part}\n")
+            if name != "run":
+                print(f"\n{name}: {out / name}\n\n{part}\n")
 
 
 def _sites(o: argparse.Namespace) -> None:
@@ -530,7 +528,10 @@ def _steer(o: argparse.Namespace) -> None:
 
 def _locate(o: argparse.Namespace) -> None:
     from .effects.locate import locate
+    from .subspace.store import refuse_run
 
+    if o.out:
+        refuse_run(o.out)
     with _whoever_listens():
         found = locate(
             **_pairs(o), names=_names(o) or {"country": "country"}, sites=o.sites, shares=o.share,
@@ -579,9 +580,15 @@ def _samples_of(o: argparse.Namespace, run: Any) -> Any:
 
 
 def _show(o: argparse.Namespace) -> None:
+    from .effects.outcome import open_steered
     from .run import open as open_run
 
-    _print(open_run(o.folder), o.folder)
+    if (o.folder / "steering.json").exists():
+        found = open_steered(o.folder)
+        _print_pages(o.folder, "report.html")
+        print(f"\n{found}")
+    else:
+        _print(open_run(o.folder), o.folder)
 
 
 def _print(run: Any, folder: Path) -> None:

@@ -95,6 +95,13 @@ def test_steer_asks_as_the_run_did_and_prints_what_it_found(job, names, capsys):
     assert max(map(len, printed.splitlines()[3:])) <= 100
     assert main(arguments(job, *more, *few)) == 1
     assert "holds an experiment already; pass --overwrite" in capsys.readouterr().err
+    assert main(["show", str(job / "out")]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_a_runs_folder_takes_no_sweep(job, asked, capsys):
+    assert main(arguments(job, "--out", str(job / "run"), command="locate")) == 1
+    assert "is a run's folder, where nothing else may lie" in capsys.readouterr().err
 
 
 def test_every_option_is_handed_on(job, tmp_path, asked, monkeypatch):

@@ -148,8 +148,9 @@ def test_cities_are_swapped_inside_a_model(tmp_path, capsys, monkeypatch):
 def test_continents_are_swapped_inside_a_model_that_sees(tmp_path, monkeypatch):
     fetched(lambda: satellite(1), seeing, gazetteer)
     few_of(monkeypatch, sites="lm.layers.0", shares=(1.0,), pairs=(2, 3))
-    made = steering.steer_images(60)
-    moved = made.steered["swap"].summary.set_index("arm")["moved"]
+    made = dict(steering.steer_images(60))
+    assert list(made) == ["run", "locate", "swap"]
+    moved = made["swap"].summary.set_index("arm")["moved"]
     # All image tokens of the target, from the first block on: it says what it says of the target.
     assert moved["edit"] == 1
     assert moved["none"] == 0

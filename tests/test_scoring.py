@@ -245,3 +245,25 @@ def test_a_prompt_of_one_token_is_read_whole():
         for i, text in enumerate(short)
     ]
     assert asking._distinct(short)[0] == [0, 1, 1, 2]
+
+
+def test_one_text_is_no_list_and_one_edit_is_enough(tmp_path):
+    model = language()
+    edit = edits_of()["both"].take([0])
+    for ask in (model.generate, lambda text: gf.states(model, text, SITE)):
+        with pytest.raises(TypeError, match="got one text, 'w1 w2 w3'"):
+            ask(INPUTS[0])
+    with pytest.raises(TypeError, match="got one text"):
+        score(model, "w1", ["w1"])
+    said = model.generate(INPUTS, edit, max_new_tokens=3)
+    assert said == model.generate(INPUTS, [edit], max_new_tokens=3)
+    with model.edited(edit):
+        model.forward(model.prepare(INPUTS))
+    gf.save_edits(edit, tmp_path / "one.safetensors")
+    (again,) = gf.load_edits(tmp_path / "one.safetensors")
+    assert torch.equal(again.values, edit.values)
+    held = gf.states(model, INPUTS, "lm.layers.*")
+    assert repr(held) == (
+        "States(lm.layers.0: [4, 1, 32], lm.layers.1: [4, 1, 32], lm.layers.2: [4, 1, 32]; "
+        "role=last)"
+    )

@@ -7,7 +7,7 @@ they do is reported of pairs of the other half.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,7 @@ from ..data.demos.gazetteer import gazetteer
 from ..data.demos.satellite import places_seen
 from ..data.demos.seeing import QUESTIONS
 from ..effects.experiment import steer
-from ..effects.locate import Located, locate
-from ..effects.outcome import Steered
+from ..effects.locate import locate
 from ..effects.prompted import prompted
 from ..extract import worded
 from ..geo import GroupKFold, KFold
@@ -39,23 +38,11 @@ SATELLITE_SEED = 2  # the projector was trained and tested on crops of others
 _SEED = 0
 
 
-@dataclass(frozen=True, eq=False)
-class Demo:
-    """What a demo of edits made: a run, where to edit, and what edits change."""
-
-    run: Run
-    located: Located
-    steered: dict[str, Steered]
-    """By mode."""
-
-    def parts(self) -> Iterator[tuple[str, Any]]:
-        """What is saved, in the order in which it came to be, with the names of the folders."""
-        yield "run", self.run
-        yield "locate", self.located
-        yield from self.steered.items()
+Parts = Iterator[tuple[str, Any]]
+"""A run, where to edit, and what edits change, by mode: as they come to be, with their names."""
 
 
-def steer_cities(samples: int | None = None) -> Demo:
+def steer_cities(samples: int | None = None) -> Parts:
     """Swap and set the place inside SmolLM2-135M while it says in which country a city is.
 
     All tokens of the prompt are edited, one by one; so only cities take part whose prompt has as
@@ -78,7 +65,7 @@ def steer_cities(samples: int | None = None) -> Demo:
     )  # fmt: skip
 
 
-def steer_images(samples: int | None = None) -> Demo:
+def steer_images(samples: int | None = None) -> Parts:
     """Swap the place inside the image tokens of a model that says which continent it sees.
 
     The model is `geofast.data.demos.seeing`; the crops are others than it was trained on, between
@@ -118,7 +105,7 @@ def _demo(
     modes: Sequence[str],
     shares: Sequence[float],
     pairs: tuple[int, int],
-) -> Demo:
+) -> Parts:
     """Probe half of the samples, choose sites on pairs of them, and steer pairs of the others."""
     order = np.random.default_rng(_SEED).permutation(len(whole))
     half = len(whole) // 2
@@ -127,23 +114,23 @@ def _demo(
         model, seen, sites=sites, pool=pool, prompts=prompt,
         split=[KFold(), GroupKFold(column)], progress=True,
     )  # fmt: skip
+    yield "run", run
     names = {column: column}
     drawn = [
         pairs_between(known(model, some, run, column), column, n)
         for some, n in zip((seen, unseen), pairs, strict=True)
     ]
     found = locate(model, seen, drawn[0], run, names=names, modes=modes, shares=shares)
-    steered = {}
+    yield "locate", found
     for mode in modes:
         best = found.table[found.table["mode"] == mode].iloc[0]
         print(f"Chosen: {mode} at {best['site']}, {best['share']:.0%} of the dimensions")
         if not best["score"] > 0:
             print("though there it does no more than random dimensions, or more damage than asked")
-        steered[mode] = steer(
-            model, unseen, drawn[1], run, site=best["site"],
-            shares=shares, mode=mode, names=names, max_new_tokens=ANSWER, progress=True,
+        yield mode, steer(
+            model, unseen, drawn[1], run, site=best["site"], shares=shares, mode=mode, names=names,
+            max_new_tokens=ANSWER, progress=True,
         )  # fmt: skip
-    return Demo(run, found, steered)
 
 
 def known(model: Model, samples: Samples, run: Run, column: str) -> pd.DataFrame:

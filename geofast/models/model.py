@@ -192,7 +192,7 @@ class Model:
         with evaluating(self.module):
             return _look(self.stages[0], batch)
 
-    def edited(self, edits: Sequence[Edit], copies: int = 1) -> AbstractContextManager[None]:
+    def edited(self, edits: Edit | Sequence[Edit], copies: int = 1) -> AbstractContextManager[None]:
         """Apply edits to whatever the model runs inside the block.
 
         A call without a cache, or with an empty one, is a prompt; one of a single token on top of a
@@ -225,7 +225,7 @@ class Model:
     def generate(
         self,
         inputs: Sequence[Any],
-        edits: Sequence[Edit] = (),
+        edits: Edit | Sequence[Edit] = (),
         *,
         batch_size: int | None = None,
         **options: Any,

@@ -18,7 +18,7 @@ from ..capture import modules_around
 from ..models import Model, Site, Stage
 from ..models.layout import Call, Layout, as_tokens, lay_out
 from ..models.phi4 import Phi4
-from .edit import Edit
+from .edit import Edit, several
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Job:
 
 @contextmanager
 def edited(
-    model: Model, edits: Sequence[Edit], copies: int = 1, *, begun: bool = False
+    model: Model, edits: Edit | Sequence[Edit], copies: int = 1, *, begun: bool = False
 ) -> Iterator[None]:
     """Apply edits, one after the other, to whatever `model.module` runs inside the block.
 
@@ -82,7 +82,7 @@ def edited(
     """
     jobs = [
         Job(site, edit.role, edit.phase, _Change(edit, site.name, i, copies))
-        for edit in edits
+        for edit in several(edits)
         for i, site in enumerate(edit.sites_in(model))
         if len(edit.dims)
     ]
@@ -199,7 +199,8 @@ class _Change:
         if self._edit.role != "last" and bool((tokens.counts != have).any()):
             bad = int((tokens.counts != have).nonzero()[0])
             msg = f"sample {bad} has {int(tokens.counts[bad])} {self._edit.role} tokens at "
-            raise ValueError(f"{msg}{self._site}, and the edit has values for {have}")
+            msg += f"{self._site}, and the edit has values for {have}: take inputs of one length, "
+            raise ValueError(msg + "or role='last'")
         return tokens.number
 
 

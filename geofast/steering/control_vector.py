@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..models import Model, Site
-from .edit import Edit
+from .edit import Edit, several
 
 _ADDS = "llama.cpp adds one direction to every token of prompt and answer"
 
@@ -50,7 +50,7 @@ def save_control_vector(edits: Edit | Sequence[Edit], path: str | Path, model: M
     OSError
         When the file cannot be written.
     """
-    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    edits = several(edits)
     if not edits:
         raise ValueError("there is no edit to write")
     config = _config(model)

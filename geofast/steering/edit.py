@@ -196,7 +196,12 @@ def require_role(model: Model, sites: Sequence[Site], role: str) -> None:
             raise ValueError(f"{site.name} has no {role} token, but {has}: choose one by role=")
 
 
-def save_edits(edits: Sequence[Edit], path: str | Path) -> None:
+def several(edits: Edit | Sequence[Edit]) -> list[Edit]:
+    """Return edits in their order; one by itself is one."""
+    return [edits] if isinstance(edits, Edit) else list(edits)
+
+
+def save_edits(edits: Edit | Sequence[Edit], path: str | Path) -> None:
     """Write edits, in their order, to a safetensors file with a JSON header.
 
     Raises
@@ -207,7 +212,7 @@ def save_edits(edits: Sequence[Edit], path: str | Path) -> None:
     from safetensors.torch import save_file
 
     tensors, headers = {}, []
-    for i, edit in enumerate(edits):
+    for i, edit in enumerate(several(edits)):
         about: dict[str, Any] = {
             "mode": edit.mode, "sites": edit.sites, "width": edit.width, "role": edit.role,
             "phase": edit.phase, "model": edit.model,

@@ -10,11 +10,19 @@ import torch
 
 from ..models import Model
 from .apply import Job, Tokens, watching
-from .asking import ask, can_generate, prompt_of, require_tokenizer, run, takes_looks
-from .edit import EDIT_ROLES, Edit, require_role
+from .asking import (
+    ask,
+    can_generate,
+    prompt_of,
+    require_several,
+    require_tokenizer,
+    run,
+    takes_looks,
+)
+from .edit import EDIT_ROLES, Edit, require_role, several
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class States:
     """Hidden states of some inputs at some sites; made by `gf.states`."""
 
@@ -25,6 +33,11 @@ class States:
     in_prompt: int
     """How many of the tokens are the prompt's."""
     model: str
+
+    def __repr__(self) -> str:
+        shapes = [f"{site}: {list(x.shape)}" for site, x in self.at.items()]
+        few = shapes if len(shapes) < 4 else [shapes[0], "...", shapes[-1]]
+        return f"States({', '.join(few)}; role={self.role})"
 
 
 def states(
@@ -64,6 +77,7 @@ def states(
         raise ValueError(f"role must be one of {', '.join(EDIT_ROLES)}; got {role!r}")
     if steps and role != "last":
         raise ValueError(f"steps= follows the last token; role is {role!r}")
+    require_several(inputs)
     if not inputs:
         raise ValueError("inputs is empty: there are no states to keep")
     wanted = model.sites(sites)
@@ -119,14 +133,14 @@ def _unequal(few: int, many: int, role: str) -> str:
 def generate(
     model: Model,
     inputs: Sequence[Any],
-    edits: Sequence[Edit] = (),
+    edits: Edit | Sequence[Edit] = (),
     *,
     batch_size: int | None = None,
     **options: Any,
 ) -> list[str]:
     """See `Model.generate`."""
     size = len(inputs) or 1 if batch_size is None else batch_size
-    return generate_arms(model, inputs, [edits], batch_size=size, **options)[0]
+    return generate_arms(model, inputs, [several(edits)], batch_size=size, **options)[0]
 
 
 def generate_arms(
@@ -161,6 +175,7 @@ def generate_arms(
     ValueError
         As `Model.generate`.
     """
+    require_several(inputs)
     inputs = list(inputs)
     if not inputs:
         return [[] for _ in arms]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..models import Model
-from .asking import ask, require_tokenizer, run
+from .asking import ask, require_several, require_tokenizer, run
 from .edit import Edit
 
 See = Callable[[int, list[int], int, torch.Tensor, torch.Tensor], None]
@@ -125,6 +125,7 @@ def follow(
     batch_size: int = 32,
 ) -> None:
     """Show `see` the distribution before every token of given answers; see `score`."""
+    require_several(inputs)
     require_tokenizer(model)
     if len(texts) != len(inputs):
         raise ValueError(f"there are {len(inputs)} inputs and {len(texts)} answers: give as many")

@@ -31,8 +31,8 @@ def refuse_run(folder: str | Path) -> None:
     """
     if (Path(folder).expanduser() / "run.json").exists():
         raise FileExistsError(
-            f"{folder} is a run's folder, where nothing else may lie: give another for the tables "
-            f"of the dimensions, as {Path(folder) / 'subspace'}"
+            f"{folder} is a run's folder, where nothing else may lie: give another, as "
+            f"{Path(folder).with_name(f'{Path(folder).name}-found')}"
         )
 
 

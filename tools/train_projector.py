@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def main() -> None:
     """Make data and features, train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of what is committed")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/geofast-projector"))
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir(), "geofast-projector")
+    )
     parser.add_argument("--crops", type=int, default=3000, help="training crops, each seen once")
     parser.add_argument("--test", type=int, default=200, help="crops in each held-out set")
     parser.add_argument("--minutes", type=float, default=44, help="stop training after so long")

@@ -520,9 +520,7 @@ def _steer(o: argparse.Namespace) -> None:
             max_new_tokens=o.max_new_tokens, progress=True,
         )  # fmt: skip
         found.save(o.out, overwrite=o.overwrite)
-    for path in [*sorted(o.out.glob("*.png")), o.out / "report.html"]:
-        if path.exists():
-            print(path)
+    _print_pages(o.out, "report.html")
     print(f"\n{found}")
 
 

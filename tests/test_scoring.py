@@ -244,7 +244,7 @@ def test_a_prompt_of_one_token_is_read_whole():
         model.generate([text], [edit.take([i])], max_new_tokens=3)[0]
         for i, text in enumerate(short)
     ]
-    assert asking._distinct(short)[0] == [0, 1, 1, 2]
+    assert asking.once(short)[1].tolist() == [0, 1, 1, 2]
 
 
 def test_one_text_is_no_list_and_one_edit_is_enough(tmp_path):

@@ -19,12 +19,13 @@ from ..report.numbers import number
 from ..report.text import Table, clip_label, fill
 from ..run import Run
 from ..run import open as open_run
+from ..steering.asking import is_late
 from ..steering.edit import Edit
 from ..steering.generation import States
 from ..steering.make import patch, set_to, swap
 from .dims import ranked_dims
 from .intervals import bootstrap_means
-from .odds import BYTES, Asked, is_late, next_tokens, odds, states_of
+from .odds import BYTES, Asked, next_tokens, odds, states_of
 from .pairs import Pairs
 from .probed import Probed, probed_sites
 from .prompted import prompted

@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from ..models import Model
-from ..steering.asking import can_generate, require_tokenizer
+from ..steering.asking import can_generate, is_late, once, require_tokenizer
 from ..steering.edit import Edit
 from ..steering.generation import States, states
 from ..steering.scoring import answer_ids, divergence, follow
-from .pairs import once
 
 BYTES = 512 << 20
 """Of the values of edits that are in memory at once, where later arms reuse nothing."""
@@ -164,11 +163,6 @@ def states_of(
         held = states(model, inputs, list(sites), role, batch_size=batch_size)
         found |= {(site, role): replace(held, at={site: held.at[site]}) for site in sites}
     return found
-
-
-def is_late(site: str, role: str) -> bool:
-    """Tell whether an edit there leaves alone whatever comes before a prompt's last token."""
-    return role == "last" and site.startswith("lm.")
 
 
 def prompt_ids(model: Model, inputs: Sequence[Any]) -> list[torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +106,3 @@ def _read(path: str | Path) -> pd.DataFrame:
         return pd.read_csv(path, dtype=str, keep_default_na=False)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no CSV with source and target: {error}") from error
-
-
-def once(inputs: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:
-    """Return each input once, and the number of each: equal texts and the same objects are one."""
-    numbers: dict[Any, int] = {}
-    several = [x if isinstance(x, str) else id(x) for x in inputs]
-    index = [numbers.setdefault(key, len(numbers)) for key in several]
-    distinct = dict(zip(index, inputs, strict=True))
-    return list(distinct.values()), np.array(index, dtype=np.int64)

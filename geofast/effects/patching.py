@@ -15,11 +15,11 @@ import torch
 from ..models import Model, Site, Tower
 from ..report.numbers import number
 from ..report.text import Table, clip_label, fill
+from ..steering.asking import once
 from ..steering.edit import EDIT_ROLES, Edit
 from ..steering.make import patch
 from .intervals import bootstrap_means
 from .odds import BYTES, Asked, next_tokens, odds, prompt_ids, states_of
-from .pairs import once
 from .writing import about, save
 
 Token = str | int

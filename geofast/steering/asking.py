@@ -9,7 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..models import Model
 from ..models.model import evaluating
@@ -52,10 +54,11 @@ def ask(
                     f"the edit {edit!r} is for {edit.samples} samples, and there are {len(inputs)} "
                     "inputs"
                 )
-    numbers, distinct = _distinct(inputs)
+    distinct, index = once(inputs)
+    numbers = index.tolist()
     edits = [edit for arm in arms for edit in arm]
     share &= len(inputs) * len(arms) > len(distinct)
-    share &= all(_is_late(model, edit) for edit in edits)
+    share &= all(is_late(site, edit.role) for edit in edits for site in edit.sites)
     in_text = all(site.tower == "lm" for edit in edits for site in edit.sites_in(model))
     rest = list(range(len(inputs)))
     # The first arm is checked by its own edits; the others must not fail after it was answered.
@@ -202,22 +205,18 @@ class _Prefix:
         }
 
 
-def _distinct(inputs: Sequence[Any]) -> tuple[list[int], list[Any]]:
-    """Number the inputs so that equal texts and the same objects have one number."""
-    seen: dict[Any, int] = {}
-    distinct, numbers = list[Any](), list[int]()
-    for one in inputs:
-        key = one if isinstance(one, str) else id(one)
-        if key not in seen:
-            seen[key] = len(distinct)
-            distinct.append(one)
-        numbers.append(seen[key])
-    return numbers, distinct
+def once(inputs: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:
+    """Return each input once, and the number of each: equal texts and the same objects are one."""
+    numbers: dict[Any, int] = {}
+    several = [x if isinstance(x, str) else id(x) for x in inputs]
+    index = [numbers.setdefault(key, len(numbers)) for key in several]
+    distinct = dict(zip(index, inputs, strict=True))
+    return list(distinct.values()), np.array(index, dtype=np.int64)
 
 
-def _is_late(model: Model, edit: Edit) -> bool:
-    """Tell whether an edit leaves alone whatever comes before a prompt's last token."""
-    return edit.role == "last" and all(site.tower == "lm" for site in edit.sites_in(model))
+def is_late(site: str, role: str) -> bool:
+    """Tell whether an edit there leaves alone whatever comes before a prompt's last token."""
+    return role == "last" and site.startswith("lm.")
 
 
 def _take(arm: Sequence[Edit], rows: list[int]) -> list[Edit]:

@@ -12,7 +12,7 @@ import pytest
 
 from geofast.effects import outcome
 from geofast.effects.arms import CONTROLS
-from geofast.effects.outcome import Steered, summarise
+from geofast.effects.outcome import Steered, summarise, summarise_readings
 from geofast.geo import great_circle_km
 from geofast.report import steering, steering_figures, steering_text
 
@@ -70,7 +70,21 @@ def example(
         },
         "device": "cpu", "dtype": "float32",
     }  # fmt: skip
-    return Steered(table, summarise(table), said | info)
+    return Steered(table, summarise(table), later_readings(table), said | info)
+
+
+def later_readings(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Readings of four sites: an edit begins where the unedited model ends and sinks in."""
+    before = pairs.loc[pairs["arm"] == "none", "km"].to_numpy()
+    parts = []
+    for site, layer in enumerate((8, 12, 16, 20)):
+        weight = (site + 1) / 4
+        away = pairs["km"] * weight + np.tile(before, len(pairs) // len(before)) * (1 - weight)
+        parts.append(pairs[KEYS].assign(site=f"lm.layers.{layer}", km=away))
+    return summarise_readings(pd.concat(parts))
+
+
+KEYS = ["source", "target", "arm", "share"]
 
 
 def _row(
@@ -117,7 +131,7 @@ def change(made: Steered, arm: str, **columns: object) -> Steered:
     pairs = made.pairs.copy()
     for name, value in columns.items():
         pairs.loc[pairs["arm"] == arm, name] = value
-    return Steered(pairs, summarise(pairs), made.info)
+    return Steered(pairs, summarise(pairs), made.readings, made.info)
 
 
 # ---------------------------------------------------------------- the finding
@@ -157,13 +171,13 @@ def test_a_test_is_passed_for_every_share_that_was_tried() -> None:
     made = change(made, "random dims", moved=False)
     moved = made.pairs.index[made.pairs["arm"] == "edit"]
     made.pairs.loc[moved, "moved"] = np.arange(30) < 6
-    once = Steered(made.pairs, summarise(made.pairs), made.info)
+    once = Steered(made.pairs, summarise(made.pairs), made.readings, made.info)
     assert once.summary.set_index("arm")["moved_p"]["edit"] == pytest.approx(2 / 2**6)
     assert steering_text.clearly_more(once, 0.8, "random dims")
     less = made.pairs[made.pairs["share"] > 0].assign(share=0.2)
     less.loc[less["arm"] == "edit", "moved"] = False
     both = pd.concat([made.pairs, less], ignore_index=True)
-    twice = Steered(both, summarise(both), made.info)
+    twice = Steered(both, summarise(both), made.readings, made.info)
     assert not steering_text.clearly_more(twice, 0.8, "random dims")
     said = "not clearly more than with its controls: random dims 0 %."
     assert steering_text.finding(twice)[0].endswith(said)
@@ -187,10 +201,14 @@ def test_answers_that_tell_nothing_are_not_counted(several: Steered) -> None:
     trivial = pairs["source"] == "oslo"
     pairs.loc[trivial, "moved"] = pd.NA
     left = len(pairs[(pairs["arm"] == "none") & ~trivial])
-    first = steering_text.finding(Steered(pairs, summarise(pairs), several.info))[0]
+    first = steering_text.finding(Steered(pairs, summarise(pairs), several.readings, several.info))[
+        0
+    ]
     assert f"% of {left} answers" in first
     pairs["moved"] = pd.array([pd.NA] * len(pairs), "boolean")
-    first = steering_text.finding(Steered(pairs, summarise(pairs), several.info))[0]
+    first = steering_text.finding(Steered(pairs, summarise(pairs), several.readings, several.info))[
+        0
+    ]
     assert first.startswith("The log odds of the target's name")
 
 
@@ -243,7 +261,7 @@ def test_arrows_end_where_the_probe_reads(several: Steered) -> None:
 
 def test_without_readings_there_is_no_map(several: Steered) -> None:
     pairs = several.pairs.assign(reading_latitude=np.nan, reading_longitude=np.nan, km=np.nan)
-    made = Steered(pairs, summarise(pairs), several.info | {"read_at": ""})
+    made = Steered(pairs, summarise(pairs), several.readings, several.info | {"read_at": ""})
     assert not steering_figures.has_map(made)
     assert len(steering_text.finding(made)) == 3
     assert "km to target" not in steering_text.effect_table(made).headers
@@ -329,7 +347,7 @@ def test_without_matplotlib_the_pages_have_no_pictures(
     for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    made = Steered(several.pairs, several.summary, dict(several.info))
+    made = Steered(several.pairs, several.summary, several.readings, dict(several.info))
     with pytest.warns(UserWarning, match="no pictures: figures need matplotlib"):
         steering.write(made, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "report.html"]
@@ -341,7 +359,7 @@ def test_the_studys_scores_have_a_table() -> None:
     assert steering_text.study_table(made) is None
     scores = {f"study_{name}": name == "stability" for name in ("stability", "efficacy", "success")}
     pairs = made.pairs.assign(**scores, study_known=True)
-    table = steering_text.study_table(Steered(pairs, summarise(pairs), made.info))
+    table = steering_text.study_table(Steered(pairs, summarise(pairs), made.readings, made.info))
     assert table is not None
     assert table.headers == ["arm", "share", "n", "stability, %", "efficacy, %", "success, %"]
     assert table.cells[1] == ["edit", "40 %", "10", "100 (100 to 100)", "0 (0 to 0)", "0 (0 to 0)"]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..data import Samples, read
@@ -40,7 +41,7 @@ from .arms import (
 from .dims import ranked_dims
 from .measuring import Measured, chunks, measure, pooled
 from .names import Names, kept_pairs
-from .outcome import Steered, summarise
+from .outcome import Steered, summarise, summarise_readings
 from .probed import probed_sites
 from .prompted import prompted
 from .request import Keep, Protocol, Request
@@ -182,39 +183,45 @@ def steer(
         model, inputs, [[]], batch_size=batch_size, max_new_tokens=max_new_tokens
     )
     kept, why = kept_pairs(asked, known, answers)
-    later = _later(run, model, where.probe)
+    later = _later(run, model, where.probe)  # in the order of the pass
     measured = Measured(len(arms.makes))
     for number, some in enumerate(chunks(arms, kept)):
         clock.begin("asking with edits", number)
         measured.add(measure(model, inputs, arms, some, known, later, asked, batch_size))
     clock.begin("scoring")
     measured.perplexity(model, inputs, arms, kept, asked, batch_size)
+    clock.begin("summing up")
     table = _table(asked, arms, kept, known, measured, answers)
+    readings = _readings(asked, arms, kept, [probe.site for probe in later], measured)
+    targets = distinct(written.targets[kept])[0]
+    both = distinct(np.concatenate([written.sources[kept], written.targets[kept]]))[0]
     info: dict[str, Any] = {
         "model": model.name, "data": samples.source, "run": str(run.path or ""),
         "site": where.site, "pool": where.probe.pool,
         "prompt": prompt or next(iter(_prompts(run)), ""), "role": where.role,
         "phase": wanted, "mode": mode, "shares": list(asked.shares),
         "ranking": ranking or "coef_std", "controls": there, "left_out": dict(lost),
-        "read_at": "" if later is None else later.name, "names": dict(asked.names),
+        "read_at": later[-1].name if later else "", "names": dict(asked.names),
         "level": asked.level, "keep": keep, "protocol": protocol,
         "max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size,
         "pairs": {"asked": len(asked.pairs), "kept": len(kept), "left_out": why},
         "versions": _versions(), "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "edits": {
+            "shares": [share for share, _ in arms.written],
+            "samples": asked.ids[asked.rows[targets]].tolist(),
+        },
+        "samples": known.about(asked, answers, both),
     }  # fmt: skip
-    targets = distinct(written.targets[kept])[0]
-    edits = arms.edits(targets)
-    info["edits"] = {
-        "shares": [share for share, _ in arms.written],
-        "samples": asked.ids[asked.rows[targets]].tolist(),
-    }
-    both = np.concatenate([written.sources[kept], written.targets[kept]])
-    info["samples"] = known.about(asked, answers, distinct(both)[0])
-    clock.begin("summing up")
-    summary = summarise(table, seed=seed)
+    found = Steered(
+        pairs=table,
+        summary=summarise(table, seed=seed),
+        readings=summarise_readings(readings, seed=seed),
+        info=info,
+        edits=arms.edits(targets),
+    )
     info["seconds"] = clock.seconds()
-    return Steered(table, summary, info, edits)
+    return found
 
 
 # ------ what is run
@@ -235,8 +242,8 @@ def _phase(site: str, role: str) -> Phase:
     return "both" if role == "last" and site.startswith("lm.") else "prompt"
 
 
-def _later(run: Run, model: Model, probe: Probe) -> Probe | None:
-    """Return the probe of the last site of the same tower after the edited one; None for none."""
+def _later(run: Run, model: Model, probe: Probe) -> list[Probe]:
+    """Return the probes of the sites of the same tower after the edited one, in their order."""
     order = [site.name for site in model.every_site]
     tower = {site.name: site.tower for site in model.every_site}
     after = [
@@ -247,7 +254,7 @@ def _later(run: Run, model: Model, probe: Probe) -> Probe | None:
         and order.index(other.site) > order.index(probe.site)
         and {"latitude", "longitude"} <= {*other.targets}
     ]
-    return max(after, key=lambda p: order.index(p.site), default=None)
+    return sorted(after, key=lambda p: order.index(p.site))
 
 
 def _written(
@@ -269,7 +276,7 @@ def _written(
     found = rows = None
     try:
         if asked.mode == "set":
-            (rows,) = pooled(model, inputs, [[check]], probe, batch_size)
+            ((rows,),) = pooled(model, inputs, [[check]], [probe], batch_size)
         else:
             # A name that is scored may have more tokens than an answer.
             steps = 0 if phase == "prompt" else max(asked.max_new_tokens, longest + 1) - 1
@@ -295,7 +302,7 @@ def _blamed(
     """Name the first sample that alone fails as well."""
     for number, one in enumerate(inputs):
         try:
-            pooled(model, [one], [[check]], probe, 1)
+            pooled(model, [one], [[check]], [probe], 1)
         except ValueError as alone:
             return ValueError(f"{asked.where(number)}: {alone}")
     return error
@@ -327,11 +334,10 @@ def _table(
     """Make `Steered.pairs`."""
     ids, degrees = asked.ids[asked.rows], asked.places.numpy()
     sources, targets = arms.place.sources[kept], arms.place.targets[kept]
-    reading = measured.of("reading")
     numbers = {name: measured.of(name) for name in ("log_odds", "kl", "perplexity")}
-    numbers["km"] = great_circle_km(
-        degrees[targets, 0], degrees[targets, 1], np.clip(reading[..., 0], -90, 90), reading[..., 1]
-    )
+    reading = measured.of("reading")
+    last = reading[:, :, -1] if reading.shape[2] else np.full((*reading.shape[:2], 2), np.nan)
+    numbers["km"] = _away(last, degrees[targets])
     judge = _Judge(asked, known, answers)
     rows = []
     for arm, share, number in arms.table:
@@ -342,8 +348,8 @@ def _table(
             row |= {name: values[number, i] for name, values in numbers.items()}
             row |= {"source_latitude": degrees[s, 0], "source_longitude": degrees[s, 1]}
             row |= {"target_latitude": degrees[t, 0], "target_longitude": degrees[t, 1]}
-            row |= {"reading_latitude": reading[number, i, 0]}
-            row |= {"reading_longitude": reading[number, i, 1]}
+            row |= {"reading_latitude": last[number, i, 0]}
+            row |= {"reading_longitude": last[number, i, 1]}
             rows.append(row)
     table = pd.DataFrame(rows)
     levels = [level for level in LEVELS if level in asked.names]
@@ -353,6 +359,29 @@ def _table(
     first = ["source", "target", "arm", "share", "answer", *said, "moved", "kept"]
     measures = ["log_odds", "km", "kl", "perplexity", "repetition", "stability"]
     return table[[*first, *measures, *(c for c in table if c not in {*first, *measures})]]
+
+
+def _readings(
+    asked: Request, arms: Arms, kept: Index, sites: Sequence[str], measured: Measured
+) -> pd.DataFrame:
+    """Say how far from the target every later probe reads: a row per arm, site and pair."""
+    ids = asked.ids[asked.rows]
+    sources, targets = arms.place.sources[kept], arms.place.targets[kept]
+    km = _away(measured.of("reading"), asked.places.numpy()[targets][:, None])
+    return pd.DataFrame(
+        [
+            {"source": s, "target": t, "arm": arm, "share": share, "site": site, "km": away}
+            for arm, share, number in arms.table
+            for i, site in enumerate(sites)
+            for s, t, away in zip(ids[sources], ids[targets], km[number, :, i], strict=True)
+        ]
+    )
+
+
+def _away(reading: NDArray[np.float64], degrees: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Kilometres from places [..., 2] to readings [..., 2]; a probe may read beyond the poles."""
+    latitude = np.clip(reading[..., 0], -90, 90)
+    return great_circle_km(degrees[..., 0], degrees[..., 1], latitude, reading[..., 1])
 
 
 _NO_NAMES = Gazetteer([])

@@ -23,10 +23,16 @@ MEASURES = ("moved", "kept", "log_odds", "km", "kl", "perplexity", "repetition",
 TESTED = ("moved", "log_odds", "km")
 """Measures of the effect, which are tested against random dimensions."""
 AGAINST = "random dims"
+READINGS = {
+    "arm": "str", "share": "float64", "site": "str", "n": "int64",
+    "km": "float64", "km_low": "float64", "km_high": "float64",
+}  # fmt: skip
+"""Columns of `Steered.readings`."""
 
 Floats = NDArray[np.float64]
-_FORMAT = 1
-_FILES = ("pairs.csv", "summary.csv", "edits.safetensors")
+_FORMAT = 2
+_TABLES = {name + ".csv": name for name in ("pairs", "summary", "readings")}
+_EDITS = "edits.safetensors"
 _NAME = 30  # characters of a site
 
 
@@ -53,6 +59,11 @@ class Steered:
         `log_odds` and `km`, `m_p`: two-sided p-value against `random dims` of the same share, of
         the same pairs, by McNemar's exact test or by sign flips; of all rows together none is
         corrected for the number of tests.
+    readings : DataFrame
+        A row per arm, share and later site that was probed, in the order of the forward pass: `n`
+        pairs, and `km` with `km_low, km_high`, as in the summary, of what is read at that site.
+        `info["read_at"]` is the last one, whose km the other tables have. Empty where the run
+        probed no later site.
     info : dict
         What was asked and what ran; steering.json keeps it.
     edits : list of Edit
@@ -64,6 +75,7 @@ class Steered:
 
     pairs: pd.DataFrame
     summary: pd.DataFrame
+    readings: pd.DataFrame
     info: dict[str, Any]
     edits: Sequence[Edit] = ()
     path: Path | None = None
@@ -87,8 +99,8 @@ class Steered:
         Returns
         -------
         Path
-            The folder, absolute, with pairs.csv, summary.csv, steering.json, edits.safetensors and
-            pages for people.
+            The folder, absolute, with pairs.csv, summary.csv, readings.csv, steering.json,
+            edits.safetensors and pages for people.
 
         Raises
         ------
@@ -104,9 +116,11 @@ class Steered:
         replaces = overwrite and _is_ours(target)
         at = target.with_name(f".{target.name}.new") if replaces else target
         with _folder.making(at, self._nbytes(), False) as new:
-            frames = {"pairs.csv": self.pairs, "summary.csv": self.summary}
-            kinds = {name: _folder.write_table(frame, new / name) for name, frame in frames.items()}
-            save_edits(self.edits, new / "edits.safetensors")
+            kinds = {
+                file: _folder.write_table(getattr(self, name), new / file)
+                for file, name in _TABLES.items()
+            }
+            save_edits(self.edits, new / _EDITS)
             steering.write(self, new, target)
             files = {path.name: path.stat().st_size for path in sorted(new.iterdir())}
             about = {"geofast_steering": _FORMAT, **self.info, "tables": kinds, "files": files}
@@ -119,8 +133,8 @@ class Steered:
 
     def _nbytes(self) -> int:
         tensors = [t for e in self.edits for t in (e.values, e.left, e.right) if t is not None]
-        tables = sum(int(t.memory_usage(deep=True).sum()) for t in (self.pairs, self.summary))
-        return 2 * tables + sum(t.nbytes for t in tensors) + 3_000_000
+        tables = [getattr(self, name).memory_usage(deep=True).sum() for name in _TABLES.values()]
+        return 2 * int(sum(tables)) + sum(t.nbytes for t in tensors) + 3_000_000
 
 
 def _is_ours(folder: Path) -> bool:
@@ -140,7 +154,7 @@ def open_steered(folder: str | Path) -> Steered:
     FileNotFoundError
         When the folder or a file of it is missing.
     ValueError
-        When a file is damaged, of another size than steering.json says, or of a newer format.
+        When a file is damaged, of another size than steering.json says, or of another format.
     """
     path = Path(folder).expanduser().resolve()
     about = path / "steering.json"
@@ -149,17 +163,18 @@ def open_steered(folder: str | Path) -> Steered:
     with _folder.reading(about):
         info = json.loads(about.read_text(encoding="utf-8"))
         version, kinds, files = (info.pop(k) for k in ("geofast_steering", "tables", "files"))
-    if version > _FORMAT:
-        msg = f"{path} was written in format {version}; this geofast reads {_FORMAT}: upgrade it"
+    if version != _FORMAT:
+        what = "upgrade it" if version > _FORMAT else "run the experiment again"
+        msg = f"{path} was written in format {version}; this geofast reads {_FORMAT}: {what}"
         raise ValueError(msg)
-    for name in _FILES:
+    for name in (*_TABLES, _EDITS):
         if not (path / name).exists():
             raise FileNotFoundError(f"{path / name} is missing, though steering.json lists it")
         if (found := (path / name).stat().st_size) != files[name]:
             msg = f"{path / name} has {found} bytes where steering.json says {files[name]}"
             raise ValueError(f"{msg}: copy the folder again")
-    pairs, summary = (_folder.read_table(path / name, kinds[name]) for name in _FILES[:2])
-    return Steered(pairs, summary, info, load_edits(path / _FILES[2]), path)
+    tables = {name: _folder.read_table(path / file, kinds[file]) for file, name in _TABLES.items()}
+    return Steered(**tables, info=info, edits=load_edits(path / _EDITS), path=path)
 
 
 # ------ the summary
@@ -188,6 +203,28 @@ def summarise(pairs: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
                     row[f"{measure}_p"] = _p_value(rows, other, measure, seed)
         table.append(row)
     return pd.DataFrame(table)
+
+
+def summarise_readings(readings: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """Make `Steered.readings`.
+
+    Parameters
+    ----------
+    readings
+        A row per pair, arm, share and site: `source, target, arm, share, site, km`. Sites are in
+        the order of the pass, and each has the same pairs in the same order. It may have no rows.
+    seed
+        Of the bootstrap. That of the summary gives the last site the same interval.
+    """
+    table: list[dict[str, Any]] = []
+    groups = readings.groupby(["arm", "share"], sort=False) if len(readings) else ()
+    for (arm, share), rows in groups:
+        sites = dict(iter(rows.groupby("site", sort=False)["km"]))
+        low, high = bootstrap_means(np.stack([*sites.values()], 1), seed=seed)
+        for i, (site, away) in enumerate(sites.items()):
+            row = {"arm": arm, "share": share, "site": site, "n": away.count(), "km": away.mean()}
+            table.append(row | {"km_low": low[i], "km_high": high[i]})
+    return pd.DataFrame(table, columns=list(READINGS)).astype(READINGS)
 
 
 def _floats(rows: pd.DataFrame, measures: Sequence[str]) -> Floats:

@@ -138,6 +138,79 @@ def test_images_are_looked_at_once_and_say_what_they_say_alone(family, monkeypat
     assert said[0] != said[1]
 
 
+def both_ways(model, inputs, arm, answers):
+    """Log-probabilities of answers, each prompt read for each of them and read once."""
+    found, reads = [], []
+    for again in (False, True):
+        logs = []
+
+        def answer(_arm, rows, prompt, logs=logs):
+            for texts in answers:
+                steps = scoring.forced(model, prompt(), [texts[row] for row in rows])
+                logs += [one for _, one in steps]
+
+        lengths = []
+        handle = (
+            model.towers[-1]
+            .blocks[0]
+            .register_forward_hook(
+                lambda _m, _a, out, lengths=lengths: lengths.append(
+                    (out[0] if isinstance(out, tuple) else out).shape[1]
+                )
+            )
+        )
+        asking.ask(model, inputs, [arm], answer, batch_size=8, again=again)
+        handle.remove()
+        found.append(torch.stack(logs))
+        reads.append(sum(n > 1 for n in lengths))
+    return found, reads
+
+
+TWO = [["w5 w4", "w9 w1"], ["w3", "w2"]]
+
+
+@pytest.mark.parametrize(
+    "family", [families.llava, families.qwen2_vl, families.qwen2_5_vl, families.gemma3]
+)
+@pytest.mark.parametrize(
+    ("site", "role", "phase"),
+    [
+        (SITE, "image", "prompt"),
+        (SITE, "text", "prompt"),
+        (SITE, "text", "both"),
+        (SITE, "text", "steps"),
+        ("lm.embed", "all", "prompt"),
+        ("vision.layers.0", "patch", "prompt"),
+    ],
+)
+def test_a_prompt_read_once_under_an_edit_says_what_it_says_when_read_again(
+    family, site, role, phase
+):
+    torch.manual_seed(3)
+    module, processor = family()
+    model = gf.load(module.eval(), processor=processor).asking(["w1 w2 w3"])
+    images = [pictures(3)[i] for i in (0, 2)]
+    other = gf.states(model, images[::-1], site, role)
+    arm = [gf.swap(other, torch.arange(0, 16))]
+    if phase != "prompt":
+        way = other.at[site][0, 0].float()
+        arm = [gf.add(site, way, [9.0, -9.0], 1.0, role=role, phase=phase)]
+    (anew, once), reads = both_ways(model, images, arm, TWO)
+    assert reads == [2, 1]
+    torch.testing.assert_close(once, anew, atol=2e-5, rtol=0)
+    (bare, _), _ = both_ways(model, images, [], TWO)
+    assert (bare - anew).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("phase", ["prompt", "steps", "both"])
+def test_padded_texts_read_once_under_an_edit_say_what_they_say_when_read_again(phase):
+    model = language()
+    edit = gf.add(SITE, torch.ones(32), [3.0, -3.0, 9.0, 1.0], 1.0, role="text", phase=phase)
+    (anew, once), reads = both_ways(model, INPUTS, [edit], [ANSWERS, ANSWERS[::-1]])
+    assert reads == [2, 1]
+    torch.testing.assert_close(once, anew, atol=2e-5, rtol=0)
+
+
 def test_follow_shows_whole_distributions():
     model, seen = language(), {}
 

@@ -234,6 +234,21 @@ def last_state(slow, prompt, start, change):
 # ------ planted structure
 
 
+def test_every_later_site_is_read(steered, run, model):
+    table = steered.readings
+    later = [s.name for s in model.every_site if f"{s.name}/last" in run.probes]
+    later = later[later.index(SITE) + 1 :]
+    assert len(later) > 1
+    edit = table[(table["arm"] == "edit") & (table["share"] == 0.5)]
+    assert edit["site"].tolist() == later
+    assert steered.info["read_at"] == f"{later[-1]}/last"
+    last = table[table["site"] == later[-1]].set_index(["arm", "share"])["km"]
+    summary = steered.summary.set_index(["arm", "share"])["km"]
+    pd.testing.assert_series_equal(last, summary)
+    assert edit["km"].nunique() == len(later)
+    assert (edit["km_low"] < edit["km"]).all()
+
+
 def test_nothing_changes_at_share_0(steered):
     table = steered.pairs
     zero, none = table[table["share"] == 0], table[table["arm"] == "none"]

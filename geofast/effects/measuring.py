@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from ..capture import capture
 from ..models import Model
 from ..run import Probe, key
-from ..steering import Edit, edited, generate_arms, score
+from ..steering import Edit, edited, score
+from ..steering.asking import Prompt, ask
+from ..steering.generation import texts_of
+from ..steering.scoring import divergence, forced
 from .arms import Arms, Index
 from .names import Names, token_ids
 from .request import Request
@@ -76,43 +79,84 @@ def measure(
     arms: Arms,
     some: Index,
     known: Names,
-    later: Probe | None,
+    later: Sequence[Probe],
     asked: Request,
     batch_size: int,
 ) -> Measured:
-    """Run some pairs under all edits."""
-    made = Measured(len(arms.makes))
-    sources, targets = arms.place.sources[some].tolist(), arms.place.targets[some].tolist()
-    shown = [inputs[s] for s in sources]
+    """Run some pairs under all edits: what they answer, and what the later probes read."""
+    sources = arms.place.sources[some]
+    shown = [inputs[s] for s in sources.tolist()]
     edits = [make(some) for make in arms.makes]
-    made.answers = generate_arms(
-        model, shown, edits, batch_size=batch_size, max_new_tokens=asked.max_new_tokens
-    )
-    n = len(some)
-    odds = np.full((made.count, n), np.nan)
-    apart = [i for i in range(n) if _can_tell(known.usual[sources[i]], known.usual[targets[i]])]
-    if apart:
-        both = np.concatenate([some[apart], some[apart]])
-        texts = [known.usual[targets[i]] for i in apart] + [known.usual[sources[i]] for i in apart]
-        twice = [make(both) for make in arms.makes]
-        scores = score(model, [shown[i] for i in apart] * 2, texts, twice, batch_size=batch_size)
-        totals = torch.stack([s.total for s in scores]).numpy()
-        odds[:, apart] = totals[:, : len(apart)] - totals[:, len(apart) :]
-    divergence = np.zeros((made.count, n))
-    if made.count > 1:
+    said = _Said.nothing(model, asked, known, sources, arms.place.targets[some], len(edits))
+    ask(model, shown, edits, said, batch_size=batch_size, again=True)
+    reading = np.full((len(edits), len(some), len(later), 2), np.nan)
+    if later:
+        for number, found in enumerate(pooled(model, shown, edits, later, batch_size)):
+            for i, (probe, rows) in enumerate(zip(later, found, strict=True)):
+                columns = [probe.targets.index(name) for name in ("latitude", "longitude")]
+                reading[number, :, i] = probe(rows)[:, columns].numpy()
+    numbers = {"log_odds": [said.odds], "kl": [said.kl], "reading": [reading]}
+    return Measured(len(edits), said.answers, numbers)
+
+
+@dataclass(eq=False)
+class _Said:
+    """What a prompt is asked under every arm of edits, of which the first has none."""
+
+    model: Model
+    most: int
+    """Tokens of an answer."""
+    names: list[tuple[str, str]]
+    """Of the source and of the target, by pair; of those that cannot be told apart, none."""
+    answers: list[list[str]]
+    odds: NDArray[np.float64]
+    kl: NDArray[np.float64]
+    _unedited: list[torch.Tensor] = field(default_factory=list)
+
+    @classmethod
+    def nothing(
+        cls, model: Model, asked: Request, known: Names, sources: Index, targets: Index, count: int
+    ) -> _Said:
+        """Make room for the answers of some pairs under `count` arms."""
+        names = [(known.usual[s], known.usual[t]) for s, t in zip(sources, targets, strict=True)]
+        names = [two if _can_tell(*two) else ("", "") for two in names]
+        room = np.full((2, count, len(names)), np.nan)
+        said = [[""] * len(names) for _ in range(count)]
+        return cls(model, asked.max_new_tokens, names, said, *room)
+
+    def __call__(self, arm: int, rows: list[int], prompt: Prompt) -> None:
+        said = texts_of(self.model, prompt(), max_new_tokens=self.most)
+        for row, text in zip(rows, said, strict=True):
+            self.answers[arm][row] = text
+        told = np.array([bool(self.names[row][0]) for row in rows])
+        if told.any():
+            of_source, of_target = (self._total(rows, side, prompt) for side in range(2))
+            self.odds[arm, rows] = np.where(told, of_target - of_source, np.nan)
+        if len(self.answers) > 1:
+            self.kl[arm, rows] = self._apart(arm, rows, prompt)
+
+    def _total(self, rows: list[int], side: int, prompt: Prompt) -> NDArray[np.float64]:
+        """Log-probabilities of names, any where there is none."""
+        names = [self.names[row][side] or [0] for row in rows]
+        total = torch.zeros(len(rows), dtype=torch.float64)
+        for ids, logs in forced(self.model, prompt(), names):
+            found = logs.gather(1, ids.clamp(min=0)[:, None])[:, 0].double()
+            total += found.where(ids >= 0, 0.0).cpu()
+        return total.numpy()
+
+    def _apart(self, arm: int, rows: list[int], prompt: Prompt) -> NDArray[np.float64]:
+        """Mean divergence from the unedited model over the tokens of its answer."""
+        texts = [self.answers[0][row] for row in rows]
         # Before the first token they are compared whatever it is, also where an answer is empty.
-        ids = [one[: asked.max_new_tokens] or [0] for one in token_ids(model, made.answers[0])]
-        scores = score(model, shown, ids, edits[1:], kl=True, batch_size=batch_size)
-        for number, found in enumerate(scores, 1):
-            assert found.kl is not None
-            divergence[number] = (found.kl.sum(1) / found.counts).numpy()
-    reading = np.full((made.count, n, 2), np.nan)
-    if later is not None:
-        columns = [later.targets.index(name) for name in ("latitude", "longitude")]
-        for number, rows in enumerate(pooled(model, shown, edits, later, batch_size)):
-            reading[number] = later(rows)[:, columns].numpy()
-    made.numbers = {"log_odds": [odds], "kl": [divergence], "reading": [reading]}
-    return made
+        answer = [one[: self.most] or [0] for one in token_ids(self.model, texts)]
+        steps = forced(self.model, prompt(), answer)
+        if not arm:
+            self._unedited = [logs for _, logs in steps]
+            return np.zeros(len(rows))
+        total = torch.zeros(len(rows), dtype=torch.float64)
+        for before, (ids, logs) in zip(self._unedited, steps, strict=True):
+            total += divergence(before, logs).where(ids >= 0, 0.0).cpu()
+        return (total / torch.tensor([*map(len, answer)])).numpy()
 
 
 def _can_tell(source: str, target: str) -> bool:
@@ -120,24 +164,30 @@ def _can_tell(source: str, target: str) -> bool:
 
 
 def pooled(
-    model: Model, inputs: Sequence[Any], arms: Sequence[Sequence[Edit]], probe: Probe, size: int
-) -> list[torch.Tensor]:
-    """Pooled rows where a probe reads, float32 [inputs, d], under every arm."""
-    short = model.until(model.sites(probe.site))
-    found: list[list[torch.Tensor]] = [[] for _ in arms]
+    model: Model,
+    inputs: Sequence[Any],
+    arms: Sequence[Sequence[Edit]],
+    probes: Sequence[Probe],
+    size: int,
+) -> list[list[torch.Tensor]]:
+    """Pooled rows where probes of one pool read, float32 [inputs, d], by arm and probe."""
+    sites, pool = [probe.site for probe in probes], probes[0].pool
+    short = model.until(model.sites(sites))
+    found: list[list[list[torch.Tensor]]] = [[[] for _ in probes] for _ in arms]
     for start in range(0, len(inputs), size):
         numbers = range(start, min(start + size, len(inputs)))
         batch = short.prepare([inputs[i] for i in numbers])
-        for number, arm in enumerate(arms):
+        for parts, arm in zip(found, arms, strict=True):
             here = [edit.take(numbers) if edit.samples > 1 else edit for edit in arm]
-            with edited(short, here), capture(short, probe.site, probe.pool) as rows:
+            with edited(short, here), capture(short, sites, pool) as rows:
                 short.forward(batch)
-            found[number].append(rows[key(probe.site, probe.pool)])
-    return [torch.cat(parts) for parts in found]
+            for part, site in zip(parts, sites, strict=True):
+                part.append(rows[key(site, pool)])
+    return [[torch.cat(part) for part in parts] for parts in found]
 
 
 def chunks(arms: Arms, kept: Index) -> Iterable[Index]:
     """Split pairs so that the values of all arms' edits fit."""
-    each = 4 * 2 * max(1, sum(arms.sizes))  # twice: for the names of both places
+    each = 4 * max(1, sum(arms.sizes))
     step = max(1, _BYTES // each)
     return [kept[i : i + step] for i in range(0, len(kept), step)]

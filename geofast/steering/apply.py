@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from types import MethodType
 from typing import Any
@@ -30,11 +30,16 @@ class Tokens:
     samples: int
     """How many rows the batch has."""
     number: torch.Tensor | int
-    """int64 [n]: its number among the tokens of its role in its prompt; of a token that comes
-    alone, 1 and up where it is generated, 0 where it is the prompt's last."""
+    """int64 [n]: its number among the tokens of its role in its prompt; of a generated token, which
+    comes alone, 1 and up."""
     counts: torch.Tensor | None
-    """int64 [samples]: how many tokens of the role the prompts have; None of one that comes
-    alone."""
+    """int64 [samples]: how many tokens of the role the prompts have; None where one comes alone,
+    and is generated or of role `last`."""
+
+    def take(self, which: torch.Tensor) -> Tokens:
+        """Return some of the tokens of prompts, bool [n]."""
+        assert isinstance(self.number, torch.Tensor)
+        return replace(self, sample=self.sample[which], number=self.number[which])
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,9 @@ def edited(
     """Apply edits, one after the other, to whatever `model.module` runs inside the block.
 
     A call without a cache, or with an empty one, is a prompt; one of a single token on top of a
-    cache is a generated one. Of two blocks inside each other the inner one's edits come first. The
-    model is as it was when the block ends, after an exception too.
+    cache is a generated one, or where that lacks it the last of the prompt. Of two blocks inside
+    each other the inner one's edits come first. The model is as it was when the block ends, after
+    an exception too.
 
     Parameters
     ----------
@@ -68,7 +74,8 @@ def edited(
         How many rows of the batch each sample has: `num_beams` or `num_return_sequences` of
         `generate`, whichever is larger. Rows of one sample lie together, as transformers has them.
     begun
-        The first call has a cache that holds the prompt but for its last token.
+        The first call has a cache that holds the prompt but for its last token, and no edit is of
+        other tokens of it.
 
     Raises
     ------
@@ -223,6 +230,7 @@ class _Watcher:
         self._alone = False  # one token on top of a cache: a generated one, or the prompt's last
         self._layouts: dict[tuple[Any, ...], Layout] = {}
         self._places: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor, Tokens]] = {}
+        self._ends: dict[tuple[torch.device, str], Tokens] = {}  # those of a role that end prompts
 
     def attach(self, hooks: ExitStack) -> None:
         """Register every hook so that leaving `hooks` removes it."""
@@ -329,7 +337,10 @@ class _Watcher:
         changed = False
         for job in due:
             where: Any
-            if alone:
+            if alone and not self._step and job.role != "last":
+                which = self._ends[tokens.device, job.role]
+                where = which.sample, -1
+            elif alone:
                 rows = tokens.shape[0]
                 everyone = torch.arange(rows, device=tokens.device)
                 where, which = (slice(None), -1), Tokens(everyone, rows, self._step, None)
@@ -350,7 +361,10 @@ class _Watcher:
         if kind not in self._layouts:
             self._layouts[kind] = lay_out(site, self._towers[site.tower], tokens, call)
         if (of_role := (*kind, role)) not in self._places:
-            self._places[of_role] = _places(self._layouts[kind], role, site, tokens.shape[1])
+            *_, at, which = found = _places(self._layouts[kind], role, site, tokens.shape[1])
+            self._places[of_role] = found
+            if site.tower == "lm":
+                self._ends[tokens.device, role] = which.take(at == tokens.shape[1] - 1)
         return self._places[of_role]
 
     def _finish(self, stage: Stage, module: nn.Module, args: Any, output: Any) -> None:

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,11 @@ from .edit import Edit
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 20}
 
-Answer = Callable[[int, list[int], dict[str, Any]], None]
-"""Given the number of an arm, rows, and what the module's `generate` takes to answer them."""
+Prompt = Callable[[], dict[str, Any]]
+"""Makes, at every call anew, what the module's `generate` takes to answer some rows."""
+
+Answer = Callable[[int, list[int], Prompt], None]
+"""Given the number of an arm, rows and their prompt."""
 
 
 def ask(
@@ -33,12 +38,15 @@ def ask(
     batch_size: int,
     copies: int = 1,
     share: bool = True,
+    again: bool = False,
 ) -> None:
     """Call `answer` for some rows of `inputs` at a time under every arm, its edits in force.
 
     Where several rows or arms have the same input, and edits are at last tokens of the language
     model alone, all but the last token of every distinct input is read once: later tokens change
-    nothing before them. All arms of a call go the same way, so that what they differ by is edits.
+    nothing before them. Other edits change what is read, so every row is read under every arm: once
+    where `answer` says by `again` that it asks for each prompt several times. All arms of a call go
+    the same way, so that what they differ by is edits.
 
     Raises
     ------
@@ -65,7 +73,8 @@ def ask(
     with ExitStack() as ahead:
         ahead.enter_context(fitting(model, [edit for arm in arms[1:] for edit in arm]))
         for start in range(0, len(distinct) if share else 0, batch_size):
-            prefix = _Prefix.read(model, distinct[start : start + batch_size])
+            some = distinct[start : start + batch_size]
+            prefix = _Prefix.read(model, prompt_of(model, some))
             if prefix is None:
                 break
             here = [row for row in rest if numbers[row] < start + batch_size]
@@ -74,14 +83,15 @@ def ask(
                 which = torch.tensor([numbers[row] - start for row in rows])
                 for number, arm in enumerate(arms):
                     with edited(model, _take(arm, rows), copies, begun=True):
-                        answer(number, rows, prefix.take(which, copies))
+                        answer(number, rows, partial(prefix.take, which, copies))
                     ahead.close()
         for rows in _chunks(rest, batch_size):
             some = [inputs[row] for row in rows]
-            seen = prompt_of(model, some) if in_text else None
+            prompt: Prompt = partial(prompt_of, model, some)
+            prompt = prompt().copy if in_text else prompt
             for number, arm in enumerate(arms):
                 with edited(model, _take(arm, rows), copies):
-                    answer(number, rows, prompt_of(model, some) if seen is None else dict(seen))
+                    answer(number, rows, _read_once(model, prompt) if again else prompt)
                 ahead.close()
 
 
@@ -164,24 +174,36 @@ class _Prefix:
     """By module: how far positions are ahead of numbers of tokens, which Qwen-VL keeps so."""
 
     @classmethod
-    def read(cls, model: Model, inputs: Sequence[Any]) -> _Prefix | None:
-        """Read prompts; None where what the model keeps cannot be handed to several answers."""
+    def read(cls, model: Model, given: dict[str, Any], *, whole: bool = False) -> _Prefix | None:
+        """Read prompts; None where what the model keeps cannot be handed to several answers.
+
+        They are read `whole` where edits are in force, which look for their tokens in all of it;
+        what is kept of the last one is then thrown away.
+        """
         from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-        given = prompt_of(model, inputs)
         ids = given["input_ids"]
         mask = given.setdefault("attention_mask", torch.ones_like(ids))
         if not mask[:, :-1].any(1).all():  # a prompt of one token has nothing before it
             return None
-        before = {
-            k: v[:, :-1] if isinstance(v, torch.Tensor) and v.shape == ids.shape else v
-            for k, v in given.items()
-        }
-        made = run(model, before, max_new_tokens=1, return_dict_in_generate=True)
+        before = (
+            given
+            if whole
+            else {
+                k: v[:, :-1] if isinstance(v, torch.Tensor) and v.shape == ids.shape else v
+                for k, v in given.items()
+            }
+        )
+        made = run(model, dict(before), max_new_tokens=1, return_dict_in_generate=True)
         layers = getattr(made.past_key_values, "layers", [])
         # Others write into what they hold, or have no rows to choose from.
         if {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
             return None
+        if whole:
+            window = min((getattr(x, "sliding_window", inf) for x in layers), default=inf)
+            if ids.shape[1] >= window:  # a window that has moved on cannot be moved back
+                return None
+            made.past_key_values.crop(-1)
         deltas = {
             module: delta
             for module in model.module.modules()
@@ -203,6 +225,13 @@ class _Prefix:
             "attention_mask": self.mask[which],
             "past_key_values": cache,
         }
+
+
+def _read_once(model: Model, prompt: Prompt) -> Prompt:
+    """Make a prompt that is read already, where that can be."""
+    given = prompt()
+    prefix = _Prefix.read(model, given, whole=True)
+    return prompt if prefix is None else partial(prefix.take, torch.arange(len(prefix.ids)), 1)
 
 
 def once(inputs: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:

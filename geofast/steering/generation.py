@@ -11,6 +11,7 @@ import torch
 from ..models import Model
 from .apply import Job, Tokens, watching
 from .asking import (
+    Prompt,
     ask,
     can_generate,
     prompt_of,
@@ -179,7 +180,7 @@ def generate_arms(
     inputs = list(inputs)
     if not inputs:
         return [[] for _ in arms]
-    tokenizer = require_tokenizer(model)
+    require_tokenizer(model)
     if options.get("use_cache") is False:
         raise ValueError("without a cache every step is a prompt: leave use_cache=False out")
     if "generation_config" in options:
@@ -193,9 +194,8 @@ def generate_arms(
             raise ValueError(f"{msg}max_new_tokens={steps + 1} feeds {steps} back")
     said = [[""] * (len(inputs) * each) for _ in arms]
 
-    def answer(arm: int, rows: list[int], arguments: dict[str, Any]) -> None:
-        made = run(model, arguments, **options)[:, arguments["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(made, skip_special_tokens=True)
+    def answer(arm: int, rows: list[int], prompt: Prompt) -> None:
+        texts = texts_of(model, prompt(), **options)
         for i, row in enumerate(rows):
             said[arm][row * each : (row + 1) * each] = texts[i * each : (i + 1) * each]
 
@@ -203,3 +203,10 @@ def generate_arms(
     share = not {"cache_implementation", "past_key_values"} & options.keys()
     ask(model, inputs, arms, answer, batch_size=batch_size, copies=copies, share=share)
     return said
+
+
+def texts_of(model: Model, arguments: dict[str, Any], **options: Any) -> list[str]:
+    """Answer what `prompt_of` makes, and return the words."""
+    made = run(model, arguments, **options)[:, arguments["input_ids"].shape[1] :]
+    texts: list[str] = require_tokenizer(model).batch_decode(made, skip_special_tokens=True)
+    return texts

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..models import Model
-from .asking import ask, require_several, require_tokenizer, run
+from .asking import Prompt, ask, require_several, require_tokenizer, run
 from .edit import Edit
 
 See = Callable[[int, list[int], int, torch.Tensor, torch.Tensor], None]
@@ -133,16 +133,28 @@ def follow(
     if empty:
         raise ValueError(f"the answer to input {empty[0]} is empty: there is nothing to score")
 
-    def answer(arm: int, rows: list[int], arguments: dict[str, Any]) -> None:
-        prompts = arguments["input_ids"]
-        ids = _answers(model, prompts, [texts[row] for row in rows])
-        made = run(
-            model, arguments, max_new_tokens=ids.shape[1], logits_processor=[_Force(ids)], **_PLAIN
-        )
-        for step, logits in enumerate(made.logits):
-            see(arm, rows, step, ids[:, step], logits.float().log_softmax(1))
+    def answer(arm: int, rows: list[int], prompt: Prompt) -> None:
+        steps = forced(model, prompt(), [texts[row] for row in rows])
+        for step, (ids, logs) in enumerate(steps):
+            see(arm, rows, step, ids, logs)
 
     ask(model, list(inputs), arms, answer, batch_size=batch_size)
+
+
+def forced(
+    model: Model, arguments: dict[str, Any], texts: Sequence[str | Sequence[int]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Answer what `prompt_of` makes with given texts, token by token.
+
+    Yields ids of tokens (int64 [rows], -1 after the end of a text) and the log-probabilities before
+    them, float32 [rows, vocab].
+    """
+    ids = _answers(model, arguments["input_ids"], texts)
+    made = run(
+        model, arguments, max_new_tokens=ids.shape[1], logits_processor=[_Force(ids)], **_PLAIN
+    )
+    for step, logits in enumerate(made.logits):
+        yield ids[:, step], logits.float().log_softmax(1)
 
 
 def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

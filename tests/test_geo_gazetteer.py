@@ -159,6 +159,114 @@ def test_namesakes_are_told_apart_by_the_other_levels():
     assert named("Paris", texas, TABLE)["place"] is True
 
 
+SAME = Gazetteer(
+    [
+        Entry("continent", "Asia", codes=("AS",)),
+        *ROWS,
+        Entry("country", "Georgia", parent="AS", codes=("GE",)),
+        Entry("country", "Armenia", parent="AS", codes=("AM",)),
+        Entry("country", "Colombia", codes=("CO",)),
+        Entry("country", "Cuba", codes=("CU",)),
+        Entry("country", "Guatemala", codes=("GT",)),
+        Entry("country", "Israel", codes=("IL",)),
+        Entry("country", "Italy", codes=("IT",)),
+        Entry("country", "Lebanon", codes=("LB",)),
+        Entry("country", "Singapore", parent="AS", codes=("SG",)),
+        Entry("country", "Venezuela", codes=("VE",)),
+        Entry("region", "Georgia", parent="US", codes=("US.GA",)),
+        Entry("region", "Guatemala", parent="GT", codes=("GT.07",)),
+        Entry("region", "Ohio", parent="US", codes=("US.OH",)),
+        Entry("region", "Mexico State", ("México",), "MX", ("MX.15",)),
+        Entry("place", "Armenia", parent="CO"),
+        Entry("place", "Atlanta", parent="US.GA"),
+        Entry("place", "Guatemala City", parent="GT.07"),
+        Entry("place", "Lebanon", parent="US.OH"),
+        Entry("place", "Rome", ("Roma",), "IT"),
+        Entry("place", "Rome", parent="US.NY"),
+        Entry("place", "Singapore", parent="SG"),
+        Entry("place", "Tbilisi", parent="GE"),
+        Entry("place", "Venezuela", parent="CU"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "level", "code", "is_named"),
+    [
+        # a region behind a place of its own, or before its country
+        ("Atlanta, Georgia", "country", "GE", False),
+        ("Atlanta, Georgia", "region", "US.GA", True),
+        ("Georgia, USA.", "country", "GE", False),
+        ("Georgia (U.S. state)", "country", "GE", False),
+        ("Atlanta is a city in Georgia.", "country", "GE", False),
+        ("Georgia is a state in the southeastern United States", "country", "GE", False),
+        ("the state of Georgia", "country", "GE", False),
+        ("It is in the U.S. state of Georgia", "country", "GE", False),
+        # and the country of the same name
+        ("Tbilisi, Georgia", "country", "GE", True),
+        ("Tbilisi, Georgia", "region", "US.GA", False),
+        ("Tbilisi is the capital of Georgia", "region", "US.GA", False),
+        ("Georgia, Asia", "country", "GE", True),
+        ("Georgia, Asia", "region", "US.GA", False),
+        ("the country of Georgia", "region", "US.GA", False),
+        ("Atlanta, Georgia, and Tbilisi, Georgia", "country", "GE", True),
+        ("Atlanta, Georgia, and Tbilisi, Georgia", "region", "US.GA", True),
+        # nothing tells: both
+        ("Georgia", "country", "GE", True),
+        ("Georgia", "region", "US.GA", True),
+        ("Georgia. Atlanta is far.", "country", "GE", True),
+        ("Georgia and Armenia", "country", "GE", True),
+        ("Georgia, not the USA", "country", "GE", True),
+        ("Georgia\nUSA", "country", "GE", True),
+        ("Tbilisi. Georgia, US, Cuba", "country", "GE", True),
+        ("Atlanta, Texas, Georgia", "country", "GE", True),
+        # a word of a kind tells only where there is one of it
+        ("the state of Israel", "country", "IL", True),
+        ("a state of Mexico", "country", "MX", True),
+        ("the state of Mexico", "country", "MX", False),
+        # a place that is called like a country, and lists
+        ("Armenia, Colombia", "country", "AM", False),
+        ("Lebanon, Ohio", "country", "LB", False),
+        ("Lebanon, Ohio", "country", "US", False),
+        ("Lebanon, Israel", "country", "LB", True),
+        ("Venezuela, Cuba", "country", "VE", False),
+        ("Venezuela, Cuba and Mexico", "country", "VE", True),
+        ("Mexico, Venezuela, Cuba", "country", "VE", True),
+        # a region or a city that is called like the country it lies in
+        ("Guatemala City, Guatemala", "country", "GT", True),
+        ("Guatemala City, Guatemala", "region", "GT.07", True),
+        ("Mexico City, Mexico", "country", "MX", True),
+        ("Mexico City", "country", "MX", False),
+        ("Singapore", "country", "SG", True),
+        ("Singapore, Singapore", "place", "Singapore", True),
+        ("Singapore, Singapore", "country", "SG", True),
+        # a city alone does not name its country
+        ("Atlanta", "country", "US", False),
+        ("Tbilisi", "country", "GE", False),
+        ("Atlanta, Georgia", "country", "US", False),
+    ],
+)  # fmt: skip
+def test_a_name_that_several_bear_is_told_by_its_neighbours(text, level, code, is_named):
+    assert named(text, {level: code}, SAME) == {level: is_named}
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("Rome, New York", ["Rome US.NY"]),
+        ("Rome, New York, United States", ["Rome US.NY"]),
+        ("Rome, Italy", ["Rome IT"]),
+        ("Paris, Texas, is not Paris, France", ["Paris FR.11", "Paris US.TX"]),
+        ("Rome, New York, Nice", ["New York City US.NY", "Nice FR", "Rome IT", "Rome US.NY"]),
+        ("Rome and New York", ["New York City US.NY", "Rome IT", "Rome US.NY"]),
+        ("New York, New York", ["New York City US.NY"]),
+    ],
+)  # fmt: skip
+def test_a_place_is_told_by_what_follows(text, places):
+    found = {e for m in SAME.mentions(text) for e in m.entries if e.level == "place"}
+    assert sorted(f"{e.name} {e.parent}" for e in found) == places
+
+
 def test_what_the_other_place_shares_tells_nothing():
     nice = {"place": "Nice", "country": "France", "continent": "EU"}
     assert named("Nice, France, Europe", nice, TABLE, beside=LYON) == {
@@ -286,6 +394,9 @@ def test_geonames(world):
     # An alias yields to a country's name, and to another place's
     assert {e.level for m in world.mentions("Mexico") for e in m.entries} >= {"country", "region"}
     assert "Mexico City" not in [e.name for m in world.mentions("Mexico") for e in m.entries]
+    assert named("Atlanta, Georgia", {"country": "GE"}, world) == {"country": False}
+    assert named("Tbilisi, Georgia", {"country": "GE"}, world) == {"country": True}
+    assert named("Lebanon, Ohio", {"country": "LB"}, world) == {"country": False}
     assert "Nice" not in [e.name for m in world.mentions("Niš") for e in m.entries]
     assert named("San José", {"place": "San José", "country": "CR"}, world) == {
         "place": True,

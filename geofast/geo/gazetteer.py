@@ -13,6 +13,12 @@ told by capitals:
   does not, and neither does "Nice is in France.";
 - a demonym counts before a word for a place: "a French port" names France, "in French" does not.
 
+Of namesakes the neighbours tell which is meant: one in which the name before it lies, or which lies
+in the name after it. "Atlanta, Georgia" and "Georgia, USA" name no country Georgia, "Tbilisi,
+Georgia" no state, "Paris, Texas" no capital. "The state of Georgia" tells by its words. What no
+neighbour tells means all of them, and so does a name in a list of its like ("Paris, Rome, New
+York"). A city never names the country that it lies in.
+
 Scripts without spaces (Chinese, Japanese) are cut into characters.
 """
 
@@ -21,8 +27,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 LEVELS = ("place", "region", "country", "continent")
 """From the smallest to the largest."""
@@ -79,6 +86,17 @@ _PLACE_WORDS = """
 PLACE_WORDS = frozenset(_PLACE_WORDS.split())
 """What a demonym stands before when it says where something is."""
 
+_LINKS = """
+    , ( - \u2013 \u2014 a an the in of is lies located situated which
+    city town capital largest state country
+    north south east west northern southern eastern western central
+    northeastern northwestern southeastern southwestern
+"""
+LINKS = frozenset(_LINKS.split())
+"""What stands between a place and what it lies in, if anything does."""
+
+_JOINS = frozenset((",", "and", "or"))
+_KINDS = {"state": "region", "province": "region", "country": "country"}
 _SHORT = {"&": "and", "st": "saint", "ste": "sainte", "mt": "mount", "ft": "fort"}
 _LETTERS = "\u3040-\u30ff\u3400-\u9fff"  # kana and Chinese characters: each a word
 _TOKEN = re.compile(
@@ -131,7 +149,7 @@ class Mention:
     key: str
     """Its words, folded."""
     entries: tuple[Entry, ...]
-    """What bears that name."""
+    """What bears that name; where its neighbours tell which is meant, that alone."""
 
 
 class Gazetteer:
@@ -160,6 +178,7 @@ class Gazetteer:
         self._usual: list[str] = []
         self._known: dict[tuple[object, ...], Entry | None] = {}
         self._demonyms: dict[str, tuple[int, ...]] = {}
+        self._higher: dict[tuple[str, str], tuple[Entry, ...]] = {}
         for row, entry in enumerate(self.entries):
             _check(row, entry)
             self._usual.append(name_key(entry.name))
@@ -206,7 +225,7 @@ class Gazetteer:
 
     def mentions(self, text: str) -> list[Mention]:
         """Return the names in a text, in its order; none overlap, longer ones come first."""
-        return _apart(self._candidates(_read(text)))
+        return self._told(text, _apart(self._candidates(_read(text))))
 
     def _entry(self, level: str, value: object, place: Mapping[str, str]) -> Entry | None:
         """Find what a table calls `value`; `place` has the other levels of the same thing."""
@@ -223,7 +242,7 @@ class Gazetteer:
             rows = self._find(level, value)
             if len(rows) > 1:
                 wanted = [self._entry(key, other, {}) for key, other in around]
-                rows.sort(key=lambda row: -sum(entry in wanted for entry in self._above(row)))
+                rows.sort(key=lambda row: -sum(e in wanted for e in self._above(self.entries[row])))
             self._known[asked] = self.entries[rows[0]] if rows else Entry(level, value.strip())
         return self._known[asked]
 
@@ -235,15 +254,46 @@ class Gazetteer:
         rows = [row for row in self._phrases.get(key, ()) if self.entries[row].level == level]
         return sorted(rows, key=lambda row: self._usual[row] != key)
 
-    def _above(self, row: int) -> Iterator[Entry]:
-        """Walk from an entry to what it lies in, and on."""
-        entry: Entry | None = self.entries[row]
-        while entry is not None and entry.parent and entry.level in LEVELS:
-            higher = LEVELS[LEVELS.index(entry.level) + 1 :]
-            rows = [r for level in higher for r in self._find(level, entry.parent)[:1]]
-            entry = self.entries[rows[0]] if rows else None
-            if entry is not None:
-                yield entry
+    def _above(self, entry: Entry) -> tuple[Entry, ...]:
+        """Return what an entry lies in, and what that lies in, and on."""
+        key = entry.level, entry.parent
+        if key not in self._higher:
+            levels = LEVELS[LEVELS.index(entry.level) + 1 :] if entry.level in LEVELS else ()
+            rows = [row for level in levels for row in self._find(level, entry.parent)[:1]]
+            parents = [self.entries[row] for row in rows[:1]]
+            self._higher[key] = tuple(e for one in parents for e in (one, *self._above(one)))
+        return self._higher[key]
+
+    def _told(self, text: str, found: list[Mention]) -> list[Mention]:
+        """Keep those namesakes that the names beside a mention tell, or the words before it."""
+        if all(len(mention.entries) == 1 for mention in found):
+            return found
+        gaps = [words(text[a.end : b.start]) for a, b in pairwise(found)]
+        before = [words(text[: found[0].start]), *gaps]
+        told = []
+        for i, mention in enumerate(found):
+            meant = [e for e in mention.entries if e.level == _kind(before[i])]
+            if not meant:
+                inner, outer = self._beside(found, gaps, i)
+                meant = [e for e in inner if e in outer] or inner + outer
+            entries = tuple(e for e in mention.entries if e in meant) or mention.entries
+            told.append(replace(mention, entries=entries))
+        return told
+
+    def _beside(
+        self, found: list[Mention], gaps: list[list[str]], i: int
+    ) -> tuple[list[Entry], list[Entry]]:
+        """Of mention i, what lies in the next name, and what the name before lies in."""
+        entries = found[i].entries
+        inner: list[Entry] = []
+        outer: list[Entry] = []
+        if i + 1 < len(found) and _is_address(found, gaps, i):
+            around = found[i + 1].entries
+            inner = [e for e in entries if any(o in around for o in self._above(e))]
+        if i > 0 and _is_address(found, gaps, i - 1):
+            higher = {id(o) for e in found[i - 1].entries for o in self._above(e)}
+            outer = [e for e in entries if id(e) in higher]
+        return inner, outer
 
     def _candidates(self, text: _Read) -> Iterator[Mention]:
         """Find every name in a text, also those inside others."""
@@ -318,7 +368,8 @@ def named(
     ]
     tables = (gazetteer, Gazetteer(dict.fromkeys(unknown))) if unknown else (gazetteer,)
     answer, asked = _read(text), _read(prompt)
-    found = _apart(mention for table in tables for mention in table._candidates(answer))
+    every = _apart(mention for table in tables for mention in table._candidates(answer))
+    found = gazetteer._told(text, every)
     in_prompt = {e for table in tables for m in table._candidates(asked) for e in m.entries}
     shared = {key for entry in others if entry is not None for key in _keys(entry)}
     result: dict[str, bool | None] = {}
@@ -448,6 +499,28 @@ def _apart(candidates: Iterable[Mention]) -> list[Mention]:
         if all(mention.end <= other.start or mention.start >= other.end for other in kept):
             kept.append(mention)
     return sorted(kept, key=lambda m: m.start)
+
+
+def _is_address(found: list[Mention], gaps: list[list[str]], i: int) -> bool:
+    """Tell whether mentions i and i + 1 may be a place and what it lies in.
+
+    They are not where they stand in a list of names that could all be of one level.
+    """
+    if not LINKS.issuperset(gaps[i]):
+        return False
+    one, two = ({e.level for e in mention.entries} for mention in found[i : i + 2])
+    outer = [j for j, gap in ((i - 1, i - 1), (i + 2, i + 1)) if _joins(gaps, gap)]
+    return not any(e.level in one & two for j in outer for e in found[j].entries)
+
+
+def _joins(gaps: list[list[str]], i: int) -> bool:
+    return 0 <= i < len(gaps) and bool(gaps[i]) and _JOINS.issuperset(gaps[i])
+
+
+def _kind(before: list[str]) -> str:
+    """Return the level that the words before a name say: "the state of" is of a region."""
+    *_, article, kind, of = ("", "", "", *before)
+    return _KINDS.get(kind, "") if of == "of" and article in ("the", "", ".") else ""
 
 
 @lru_cache(maxsize=1 << 12)

@@ -60,6 +60,12 @@ class Pool:
         operation, role = self.parts[0]
         return role if operation == _EACH else None
 
+    @property
+    def role(self) -> str | None:
+        """What it reads, as an edit's role: `last`, or what tokens are; None of joined parts."""
+        (operation, role), *more = self.parts
+        return None if more else operation if operation == "last" else role
+
     @classmethod
     def parse(cls, text: str) -> Pool:
         """Read `mean:patch`, `cls`, `max+min` and the like.

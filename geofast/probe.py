@@ -346,6 +346,7 @@ def _asked_for(asked: Request, passes: _Passes, select: Select, data: str) -> di
     prompts = options["prompts"]
     return {
         "data": data,
+        "kind": asked.given.samples.kind,
         "arguments": {
             "sites": options["sites"], "pool": options["pool"], "group": options["group"],
             "prompts": [prompts] if isinstance(prompts, str) else prompts,

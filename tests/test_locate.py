@@ -276,7 +276,7 @@ def test_in_words_and_in_files(model, samples, run, pairs, tmp_path):
         ({"ranking": "best"}, "ranking must be one of coef"),
         ({"sites": "lm.layers.7"}, "never probed a site 'lm.layers.7'"),
         ({"names": "nation"}, "no column 'nation'; it has id, latitude"),
-        ({"names": "code"}, "a name must be text; got 1.0"),
+        ({"names": "code"}, "a name must be text; column 'code' has 1.0"),
         ({"names": {"nation": "place"}}, "columns by place, region"),
         ({"pairs": pd.DataFrame({"source": ["0"]})}, "no column 'target'; it has source"),
         ({"pairs": pd.DataFrame({"source": ["0"], "target": ["x"]})}, "row 0: .* no sample 'x'"),

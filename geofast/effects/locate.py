@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from ..data import Samples, read
 from ..geo.gazetteer import LEVELS, Gazetteer
-from ..models import Model, load
+from ..models import Model
+from ..models.checkpoint import DeviceMap
+from ..models.load import Loading, load
 from ..report.numbers import number
 from ..report.text import Table, clip_label, fill
 from ..run import Run
@@ -27,8 +30,8 @@ from .dims import ranked_dims
 from .intervals import bootstrap_means
 from .odds import BYTES, Asked, next_tokens, odds, states_of
 from .pairs import Pairs
-from .probed import Probed, probed_sites
-from .prompted import prompted
+from .probed import Probed, require_probed
+from .prompted import asked_as, chosen_prompt, worded_as
 from .writing import about, save, with_ends
 
 MODES = ("swap", "set", "patch")
@@ -107,7 +110,7 @@ class Located:
 
 
 def locate(
-    model: Any,
+    model: str | Path | nn.Module | Model,
     data: str | Path | Samples,
     pairs: pd.DataFrame | str | Path,
     run: Run | str | Path,
@@ -123,6 +126,12 @@ def locate(
     max_damage: float | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+    adapter: str | Path | None = None,
+    merge: bool = False,
+    trust_remote_code: bool = False,
 ) -> Located:
     """Try sites, shares of the dimensions and modes on some pairs, without generation.
 
@@ -153,7 +162,7 @@ def locate(
         The words that texts stand in, or what is asked about images: one of the run's. None takes
         its only one.
     sites
-        Names or globs of sites that the run probed, None for all; see `probed_sites`.
+        Names or globs of sites that the run probed, None for all; see `require_probed`.
     shares
         Of a site's dimensions, above 0 to 1. Mode `patch` takes them all.
     modes
@@ -170,6 +179,8 @@ def locate(
         Of the random dimensions, an order for every site, and of the bootstrap.
     batch_size
         Inputs that run together.
+    device, dtype, device_map, adapter, merge, trust_remote_code
+        What `load` takes.
 
     Returns
     -------
@@ -178,24 +189,32 @@ def locate(
     Raises
     ------
     ValueError, FileNotFoundError
-        Before the model runs: when it makes no text, or an argument is wrong; a pair names unknown
-        samples; a name is missing, or those of every pair begin alike; the run is of another model,
-        never probed a site or cannot rank its dimensions; a place is off the sphere. Afterwards
+        Before the model is loaded: when an argument is wrong; a pair names unknown samples, or a
+        name is missing; the run read another kind of samples, was never asked the prompt, never
+        probed a site or cannot rank its dimensions; a place is off the sphere. Before it runs: when
+        it makes no text, or the run is of another; the names of every pair begin alike. Afterwards
         where texts have different numbers of tokens of the role.
     """
     began = time.perf_counter()
     several = (modes,) if isinstance(modes, str) else tuple(dict.fromkeys(modes))
     _check(shares, several, max_damage, batch_size)
-    model = model if isinstance(model, Model) else load(model)
-    samples = data if isinstance(data, Samples) else read(data)
     run = run if isinstance(run, Run) else open_run(run)
-    model, samples, run = prompted(model, samples, run, prompt)
+    samples = data if isinstance(data, Samples) else read(data)
+    chosen = chosen_prompt(run, prompt)
+    run, samples = worded_as(run, samples, chosen)
+    trials = _trials(run, require_probed(run, sites, role), several, shares, ranking, seed)
     given = Pairs.of(pairs, samples)
     column, words = _words(given, names, gazetteer)
-    trials = _trials(run, probed_sites(run, model, sites, role), several, shares, ranking, seed)
-    asked = Asked.of(model, *given.inputs(), *words)
-    kept = given.take(asked.kept)
-    setting = {trial: trial.set_to(kept) for trial in trials if trial.mode == "set"}
+    to_places = {trial: trial.set_to(given) for trial in trials if trial.mode == "set"}
+    inputs = given.inputs()
+    loading: Loading = {
+        "device": device, "dtype": dtype, "device_map": device_map, "adapter": adapter,
+        "merge": merge, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    model = asked_as(run, load(model, **loading), samples, chosen)
+    asked = Asked.of(model, *inputs, *words)
+    kept = asked.kept.nonzero()[0].tolist()
+    setting = {trial: [edit.take(kept) for edit in edits] for trial, edits in to_places.items()}
     wanted = [t.key for t in trials if t.mode != "set"]
     held = states_of(model, asked.targets, wanted, batch_size)
     goal = next_tokens(model, asked.targets, batch_size)
@@ -243,7 +262,10 @@ def _words(
 ) -> tuple[str, list[list[str]]]:
     """Return the column that counts, and the names of sources and of targets."""
     if isinstance(names, str):
-        return names, list(pairs.of_both(names))
+        texts = list(pairs.of_both(names))
+        if bad := [name for side in texts for name in side if not isinstance(name, str)]:
+            raise ValueError(f"a name must be text; column {names!r} has {bad[0]!r}")
+        return names, texts
     if not names or not set(names) <= set(LEVELS):
         raise ValueError(f"names must be a column, or columns by {', '.join(LEVELS)}; got {names}")
     level = "country" if "country" in names else next(iter(names))

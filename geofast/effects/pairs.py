@@ -68,10 +68,6 @@ class Pairs:
         """Return the number of pairs."""
         return len(self.source)
 
-    def take(self, which: NDArray[Any]) -> Pairs:
-        """Keep some pairs, by their numbers or by truth."""
-        return Pairs(self.samples, self.source[which], self.target[which])
-
     def of_both(self, column: str) -> tuple[list[Any], list[Any]]:
         """Return what a column of the samples says of the sources and of the targets.
 

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from ..models import Model, Site, Tower
+from ..models.load import load
 from ..report.numbers import number
 from ..report.text import Table, clip_label, fill
-from ..steering.asking import once
+from ..steering.asking import once, require_several
 from ..steering.edit import EDIT_ROLES, Edit
 from ..steering.make import patch
 from .intervals import bootstrap_means
@@ -78,7 +80,7 @@ class Patched:
 
 
 def patching(
-    model: Model,
+    model: str | Path | nn.Module | Model,
     sources: Sequence[Any],
     targets: Sequence[Any],
     names: Sequence[tuple[str, str]],
@@ -96,7 +98,8 @@ def patching(
     Parameters
     ----------
     model
-        From `load`. One that talks about images is asked its one prompt; see `Model.asking`.
+        From `load`, or what it takes. One that talks about images is asked its one prompt; see
+        `Model.asking`.
     sources
         The n inputs that are run and patched.
     targets
@@ -123,10 +126,13 @@ def patching(
     Raises
     ------
     ValueError
-        Before the model runs: when it makes no text, there are not as many sources as targets and
-        names, or none; a site is unknown, or a role that no tower of the sites has; texts have
-        different numbers of tokens, or no such position; the names of every pair begin alike. For
-        images, whose tokens a model counts, afterwards.
+        Before the model is loaded: when there are not as many sources as targets and names, or
+        none; when `tokens`, `names` or `batch_size` are wrong. Before it runs: when it makes no
+        text; a site is unknown, or a role that no tower of the sites has; texts have different
+        numbers of tokens, or no such position; the names of every pair begin alike. For images,
+        whose tokens a model counts, afterwards.
+    TypeError
+        When the sources or the targets are one text.
 
     References
     ----------
@@ -139,7 +145,14 @@ def patching(
             "give as many sources, targets and pairs of names, one or more; got "
             f"{len(sources)}, {len(targets)} and {len(names)}"
         )
+    for inputs in (sources, targets):
+        require_several(inputs)
+    if bad := [pair for pair in names if not _is_pair(pair)]:
+        raise ValueError(f"names must be pairs of texts, source's and target's; got {bad[0]!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     roles, positions = _wanted(tokens)
+    model = load(model)
     chosen = model.sites(sites)
     where = _where(model, chosen, roles)
     words = [[pair[side] for pair in names] for side in (0, 1)]
@@ -178,6 +191,10 @@ def _wanted(tokens: Token | Sequence[Token]) -> tuple[list[str], list[int] | Non
         raise ValueError(f"tokens must be positions, or some of {allowed}; got {bad or several}")
     roles = [t for t in several if isinstance(t, str) and t != EACH]
     return roles, None if EACH in several else [t for t in several if isinstance(t, int)]
+
+
+def _is_pair(names: Any) -> bool:
+    return isinstance(names, tuple | list) and [type(name) for name in names] == [str, str]
 
 
 def _where(model: Model, sites: Sequence[Site], roles: Sequence[str]) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from ..models import Model
 from ..models.structure import matches
 from ..pooling import Pool
 from ..run import Probe, Run
+from ..steering.edit import EDIT_ROLES
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,15 @@ class Probed:
         return self.probe.site
 
 
-def probed_sites(
-    run: Run, model: Model, sites: str | Sequence[str] | None = None, role: str | None = None
+def require_probed(
+    run: Run, sites: str | Sequence[str] | None = None, role: str | None = None
 ) -> list[Probed]:
-    """Choose one of a run's probes for every site, in the order of the forward pass.
+    """Choose one of a run's probes for every site, in the run's order: that of the forward pass.
 
     Parameters
     ----------
     run
         With probes.
-    model
-        Of which the run is; for one that talks about images, as it is to be asked.
     sites
         Names or globs of sites, or whole names of probes (`site/pool/prompt`); None takes every
         site that was probed. Of several pools and prompts of a site that one is taken which has the
@@ -47,10 +46,10 @@ def probed_sites(
     Raises
     ------
     ValueError
-        When the run is of another model, has no such site, only a pool there that joins two, or a
-        site that the model has not.
+        When the run has no such site, or only a pool there that joins two; or the role is none.
     """
-    _require_run_of(run, model)
+    if role is not None and role not in EDIT_ROLES:
+        raise ValueError(f"role must be one of {', '.join(EDIT_ROLES)}; got {role!r}")
     wanted = [sites] if isinstance(sites, str) else sites
     found: dict[str, list[Probe]] = {}
     for pattern in ["*"] if wanted is None else wanted:
@@ -60,18 +59,58 @@ def probed_sites(
             if wanted is None or name == pattern or matches(probe.site, pattern)
         ]
         if not here:
-            there = ", ".join(dict.fromkeys(p.site for p in run.probes.values())) or "none"
+            there = ", ".join(_sites(run)) or "none"
             raise ValueError(f"the run never probed a site {pattern!r}; it has {there}")
         for probe in here:
             found.setdefault(probe.site, []).append(probe)
     if not found:
         raise ValueError("sites= is empty; give names or globs, or None for every probed site")
-    order = {site.name: i for i, site in enumerate(model.sites(list(found)))}
-    return [_choose(run, found[site], role) for site in sorted(found, key=order.__getitem__)]
+    return [_choose(run, found[site], role) for site in _sites(run) if site in found]
+
+
+def require_run_of(run: Run, model: Model) -> None:
+    """Refuse a model that is not the run's.
+
+    Raises
+    ------
+    ValueError
+        When it has another name.
+    """
+    # A checkpoint may lie in a folder here and have been loaded by its id there.
+    of_run = run.info.get("model")
+    names = [re.split(r"[/\\]", str(name).rstrip("/\\"))[-1] for name in (of_run, model.name)]
+    if of_run and names[0] != names[1]:
+        raise ValueError(f"the run is of {of_run}, and this model is {model.name}")
+
+
+def require_sites_of(run: Run, model: Model) -> None:
+    """Refuse a model, as it reads the run's samples, that lacks a site which the run probed.
+
+    Raises
+    ------
+    ValueError
+        Naming the site.
+    """
+    lost = [site for site in _sites(run) if site not in {s.name for s in model.every_site}]
+    if lost:
+        raise ValueError(f"the run probed {lost[0]}, which {model.name} does not have")
+
+
+def probed_sites(
+    run: Run, model: Model, sites: str | Sequence[str] | None = None, role: str | None = None
+) -> list[Probed]:
+    """Do what `require_run_of`, `require_sites_of` and `require_probed` do."""
+    require_run_of(run, model)
+    require_sites_of(run, model)
+    return require_probed(run, sites, role)
+
+
+def _sites(run: Run) -> list[str]:
+    return list(dict.fromkeys(probe.site for probe in run.probes.values()))
 
 
 def _choose(run: Run, probes: Sequence[Probe], role: str | None) -> Probed:
-    roles = {probe.name: r for probe in probes if (r := role_of(probe.pool))}
+    roles = {probe.name: r for probe in probes if (r := Pool.parse(probe.pool).role)}
     if not roles:
         raise ValueError(
             f"the pool of {probes[0].name} joins several: its dimensions are none of the model's; "
@@ -83,17 +122,3 @@ def _choose(run: Run, probes: Sequence[Probe], role: str | None) -> Probed:
         table = run.rows_of(run.splits[0]).set_index(["site", "pool", "prompt"])["r2"]
         fit.sort(key=lambda p: -table.get((p.site, p.pool, p.prompt), float("-inf")))
     return Probed(fit[0], role or roles[fit[0].name])
-
-
-def role_of(pool: str) -> str:
-    """Return the tokens that a pool reads, as an edit's role; empty where it joins several."""
-    (operation, role), *more = Pool.parse(pool).parts
-    return "" if more else "last" if operation == "last" else role
-
-
-def _require_run_of(run: Run, model: Model) -> None:
-    # A checkpoint may lie in a folder here and have been loaded by its id there.
-    of_run = run.info.get("model")
-    names = [re.split(r"[/\\]", str(name).rstrip("/\\"))[-1] for name in (of_run, model.name)]
-    if of_run and names[0] != names[1]:
-        raise ValueError(f"the run is of {of_run}, and this model is {model.name}")

@@ -319,11 +319,10 @@ def _names(sites: str | Sequence[str]) -> tuple[str, ...]:
 
 def _role_of(pool: str) -> str:
     """The tokens that a pool takes."""
-    parts = Pool.parse(pool).parts
-    roles = {"last" if operation == "last" else role for operation, role in parts}
-    if len(roles) > 1 or len(parts) > 1:
+    role = Pool.parse(pool).role
+    if role is None:
         raise ValueError(f"pool {pool!r} joins several: say role=, and take a probe of one")
-    return roles.pop()
+    return role
 
 
 def _columns(probe: Probe, names: Sequence[str]) -> list[int]:

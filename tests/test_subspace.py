@@ -1,4 +1,5 @@
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -6,9 +7,10 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from scipy.stats import hypergeom
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.metrics import r2_score
 from synthetic import KINDS, rows
 from test_probe import painted, pixels
@@ -157,7 +159,7 @@ def test_few_sets_at_a_time_are_the_same(monkeypatch):
 
 def layer_of(x, y, fold, protocol="study"):
     asked = measure._asked((0.1, 0.5), RANKINGS, 0, 0, protocol, gf.ALPHAS)
-    return measure._layer(gram_of(x, y, fold), None, TARGETS, asked, {})
+    return measure._layer(measure._Kept("a/cls", gram_of(x, y, fold)), TARGETS, asked, {})
 
 
 def test_a_training_part_ranks_without_what_it_holds_out():
@@ -218,6 +220,77 @@ def test_the_studys_procedure(shape):
             )
         np.testing.assert_allclose(curve(found, "study", target), scores, atol=1e-8)
     assert "study" not in set(of_grams({"a/cls": gram}, TARGETS, random=0).curves["ranking"])
+
+
+def study_by_scikit_learn(x, y, fold, alphas):
+    """What the study runs on rows: R2 [F, P, 2], every alpha by RidgeCV's leave-one-out."""
+    x, y, fold = x.double().numpy(), y.numpy(), fold.numpy()
+    parts, probes = [fold != f for f in range(fold.max() + 1)], []
+    for train in parts:
+        probe = RidgeCV(alphas).fit(x[train], y[train])
+        probes.append((r2_score(y[~train], probe.predict(x[~train])), probe.coef_[0]))
+    _, latitude = max(probes, key=lambda probe: probe[0])
+    order, scores = np.argsort(-np.abs(latitude)), np.empty((len(parts), len(FRACTIONS), 2))
+    for i, share in enumerate(FRACTIONS):
+        some = x[:, order[: max(1, round(x.shape[1] * share))]]
+        for (f, train), t in itertools.product(enumerate(parts), range(2)):
+            model = RidgeCV(alphas).fit(some[train], y[train, t])
+            scores[f, i, t] = r2_score(y[~train, t], model.predict(some[~train]))
+    return scores
+
+
+def of_few(kept, x, y, fold, alphas=gf.ALPHAS):
+    """A run of one layer that keeps these rows."""
+    samples = pd.DataFrame(dict(zip(TARGETS, y.T.numpy(), strict=True))).assign(
+        fold_kfold=fold.numpy()
+    )
+    info = kept.info | {"arguments": kept.info["arguments"] | {"alphas": list(alphas)}}
+    return replace(kept, info=info, samples=samples, rows={"a/cls": x}, grams=None)
+
+
+@pytest.mark.parametrize("shape", [(80, 24), (60, 70), (400, 270)])
+def test_of_rows_the_study_leaves_one_out_as_scikit_learn_does(kept, shape):
+    x, y = rows(*shape, seed=4)
+    # A few rows far out, whose targets are their own: left out, they are far from their fit.
+    far = torch.arange(0, len(x), 13)
+    x[far] *= 6
+    y[far] = y[far].flip(0)
+    fold, alphas = folds_of(len(x), 4), np.logspace(-2, 5, 15)
+    options = {"fractions": FRACTIONS, "rankings": [], "random": 0, "protocol": "study"}
+    found = of_few(kept[0], x, y, fold, alphas).subspace(**options)
+    expected = study_by_scikit_learn(x, y, fold, alphas).mean(0)
+    without = of_grams({"a/cls": gram_of(x, y, fold)}, TARGETS, alphas=alphas, **options)
+    for t, target in enumerate(TARGETS):
+        np.testing.assert_allclose(curve(found, "study", target), expected[:, t], atol=1e-8)
+        # Generalised cross-validation spreads leverage evenly, and chooses otherwise.
+        assert np.abs(curve(without, "study", target) - expected[:, t]).max() > 0.01
+    assert (found.study, without.study) == ("loo", "gcv")
+
+
+def test_which_alphas_the_study_has_is_told(kept, tmp_path):
+    options = {"sites": "vision.embed", "rankings": ["coef"], "random": 0}
+    said = {"loo": "by leave-one-out, as the study has it", "gcv": "instead of the study's"}
+    for run, study in zip(kept, said, strict=True):
+        found = run.subspace(protocol="study", **options)
+        told = " ".join(str(found).split())
+        assert [way for way, words in said.items() if words in told] == [study]
+        store.write(found, tmp_path)
+        _assert_same(gf.Subspace.open(tmp_path), found)
+    without = kept[0].subspace(**options)
+    assert without.study == ""
+    assert "the study" not in str(without)
+
+
+@pytest.mark.parametrize(("protocol", "study"), [("study", "gcv"), ("corrected", "")])
+def test_folders_of_before_had_no_other_way(protocol, study, tmp_path):
+    gram = gram_of(*rows(60, 6), folds_of(60))
+    store.write(of_grams({"a/cls": gram}, TARGETS, random=0, protocol=protocol), tmp_path)
+    path = tmp_path / store.RANKS
+    with safe_open(path, "pt") as file:
+        about, ranks = json.loads(file.metadata()["geofast.subspace"]), load_file(path)
+    assert about.pop("study") == study
+    save_file(ranks, path, metadata={"geofast.subspace": json.dumps(about)})
+    assert gf.Subspace.open(tmp_path).study == study
 
 
 # ------ stability, and the smallest set
@@ -332,6 +405,9 @@ def test_the_command(kept, tmp_path, capsys):
     assert max(map(len, printed.splitlines())) <= max(100, len(str(tmp_path / "out/subspace.html")))
     assert "more column" not in printed
     assert "latitude: smallest share" in printed
+    page = (tmp_path / "out" / "subspace.html").read_text(encoding="utf-8")
+    for told in (printed, page):
+        assert "by generalised cross-validation" in " ".join(told.split())
     assert str(tmp_path / "out" / "subspace.png") in printed
     found = kept[1].subspace(sites=some[1:], protocol="study", random=2)
     _assert_same(gf.Subspace.open(tmp_path / "out"), found)
@@ -361,7 +437,7 @@ def small():
 def _assert_same(one, other):
     for table in ("curves", "smallest", "stability"):
         pd.testing.assert_frame_equal(getattr(one, table), getattr(other, table), check_exact=True)
-    assert (one.targets, one.split) == (other.targets, other.split)
+    assert (one.targets, one.split, one.study) == (other.targets, other.split, other.study)
     assert {n: [*r] for n, r in one.ranks.items()} == {n: [*r] for n, r in other.ranks.items()}
     for name, by_ranking in one.ranks.items():
         for by, order in by_ranking.items():

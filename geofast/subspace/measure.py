@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 
@@ -16,9 +15,10 @@ from ..ridge.scores import scores_on
 from ..ridge.solution import ALPHAS, penalties
 from ..ridge.solve import solve
 from ..ridge.training import NotPositiveError, Statistics, Training, subset, training_sets
-from .nested import Room, refits, refits_by_gcv
+from .nested import Room, refits
 from .ranking import RANKINGS, orders, random_orders
 from .result import Layer, Subspace, collect
+from .study import by_gcv, by_leave_one_out
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -40,6 +40,15 @@ class _Asked:
     seed: int
     study: bool
     alphas: tuple[float, ...]
+
+
+class _Kept(NamedTuple):
+    """What is kept of one layer."""
+
+    name: str
+    gram: Gram
+    folds: torch.Tensor | None = None  # of the cells
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # x, y, fold of each
 
 
 def of_run(
@@ -100,7 +109,7 @@ def of_grams(
                 f"statistics must be named site/pool and have as many targets as there are names; "
                 f"got {name!r} with {gram.targets} targets for {list(targets)}"
             )
-    layers = ((name, gram, folds) for name, gram in grams.items())
+    layers = (_Kept(name, gram, folds) for name, gram in grams.items())
     return _measure(layers, tuple(targets), "", asked)
 
 
@@ -166,10 +175,8 @@ def _bar(names: Sequence[str], progress: bool) -> Iterable[str]:
     return tqdm(names, "dimensions", unit="layer", leave=False) if progress else names
 
 
-def _statistics(
-    run: Run, names: Iterable[str], split: str
-) -> Iterator[tuple[str, Gram, torch.Tensor | None]]:
-    """Statistics of one layer after the other, and the fold of every cell."""
+def _statistics(run: Run, names: Iterable[str], split: str) -> Iterator[_Kept]:
+    """Statistics of one layer after the other, with the fold of every cell or with the rows."""
     column = f"fold_{split}"
     if column not in run.samples:
         raise ValueError(f"the run's samples have no column {column!r}, which says their folds")
@@ -180,7 +187,7 @@ def _statistics(
         for name in names:
             if of_cell is None:
                 of_cell = _fold_of_cell(run, split, run.grams[name])
-            yield name, run.grams[name], of_cell
+            yield _Kept(name, run.grams[name], of_cell)
         return
     y = torch.from_numpy(run.samples[list(run.targets)].to_numpy("float64", copy=True))
     for name in names:
@@ -190,7 +197,7 @@ def _statistics(
                 f"{name} has {len(x)} rows for {len(y)} samples: the table of samples is not theirs"
             )
         gram = Gram(x.shape[1], y.shape[1], int(fold.max()) + 1)
-        yield name, gram.update(x, y, fold), None
+        yield _Kept(name, gram.update(x, y, fold), rows=(x, y, fold))
 
 
 def _fold_of_cell(run: Run, split: str, gram: Gram) -> torch.Tensor:
@@ -232,15 +239,16 @@ def _fold_of_cell(run: Run, split: str, gram: Gram) -> torch.Tensor:
 
 
 def _measure(
-    layers: Iterable[tuple[str, Gram, torch.Tensor | None]],
+    layers: Iterable[_Kept],
     targets: Sequence[str],
     split: str,
     asked: _Asked,
 ) -> Subspace:
     found, rooms = {}, dict[tuple[int, int, int], Room]()
-    for name, gram, folds in layers:
+    for kept in layers:
+        name = kept.name
         try:
-            found[name] = _layer(gram.cpu(), folds, targets, asked, rooms)
+            found[name] = _layer(kept, targets, asked, rooms)
         except NotPositiveError:
             raise ValueError(
                 f"{name}: X'X + alpha I is not positive definite in float64: the features are too "
@@ -252,14 +260,14 @@ def _measure(
 
 
 def _layer(
-    gram: Gram,
-    folds: torch.Tensor | None,
+    kept: _Kept,
     targets: Sequence[str],
     asked: _Asked,
     rooms: dict[tuple[int, int, int], Room],
 ) -> Layer:
     """Rank, refit and score one layer, in the room that the last one left if it is as large."""
-    sums = totals(gram, folds)
+    gram = kept.gram.cpu()
+    sums = totals(gram, kept.folds)
     count = len(sums.held)
     if count < 2:
         raise ValueError(f"held-out R² needs two folds or more; got {count}")
@@ -274,7 +282,6 @@ def _layer(
     alpha, coef = solved.alpha, solved.coef.mT.contiguous()
     drawn = random_orders(gram.dim, asked.random, asked.seed)
     beside = {f"random {i}": one[None] for i, one in enumerate(drawn)}
-    study = _study_order(solved.r2, coef, targets)[None] if asked.study else None
     train = training_sets(Statistics.of([sums]), gram.targets)
     order, r2 = list[_Named](), list[_Named]()
     for sets in [slice(f, min(f + step, count)) for f in range(0, count, step)]:
@@ -286,21 +293,23 @@ def _layer(
             one, held = subset(train, slice(f, f + 1)), sums.held[f : f + 1]
             named = {name: found[i] for name, found in ranked.items()} | beside
             r2.append(_curves(named, one, matrices[i], held, coef[f], sizes, room))
-    if study is not None:
-        grid = torch.tensor(asked.alphas, dtype=torch.float64)
-        for f in range(count):
-            one, held = subset(train, slice(f, f + 1)), sums.held[f : f + 1]
-            w = refits_by_gcv(one, grid, study, sizes, room)
-            r2[f]["study"] = scores_on(held, one, w[None])[0][0]
     if beside:
         for found in r2:
             found["random"] = torch.stack([found.pop(draw) for draw in beside], -1)
-    names = [*asked.rankings, *(["random"] if beside else []), *(["study"] if asked.study else [])]
+    names = [*asked.rankings, *(["random"] if beside else [])]
+    curves = {name: torch.stack([found[name] for found in r2]) for name in names}
+    if asked.study:
+        latitude = targets.index("latitude") if "latitude" in targets else 0
+        if kept.rows is None:
+            curves["study"] = by_gcv(train, sums.held, solved, asked.alphas, sizes, latitude, room)
+        else:
+            curves["study"] = by_leave_one_out(*kept.rows, asked.alphas, sizes, latitude)
     return Layer(
         sizes,
-        {name: torch.stack([found[name] for found in r2]) for name in names},
+        curves,
         {name: torch.cat([found[name] for found in order]) for name in asked.rankings},
         _final(asked, gram, sums, alpha, room),
+        "" if not asked.study else "gcv" if kept.rows is None else "loo",
     )
 
 
@@ -372,14 +381,3 @@ def _gram(like: Gram, matrix: torch.Tensor) -> Gram:
     made = Gram(like.dim, like.targets, 0, products=like.products)
     made.cells, made.matrix, made.shift = len(matrix), matrix, like.shift
     return made
-
-
-def _study_order(r2: torch.Tensor, coef: torch.Tensor, targets: Sequence[str]) -> torch.Tensor:
-    """Order [d] as the study has it: by |coef| of latitude in the fold of the best held-out R2.
-
-    Both of its faults are kept: the order has seen the held-out parts, since their R2 chose the
-    fold and the other folds hold out rows it was trained on; and longitude gets latitude's.
-    """
-    first = targets.index("latitude") if "latitude" in targets else 0
-    best = int(r2.mean(1).nan_to_num(-math.inf).argmax())
-    return coef[best, first].abs().argsort(dim=-1, descending=True, stable=True)

@@ -26,6 +26,8 @@ class Layer:
     """By ranking: int64 [F, k, d], the order of each training part."""
     final: Mapping[str, torch.Tensor]
     """By ranking: int64 [k, d], the order made from all rows."""
+    study: str
+    """As `Subspace.study`."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,6 +57,10 @@ class Subspace:
     targets : tuple of str
     split : str
         The split of the run; empty when there was no run.
+    study : str
+        How the ranking `study` chose its alphas: `loo`, by exact leave-one-out as the study does,
+        or `gcv`, by generalised cross-validation where there were statistics only. Empty when it
+        was not measured.
     """
 
     curves: pd.DataFrame
@@ -63,6 +69,7 @@ class Subspace:
     ranks: Mapping[str, Mapping[str, torch.Tensor]]
     targets: tuple[str, ...]
     split: str
+    study: str
 
     def __repr__(self) -> str:
         rankings = ", ".join(dict.fromkeys(self.curves["ranking"]))
@@ -182,7 +189,8 @@ def collect(
     # Without a ranking, tables without a row, and with their columns.
     smallest_sets = pd.DataFrame(few, columns=_SMALLEST).astype({"dims": "Int64"})
     tables = pd.DataFrame(curves), smallest_sets, pd.DataFrame(stable, columns=_STABILITY)
-    return Subspace(*tables, ranks, targets, split)
+    study = next((layer.study for layer in layers.values()), "")
+    return Subspace(*tables, ranks, targets, split, study)
 
 
 def _each(

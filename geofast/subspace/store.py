@@ -48,6 +48,7 @@ def write(found: Subspace, folder: Path) -> None:
         "format": FORMAT,
         "targets": found.targets,
         "split": found.split,
+        "study": found.study,
         "rankings": {name: [*by_ranking] for name, by_ranking in found.ranks.items()},
         "tables": tables,
     }
@@ -93,7 +94,10 @@ def read(folder: str | Path) -> Subspace:
             if size != table["bytes"]:
                 raise ValueError(f"{_TABLES[name]} has {size} bytes instead of {table['bytes']}")
             tables[name] = _folder.read_table(folder / _TABLES[name], table["columns"])
-        return Subspace(**tables, ranks=ranks, targets=targets, split=about["split"])
+        if "study" not in about:  # as in folders of an older version, which had no other way
+            about["study"] = "gcv" if (tables["curves"]["ranking"] == "study").any() else ""
+        named = {name: about[name] for name in ("split", "study")}
+        return Subspace(**tables, ranks=ranks, targets=targets, **named)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} holds no search for dimensions that can be read ({_first_line(error)}); "

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 KEYS = ["site", "pool", "prompt"]
 _NAME = 26  # characters of a name
+_ALPHA = {
+    "loo": "by leave-one-out, as the study has it",
+    "gcv": "by generalised cross-validation instead of the study's leave-one-out, which needs rows "
+    "and not statistics alone",
+}
 
 
 def summary(found: Subspace) -> str:
@@ -31,10 +36,11 @@ def method(found: Subspace) -> str:
         f"Held-out R² refit on a share of the dimensions{split}. Ranks are made in each training "
         "part, for each target"
     )
-    if "study" in set(found.curves["ranking"]):
+    if found.study:
         said += (
             "; study: the study's procedure, with one order by |coef| of latitude for all targets "
-            "and folds, from the fold with the best held-out R²"
+            "and folds, from the fold with the best held-out R², and alpha of every share and "
+            f"target {_ALPHA[found.study]}"
         )
     return f"{said}."
 

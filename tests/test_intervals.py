@@ -42,6 +42,31 @@ def test_bootstrap_leaves_missing_values_out():
     assert other != bootstrap_means(normal, draws=500)
 
 
+def test_a_rate_of_none_or_of_all_has_exact_ends():
+    """By hand: of 2 in tails of 1/16, whose root is 1/4. Of 40 by scipy."""
+    low, high = bootstrap_means([[0.0, 1.0], [0.0, 1.0]], rates=True, level=7 / 8)
+    np.testing.assert_allclose([low, high], [[0.0, 0.25], [0.75, 1.0]])
+    low, high = bootstrap_means([[0.0], [np.nan]], rates=True, level=0.95)
+    np.testing.assert_allclose([low[0], high[0]], [0.0, 0.975])
+    x = np.array([[0.0, 1.0, 0.0]] * 40)
+    x[:30, 2] = 1.0
+    exact = bootstrap_means(x, rates=[True, True, True], draws=500)
+    for column, k in enumerate((0, 40)):
+        theirs = stats.binomtest(k, 40).proportion_ci(method="exact")
+        assert exact[0][column] == pytest.approx(theirs.low)
+        assert exact[1][column] == pytest.approx(theirs.high)
+    numbers = bootstrap_means(x, draws=500)
+    assert [exact[0][2], exact[1][2]] == [numbers[0][2], numbers[1][2]]  # values that differ
+    np.testing.assert_array_equal([numbers[0][:2], numbers[1][:2]], [[0, 1], [0, 1]])
+
+
+def test_one_number_has_no_interval():
+    x = np.array([[3.0, 3.0, 1.0, np.nan], [np.nan, 3.0, np.nan, np.nan]])
+    low, high = bootstrap_means(x, rates=[False, False, True, True])
+    np.testing.assert_allclose([low, high], [[np.nan, 3, 0.025, np.nan], [np.nan, 3, 1, np.nan]])
+    assert np.isnan(bootstrap_means([[7.0]])).all()
+
+
 def test_bootstrap_wants_rows():
     with pytest.raises(ValueError, match=r"\[n, m\] with rows; got \[0, 2\]"):
         bootstrap_means(np.empty((0, 2)))

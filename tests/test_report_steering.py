@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from geofast.effects import outcome
-from geofast.effects.arms import CONTROLS
-from geofast.effects.outcome import Steered, summarise, summarise_readings
+from geofast.effects.arms import CONTROLS, OTHER_DIMS
+from geofast.effects.outcome import Steered, open_steered, summarise, summarise_readings
 from geofast.geo import great_circle_km
 from geofast.report import steering, steering_figures, steering_text
 
@@ -41,7 +41,9 @@ def example(
     pairs = [(s, t) for s in ids for t in ids if s != t]
     pairs = [pairs[i] for i in r.permutation(len(pairs))[:n]]
     moves = STRENGTH | (strength or {})
-    arms = [("none", 0.0), *((a, s) for s in shares for a in ("edit", *controls))]
+    arms = [("none", 0.0)]
+    for s in shares:
+        arms += [(a, s) for a in ("edit", *controls) if s < 1 or a not in OTHER_DIMS]
     luck = r.uniform(size=n)
     rows = [
         _row(r, *pair, arm, share, moves.get(arm, 0) * min(1, 1.5 * share), luck[i])
@@ -186,7 +188,9 @@ def test_a_test_is_passed_for_every_share_that_was_tried() -> None:
 def test_an_edit_that_never_moves_an_answer_says_so() -> None:
     made = example(20, shares=(0.4,), strength=dict.fromkeys(STRENGTH, 0))
     first = steering_text.finding(made)[0]
-    assert "small-lm never names the target's place (20 answers), no more than with its" in first
+    assert (
+        "small-lm never names the target's place (20 answers, 95 % interval 0 to 17 %), no" in first
+    )
     two = example(20, shares=(0.4, 0.8), strength=dict.fromkeys(STRENGTH, 0))
     first = steering_text.finding(two)[0]
     assert first.startswith("With any of 2 shares of the dimensions of lm.layers.7 swapped, small")
@@ -256,7 +260,7 @@ def test_arrows_end_where_the_probe_reads(several: Steered) -> None:
             off = (ends - place + [180, 0]) % 360 - [180, 0]
             assert np.abs(off).sum(1).min() < 1e-9
         assert np.abs((ends - starts)[:, 0]).max() <= 180
-    assert "Control: random dims: 24 of 30 pairs drawn, median" in figure.axes[1].get_title("left")
+    assert "Control: random dims: 24 of 30 pairs drawn, mean " in figure.axes[1].get_title("left")
 
 
 def test_without_readings_there_is_no_map(several: Steered) -> None:
@@ -264,7 +268,141 @@ def test_without_readings_there_is_no_map(several: Steered) -> None:
     made = Steered(pairs, summarise(pairs), several.readings, several.info | {"read_at": ""})
     assert not steering_figures.has_map(made)
     assert len(steering_text.finding(made)) == 3
-    assert "km to target" not in steering_text.effect_table(made).headers
+    assert "km" not in steering_text.effect_table(made).headers
+
+
+# ---------------------------------------------------------------- later sites
+
+
+def test_readings_are_means_in_the_order_of_the_pass() -> None:
+    r = np.random.default_rng(1)
+    rows = [
+        {"source": f"s{pair}", "target": "t", "arm": arm, "share": share, "site": site,
+         "km": r.uniform(100, 9000)}
+        for arm, share in (("none", 0.0), ("edit", 0.1), ("edit", 0.9))
+        for site in ("lm.layers.9", "lm.layers.10", "lm.norm")
+        for pair in range(7)
+    ]  # fmt: skip
+    long = pd.DataFrame(rows)
+    long.loc[[0, 7], "km"] = np.nan
+    table = summarise_readings(long)
+    assert [*table.columns] == [*outcome.READINGS]
+    assert table["site"].tolist() == ["lm.layers.9", "lm.layers.10", "lm.norm"] * 3
+    assert table["n"].tolist() == [6, 6, *[7] * 7]
+    found = table.set_index(["arm", "share", "site"])
+    for key, part in long.groupby(["arm", "share", "site"]):
+        assert found["km"][key] == pytest.approx(part["km"].mean())
+        low, high = outcome.bootstrap_means(part[["km"]])
+        assert [found[f"km_{end}"][key] for end in ("low", "high")] == pytest.approx([*low, *high])
+    empty = summarise_readings(pd.DataFrame())
+    assert empty.empty
+    assert [*empty.columns] == [*table.columns]
+    assert empty.dtypes.tolist() == table.dtypes.tolist()
+
+
+def test_lines_over_later_sites_are_the_readings(several: Steered) -> None:
+    figure = steering_figures.readings_of_sites(several)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert set(lines) == {"unedited", "edit", *(f"control: {c}" for c in CONTROLS)}
+    assert lines["unedited"].get_linestyle() == "--"
+    for arm, label in (("none", "unedited"), ("edit", "edit"), ("random dims",) * 2):
+        rows = steering_text.readings_of(several, arm, 0.8)
+        line = lines.get(label) or lines[f"control: {label}"]
+        np.testing.assert_allclose(line.get_ydata(), rows["km"])
+    edit = steering_text.readings_of(several, "edit", 0.8)
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert {*edit["km_low"], *edit["km_high"]} <= {*band}
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names[::-1] == ["lm.layers.8", "lm.layers.12", "lm.layers.16", "lm.layers.20"]
+    said = f"probes read {edit['km'].iloc[0]:,.0f} km from the target at lm.layers.8 and"
+    assert said in steering_text.readings_title(several)
+
+
+def test_a_single_later_site_has_no_picture_of_its_own(several: Steered, tmp_path: Path) -> None:
+    one = several.readings[several.readings["site"] == "lm.layers.20"]
+    made = Steered(several.pairs, several.summary, one, dict(several.info))
+    assert not steering_text.has_readings(made)
+    assert "later sites" not in str(made)
+    steering.write(made, tmp_path)
+    assert not (tmp_path / "readings.png").exists()
+    assert "later sites read" not in (tmp_path / "README.md").read_text()
+
+
+def test_words_of_many_sites_and_arms_fit_a_terminal(several: Steered) -> None:
+    every = [several.readings.assign(site=f"vision.blocks.{i:02}.attention.out") for i in range(40)]
+    long = pd.concat(every)[lambda t: ~t.duplicated(["arm", "share", "site"])]
+    made = Steered(several.pairs, several.summary, long, several.info)
+    said = str(made)
+    assert max(map(len, said.splitlines())) <= 100
+    assert "more column" not in said
+    assert said.count("vision.blocks.") == 8
+    assert "vision.blocks.00." in said
+    assert "vision.blocks.39." in said
+    assert len(steering_text.readings_table(made).cells) == 40
+    rows = steering_text.effect_table(several, narrow=True).cells
+    assert [row[:2] for row in rows[:2]] == [["unedited", "0 %"], ["edit", "20 %"]]
+
+
+# ---------------------------------------------------------------- all dimensions
+
+
+def test_where_all_dimensions_are_edited_other_dimensions_are_no_control() -> None:
+    made = example(20, shares=(0.4, 1.0))
+    assert steering_text.shown_share(made) == 1
+    assert steering_text.shown_control(made) == "random direction"
+    assert not {"random dims", "shuffled labels"} & {*steering_text.controls(made, 1.0)}
+    by = made.summary.set_index(["arm", "share"])
+    assert np.isnan(by["moved_p"]["edit", 1.0])
+    assert by["moved_p"]["edit", 0.4] < 0.2
+    first = steering_text.finding(made)[0]
+    assert "with every control: random direction 0 % and mean difference" in first
+    heads = list(steering_text.examples(made)[0].answers)
+    assert heads[-1] == "source, random direction"
+    said = "No control 'random dims' at a share of 100 %: there it is the edit itself."
+    assert said in steering_text.left_out(made)
+    assert said in str(made)
+    assert steering_text.left_out(example(8, shares=(0.4,)))[1:] == []
+    for draw in ("effect_and_damage", "map_of_readings", "readings_of_sites"):
+        getattr(steering_figures, draw)(made)
+
+
+def test_without_any_control_of_other_dimensions_nothing_is_tested() -> None:
+    made = example(8, shares=(1.0,), controls=OTHER_DIMS, mode="patch")
+    assert steering_text.controls(made) == []
+    assert "p" not in steering_text.effect_table(made).headers
+    assert "and p against" not in str(made)
+    assert "no control was run" in steering_text.finding(made)[0]
+    assert not any(line.startswith("p: ") for line in steering._method(made))
+    steering_figures.effect_and_damage(made)
+    assert "Unedited: 8 pairs" in steering_figures.map_of_readings(made).axes[1].get_title("left")
+
+
+def test_one_pair_has_rates_with_ends_and_numbers_alone() -> None:
+    made = example(1, shares=(0.4,))
+    rows = {row[0]: row for row in steering_text.effect_table(made).cells}
+    assert rows["unedited"][3] == "0 (0 to 98)"
+    assert re.fullmatch(r"-?\d+\.\d\d", rows["edit"][5])
+    for draw in ("effect_and_damage", "map_of_readings", "readings_of_sites"):
+        getattr(steering_figures, draw)(made)
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_readings_are_saved_and_older_folders_refused(several: Steered, tmp_path: Path) -> None:
+    made = Steered(several.pairs, several.summary, several.readings, dict(several.info))
+    folder = made.save(tmp_path / "out")
+    again = open_steered(folder)
+    pd.testing.assert_frame_equal(again.readings, several.readings)
+    assert str(again) == str(several)
+    about = folder / "steering.json"
+    about.write_text(about.read_text().replace('"geofast_steering": 2', '"geofast_steering": 1'))
+    with pytest.raises(ValueError, match=r"written in format 1; .* reads 2: run the experiment ag"):
+        open_steered(folder)
+    about.write_text(about.read_text().replace('"geofast_steering": 1', '"geofast_steering": 3'))
+    with pytest.raises(ValueError, match=r"written in format 3; .* reads 2: upgrade it"):
+        open_steered(folder)
 
 
 # ---------------------------------------------------------------- examples
@@ -303,16 +441,16 @@ def folder(several: Steered, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("steered")
     several.info["left_out"] = {"mean difference": "the run keeps no rows"}
     steering.write(several, made, "runs/moved")
-    del several.info["left_out"]
+    several.info["left_out"] = {}
     return made
 
 
 def test_the_page_needs_no_other_file(folder: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == [
-        "README.md", "effects.png", "map.png", "report.html",
+        "README.md", "effects.png", "map.png", "readings.png", "report.html",
     ]  # fmt: skip
     page = (folder / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == 2
+    assert page.count('src="data:image/png;base64,') == 3
     assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page)
     assert "http" not in page
     assert "/somewhere" not in page.partition("<details>")[0]
@@ -335,10 +473,11 @@ def test_both_pages_say_what_was_found_and_what_it_is_for(folder: Path, several:
         assert words in page
     assert finding in readme
     assert '<mark class="target">' in page
-    assert "no control &#x27;mean difference&#x27;: the run keeps no rows" in page
+    assert "No control &#x27;mean difference&#x27;: the run keeps no rows" in page
     rows = len(several.summary)
-    assert readme.count("| edit |") == 2 * 2
-    assert page.count('<tr><td class="word">') == 3 * rows  # effect, damage, everything
+    assert readme.count("\n| edit |") == 2 * 2
+    read = 4 + len(several.readings)
+    assert page.count('<tr><td class="word">') == 3 * rows + read  # effect, damage, everything
 
 
 def test_without_matplotlib_the_pages_have_no_pictures(
@@ -362,7 +501,7 @@ def test_the_studys_scores_have_a_table() -> None:
     table = steering_text.study_table(Steered(pairs, summarise(pairs), made.readings, made.info))
     assert table is not None
     assert table.headers == ["arm", "share", "n", "stability, %", "efficacy, %", "success, %"]
-    assert table.cells[1] == ["edit", "40 %", "10", "100 (100 to 100)", "0 (0 to 0)", "0 (0 to 0)"]
+    assert table.cells[1] == ["edit", "40 %", "10", "100 (69 to 100)", "0 (0 to 31)", "0 (0 to 31)"]
 
 
 if __name__ == "__main__":  # to look at the pages: python tests/test_report_steering.py FOLDER

@@ -26,6 +26,9 @@ ranks first that was fitted to the places in random order. `mean difference`: th
 samples near the target less that of others near the source is added, in all dimensions and whatever
 the share (contrastive activation addition; Rimsky et al., ACL 2024, arXiv 2312.06681)."""
 
+OTHER_DIMS = ("random dims", "shuffled labels")
+"""Controls that are the same edit in other dimensions. Where all are edited they would be the edit
+itself, and are not run."""
 MODES = ("swap", "patch", "set")
 NEAR = 10
 """Samples that are near a place, where no column says which are."""
@@ -191,10 +194,14 @@ def make_arms(
     Returns
     -------
     Arms
-        The unedited model first, then share by share the edit and the controls.
+        The unedited model first, then share by share the edit and the controls. Where the edit is
+        in all dimensions, as `patch` always is, there are none of `OTHER_DIMS`.
     """
     name, pairs = place.probe.name, len(place.sources)
     orders = {"edit": order}
+    whole = {share for share in shares if place.count(share) == place.width}
+    if whole == {*shares}:
+        controls = [c for c in controls if c not in OTHER_DIMS]
     if "random dims" in controls:
         orders["random dims"] = random_orders(place.width, 1, seed)[0]
     if "shuffled labels" in controls:
@@ -207,6 +214,8 @@ def make_arms(
     for share in shares:
         arms.write("edit", share, orders["edit"])
         for control in controls:
+            if control in OTHER_DIMS and share in whole:
+                continue
             if control in orders:
                 arms.write(control, share, orders[control])
             elif not share:

@@ -16,14 +16,24 @@ _AT_ONCE = 1 << 22  # signs in memory
 
 
 def bootstrap_means(
-    values: ArrayLike, *, draws: int = 10_000, level: float = 0.95, seed: int = 0
+    values: ArrayLike,
+    *,
+    rates: ArrayLike = False,
+    draws: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Percentile bootstrap intervals of column means; rows are drawn whole.
+
+    Values that all agree give every draw the same mean, which says nothing of how sure it is. Of
+    a rate the exact ends are taken then; a number of which there is one value has no interval.
 
     Parameters
     ----------
     values
         [n, m]; a missing value is nan, and is left out of the means of its column.
+    rates
+        bool [m], or one for all: columns of true (1) and false (0).
     draws
         How often n rows are drawn with replacement.
     level
@@ -35,7 +45,9 @@ def bootstrap_means(
     -------
     low, high : ndarray, float64 [m]
         The (1 - level) / 2 and (1 + level) / 2 quantiles of the means, linearly interpolated; nan
-        for a column without a value.
+        for a column without a value, or with one that is no rate. Of a rate of 0 of n: 0 and
+        1 - ((1 - level) / 2)^(1 / n), beyond which 0 of n is less likely than (1 - level) / 2; of
+        n of n its mirror image.
 
     Raises
     ------
@@ -46,7 +58,8 @@ def bootstrap_means(
     ----------
     Efron, Bootstrap methods: another look at the jackknife, Annals of Statistics 7 (1979); the
     percentile interval is that of Efron and Tibshirani, An Introduction to the Bootstrap (1993),
-    section 13.3.
+    section 13.3. The exact ends are those of Clopper and Pearson, The use of confidence or fiducial
+    limits illustrated in the case of the binomial, Biometrika 26 (1934).
     """
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 2 or not len(x):
@@ -57,11 +70,17 @@ def bootstrap_means(
     times = times.astype(np.float64)
     with np.errstate(invalid="ignore"):
         means = (times @ np.where(there, x, 0.0)) / (times @ there.astype(np.float64))
+    counts, tail = there.sum(0), (1 - level) / 2
+    rate = np.broadcast_to(np.asarray(rates, dtype=bool), x.shape[1])
     low, high = np.full((2, x.shape[1]), np.nan)
-    for column in np.flatnonzero(there.any(0)):
-        # A draw may hold none of the few values that there are.
-        ends = np.nanquantile(means[:, column], [(1 - level) / 2, (1 + level) / 2])
-        low[column], high[column] = ends
+    for column in np.flatnonzero(rate | (counts > 1)):
+        seen = x[there[:, column], column]
+        if rate[column] and len(seen) and (seen == seen[0]).all():
+            end = tail ** (1 / len(seen))
+            low[column], high[column] = (end, 1.0) if seen[0] else (0.0, 1 - end)
+        elif len(seen):
+            # A draw may hold none of the few values that there are.
+            low[column], high[column] = np.nanquantile(means[:, column], [tail, 1 - tail])
     return low, high
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .. import _folder
-from ..report.numbers import km, number
-from ..report.text import Table, clip_label, fill
+from ..report.text import clip_label, fill
 from ..steering import Edit, load_edits, save_edits
 from .intervals import bootstrap_means, mcnemar, sign_flip
 from .study import SCORES
@@ -22,6 +21,8 @@ from .study import SCORES
 MEASURES = ("moved", "kept", "log_odds", "km", "kl", "perplexity", "repetition", "stability")
 TESTED = ("moved", "log_odds", "km")
 """Measures of the effect, which are tested against random dimensions."""
+RATES = ("moved", "kept", *SCORES)
+"""Measures that are true or false of a pair."""
 AGAINST = "random dims"
 READINGS = {
     "arm": "str", "share": "float64", "site": "str", "n": "int64",
@@ -55,10 +56,12 @@ class Steered:
         `protocol="study"`, also the study's scores.
     summary : DataFrame
         A row per arm and share: `n` pairs, and for each measure m its mean `m` over the pairs where
-        it is not missing, and `m_low, m_high`, its 95 % bootstrap interval over pairs. For `moved`,
-        `log_odds` and `km`, `m_p`: two-sided p-value against `random dims` of the same share, of
-        the same pairs, by McNemar's exact test or by sign flips; of all rows together none is
-        corrected for the number of tests.
+        it is not missing, and `m_low, m_high`, its 95 % interval over pairs: see
+        `effects.intervals.bootstrap_means`. For `moved`, `log_odds` and `km`, `m_p`: two-sided
+        p-value against `random dims` of the same share, of the same pairs, by McNemar's exact test
+        or by sign flips; of all rows together none is corrected for the number of tests. Where all
+        dimensions are edited, `random dims` and `shuffled labels` would be the edit itself: there
+        they have no row, and `m_p` is missing.
     readings : DataFrame
         A row per arm, share and later site that was probed, in the order of the forward pass: `n`
         pairs, and `km` with `km_low, km_high`, as in the summary, of what is read at that site.
@@ -183,6 +186,7 @@ def open_steered(folder: str | Path) -> Steered:
 def summarise(pairs: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """Make `Steered.summary` of `Steered.pairs`."""
     measures = [*MEASURES, *(score for score in SCORES if score in pairs)]
+    rates = [measure in RATES for measure in measures]
     groups = {
         (str(arm), float(share)): rows
         for (arm, share), rows in pairs.groupby(["arm", "share"], sort=False)
@@ -190,7 +194,7 @@ def summarise(pairs: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     table = []
     for (arm, share), rows in groups.items():
         values = _floats(rows, measures)
-        low, high = bootstrap_means(values, seed=seed)
+        low, high = bootstrap_means(values, rates=rates, seed=seed)
         row: dict[str, Any] = {"arm": arm, "share": share, "n": len(rows)}
         other = groups.get((AGAINST, share)) if arm not in (AGAINST, "none") else None
         for i, measure in enumerate(measures):
@@ -248,9 +252,9 @@ def _p_value(rows: pd.DataFrame, other: pd.DataFrame, measure: str, seed: int) -
 
 def text(found: Steered) -> str:
     """Tell an experiment in 100 columns."""
-    from ..report.steering_text import finding
+    from ..report import steering_text as words
 
-    info, table = found.info, found.summary
+    info = found.info
     counts = info["pairs"]
     ranked = "" if info["mode"] == "patch" else f", dimensions by {info['ranking']}"
     head = (
@@ -258,84 +262,32 @@ def text(found: Steered) -> str:
         f"{info['role']}, phase {info['phase']}{ranked}. "
         f"{counts['kept']} of {counts['asked']} pairs."
     )
-    blocks = [fill(head), *_notes(info), _effect(table, info), _damage(table)]
-    if set(SCORES) <= set(table.columns):
-        blocks.append(_study(table))
-    return "\n\n".join([*blocks, fill(" ".join(finding(found)))])
-
-
-def _notes(info: Mapping[str, Any]) -> Iterator[str]:
-    lines = [
-        f"Left out: {n} pair{'s' * (n > 1)}, {why}." for why, n in info["pairs"]["left_out"].items()
-    ]
-    lines += [f"No control {name!r}: {why}." for name, why in info["left_out"].items()]
-    if lines:
-        yield "\n".join(fill(line, "  ") for line in lines)
-
-
-def _effect(table: pd.DataFrame, info: Mapping[str, Any]) -> str:
-    read = f"; km: from the target to what {info['read_at']} reads" if info["read_at"] else ""
-    title = (
-        f"Effect, with 95 % intervals, and p against {AGAINST} of the same share. moved: the "
-        f"answer names the target's place; log odds: of the {info['level'] or 'place'}'s name, "
-        f"nats{read}"
+    blocks = [fill(head)]
+    if lines := words.left_out(found):
+        blocks.append("\n".join(fill(line, "  ") for line in lines))
+    tested = f", and p against {AGAINST} of the same share" if words.tested(found) else ""
+    effect = (
+        f"Effect, with 95 % intervals{tested}. names target: the answer names the target's "
+        f"place; log odds: of the {info['level'] or 'place'}'s name, nats"
     )
-    headers = ["arm", "share", "moved %", "p", "log odds", "p"]
-    headers += ["km", "p"] if info["read_at"] else []
-    cells = []
-    for _, row in table.iterrows():
-        cell = [row["arm"], _share(row), _percent(row, "moved"), _p(row["moved_p"])]
-        cell += [_with_ends(row, "log_odds", 2), _p(row["log_odds_p"])]
-        if info["read_at"]:
-            cell += [km(row["km"]), _p(row["km_p"])]
-        cells.append(cell)
-    return f"{fill(title)}\n{Table(headers, cells, 1).text()}"
-
-
-def _damage(table: pd.DataFrame) -> str:
-    title = (
-        "Damage. kept: the answer still names the source's place; kl, nats: of the next token from "
-        "the unedited model's; perplexity: of the answer under the unedited model"
+    if info["read_at"]:
+        effect += f"; km: from the target's place to what {info['read_at']} reads"
+    damage = (
+        "Damage. names source: the answer still names the source's place; KL: of the next token "
+        "from the unedited model's, nats; perplexity: of the answer under the unedited model"
     )
-    headers = ["arm", "share", "kept %", "kl", "perplexity", "repetition", "stability"]
-    cells = [
-        [
-            row["arm"], _share(row), _percent(row, "kept"), number(row["kl"], 3),
-            number(row["perplexity"], 1), number(row["repetition"], 2), number(row["stability"], 2),
-        ]
-        for _, row in table.iterrows()
-    ]  # fmt: skip
-    return f"{fill(title)}\n{Table(headers, cells, 1).text()}"
-
-
-def _study(table: pd.DataFrame) -> str:
-    title = "The study's own scores, by substrings, percent"
-    scores = SCORES[:3]
-    headers = ["arm", "share", *(score.removeprefix("study_") for score in scores)]
-    cells = [
-        [row["arm"], _share(row), *(_percent(row, score) for score in scores)]
-        for _, row in table.iterrows()
+    tables = [
+        (effect, words.effect_table(found, narrow=True)),
+        (damage, words.damage_table(found, narrow=True)),
     ]
-    return f"{title}\n{Table(headers, cells, 1).text()}"
-
-
-def _share(row: pd.Series[Any]) -> str:
-    return f"{100 * row['share']:.3g}%"
-
-
-def _with_ends(row: pd.Series[Any], measure: str, digits: int) -> str:
-    value, low, high = (number(row[f"{measure}{end}"], digits) for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})" if value else ""
-
-
-def _percent(row: pd.Series[Any], measure: str) -> str:
-    if pd.isna(row[measure]):
-        return ""
-    value, low, high = (f"{100 * row[f'{measure}{end}']:.0f}" for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})"
-
-
-def _p(value: Any) -> str:
-    if pd.isna(value):
-        return ""
-    return "<.001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
+    if words.has_readings(found):
+        share = words.share_words(words.shown_share(found))
+        several = (
+            f"Mean km from the target's place to what later sites read, at a share of {share}, "
+            "with 95 % intervals"
+        )
+        tables.append((several, words.readings_table(found, narrow=True)))
+    if study := words.study_table(found, narrow=True):
+        tables.append(("The study's own scores, by substrings", study))
+    blocks += [f"{fill(title)}\n{table.text()}" for title, table in tables]
+    return "\n\n".join([*blocks, fill(" ".join(words.finding(found)))])

@@ -8,12 +8,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapp
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from . import canvas
 from .text import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5f5f5f; --paper: #fff; --rule: #ddd;
@@ -94,18 +97,31 @@ def picture(path: Path, caption: str) -> str:
     )
 
 
-def draw(what: Any, wanted: Mapping[str, Callable[[Any], Any]], folder: Path) -> list[str]:
-    """Draw what can be drawn of something with `info`; return the names of the pictures."""
+def write(
+    info: MutableMapping[str, Any],
+    folder: Path,
+    pictures: Mapping[str, Callable[[], Figure]],
+    pages: Mapping[str, Callable[[list[str]], str]],
+) -> None:
+    """Draw what can be drawn, and write pages, each told which pictures there are.
+
+    What cannot be made warns, and the warning is kept in `info`: numbers that took hours must not
+    be lost to a drawing.
+    """
     drawn = []
-    for name, make in wanted.items():
+    for name in pictures:
+        (folder / name).unlink(missing_ok=True)  # no page may show another's
+    for name, make in pictures.items():
         try:
-            with kept_going(what.info, name):
-                canvas.save(make(what), folder / name)
+            with kept_going(info, name):
+                canvas.save(make(), folder / name)
                 drawn.append(name)
         except ImportError as err:
-            warn(what.info, f"the report has no pictures: {err}")
+            warn(info, f"the report has no pictures: {err}")
             break
-    return drawn
+    for name, page in pages.items():
+        with kept_going(info, name):
+            (folder / name).write_text(page(drawn), encoding="utf-8")
 
 
 def facts(info: Mapping[str, Any], without: Collection[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,7 @@ def write_report(run: Run, folder: str | Path, told: str | Path | None = None) -
     """Write layers.png, map.png, README.md and report.html into an existing folder.
 
     Without matplotlib the pages have no pictures; without held-out coordinates they have no map.
-    A picture or page that cannot be made warns, and the warning is kept in `info["warnings"]`:
-    numbers that took hours must not be lost to a drawing.
+    A picture or page that cannot be made warns, and the warning is kept in `info["warnings"]`.
 
     Parameters
     ----------
@@ -35,18 +35,14 @@ def write_report(run: Run, folder: str | Path, told: str | Path | None = None) -
     """
     folder = Path(folder)
     told = folder if told is None else Path(told)
-    pictures = _draw(run, folder)
-    for name, page in (("README.md", _markdown), ("report.html", _html)):
-        with frame.kept_going(run.info, name):
-            (folder / name).write_text(page(run, folder, pictures, told), encoding="utf-8")
-
-
-def _draw(run: Run, folder: Path) -> list[str]:
-    """Draw what can be drawn; return the names of the pictures."""
-    wanted = {"layers.png": figures.layer_curve}
+    pictures = {"layers.png": partial(figures.layer_curve, run)}
     if figures.has_map(run):
-        wanted["map.png"] = figures.map_of_predictions
-    return frame.draw(run, wanted, folder)
+        pictures["map.png"] = partial(figures.map_of_predictions, run)
+    pages = {
+        "README.md": lambda drawn: _markdown(run, folder, drawn, told),
+        "report.html": lambda drawn: _html(run, folder, drawn, told),
+    }
+    frame.write(run.info, folder, pictures, pages)
 
 
 # ---------------------------------------------------------------- what both pages say

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,10 +36,11 @@ _LEGEND = (
 
 
 def write(steered: Steered, folder: str | Path, told: str | Path | None = None) -> None:
-    """Write effects.png, map.png, README.md and report.html into an existing folder.
+    """Write effects.png, readings.png, map.png, README.md and report.html into an existing folder.
 
     Without matplotlib the pages have no pictures; without readings of a later site they have no
-    map. What cannot be drawn or worded warns, and the warning is kept in `info["warnings"]`.
+    map, and without those of several no readings.png. What cannot be drawn or worded warns, and
+    the warning is kept in `info["warnings"]`.
 
     Parameters
     ----------
@@ -49,19 +51,16 @@ def write(steered: Steered, folder: str | Path, told: str | Path | None = None) 
     """
     folder = Path(folder)
     told = folder if told is None else Path(told)
-    pictures = _draw(steered, folder)
-    for name, page in (("README.md", _markdown), ("report.html", _html)):
-        with frame.kept_going(steered.info, name):
-            made = page(steered, folder, pictures, told)
-            (folder / name).write_text(made, encoding="utf-8")
-
-
-def _draw(steered: Steered, folder: Path) -> list[str]:
-    """Draw what can be drawn; return the names of the pictures."""
-    wanted = {"effects.png": figures.effect_and_damage}
+    pictures = {"effects.png": partial(figures.effect_and_damage, steered)}
+    if text.has_readings(steered):
+        pictures["readings.png"] = partial(figures.readings_of_sites, steered)
     if figures.has_map(steered):
-        wanted["map.png"] = figures.map_of_readings
-    return frame.draw(steered, wanted, folder)
+        pictures["map.png"] = partial(figures.map_of_readings, steered)
+    pages = {
+        "README.md": lambda drawn: _markdown(steered, folder, drawn, told),
+        "report.html": lambda drawn: _html(steered, folder, drawn, told),
+    }
+    frame.write(steered.info, folder, pictures, pages)
 
 
 # ---------------------------------------------------------------- what both pages say
@@ -88,6 +87,8 @@ def _method(steered: Steered) -> list[str]:
         said.append(f"The first source is asked: {asked!r}.")
     if info["mode"] != "patch":
         said.append(f"Dimensions are ranked by {info['ranking']}, from the run's probe there.")
+    read = info["read_at"]
+    km = [f"km: from the target's place to what the run's probe at {read} reads."] if read else []
     said += [f"Control {c}: {text.CONTROL_WORDS[c]}." for c in text.controls(steered)]
     said += [
         "An answer names a place where a gazetteer finds one of its names or aliases as whole "
@@ -95,13 +96,18 @@ def _method(steered: Steered) -> list[str]:
         "Log odds: log p(target's name) - log p(source's name) where the answer begins, in nats.",
         "KL: from the unedited model's next-token distribution, over the tokens of the unedited "
         "answer, in nats. Perplexity: of the answer, under the unedited model.",
+        *km,
         "Repetition: the share of an answer's word triples that it has said before. Stability: how "
         "much of the unedited answer is still there, names of places apart (ROUGE-L; 1: all).",
-        "In parentheses, and as bars: 95 % bootstrap intervals over pairs. Pairs that share a "
-        "source or a target are not independent, so they are somewhat too narrow.",
-        "p: two-sided, against as many random dimensions of the same share, of the same pairs "
-        "(McNemar's exact test, or sign flips), not corrected for the number of rows.",
+        "In parentheses, and as bars or bands: 95 % bootstrap intervals over pairs; the exact ones "
+        "of Clopper and Pearson where a rate is 0 or 100 %. Pairs that share a source or a target "
+        "are not independent, so they are somewhat too narrow.",
     ]
+    if text.tested(steered):
+        said.append(
+            "p: two-sided, against as many random dimensions of the same share, of the same pairs "
+            "(McNemar's exact test, or sign flips), not corrected for the number of rows."
+        )
     ran = [f"{name} {info[name]}" for name in ("device", "dtype") if info.get(name)]
     return [*said, f"It ran with {', '.join(ran)}."] if ran else said
 
@@ -115,6 +121,11 @@ def _caption(steered: Steered, name: str) -> str:
             f"{steered.info['read_at']} after the edit, a dotted line from there to the target's "
             "place (ring). An edit that works has its arrowheads in the rings; the panel below "
             "shows the same pairs without it."
+        )
+    if name == "readings.png":
+        return (
+            "Distance from the target's place to what the run's probes of later sites read, mean "
+            f"over pairs, at a share of {share}; bands: 95 % intervals, dashed: the unedited model."
         )
     return (
         "Effect and damage, with 95 % intervals over pairs; the dashed line is the unedited model. "
@@ -130,15 +141,6 @@ def _examples_caption(steered: Steered, shown: int) -> str:
     )
 
 
-def _left_out(steered: Steered) -> list[str]:
-    """Which pairs and controls are not there, and why."""
-    info = steered.info
-    pairs = [
-        f"{n:,} pair{'s' * (n > 1)} left out: {why}" for why, n in info["pairs"]["left_out"].items()
-    ]
-    return pairs + [f"no control {name!r}: {why}" for name, why in info.get("left_out", {}).items()]
-
-
 def _again(told: Path) -> str:
     name = json.dumps(str(told), ensure_ascii=False)
     return f"{_OPEN.format(name=name)}\n{_USES}"
@@ -147,13 +149,19 @@ def _again(told: Path) -> str:
 _OPEN = "import geofast as gf\n\nsteered = gf.open_steered({name})"
 _USES = """steered.summary   # a row per arm and share
 steered.pairs     # a row per pair, arm and share, with the answer
+steered.readings  # a row per arm, share and later site
 print(steered)    # what this page says"""
 
 
 def _tables(steered: Steered) -> list[tuple[str, Table]]:
     found = [("Effect", text.effect_table(steered)), ("Damage", text.damage_table(steered))]
-    study = text.study_table(steered)
-    return [*found, ("The study's own scores, by substrings", study)] if study else found
+    if text.has_readings(steered):
+        share = text.share_words(text.shown_share(steered))
+        heading = f"km from the target's place to what later sites read, at a share of {share}"
+        found.append((heading, text.readings_table(steered)))
+    if study := text.study_table(steered):
+        found.append(("The study's own scores, by substrings", study))
+    return found
 
 
 # ---------------------------------------------------------------- README.md
@@ -170,7 +178,7 @@ def _markdown(steered: Steered, folder: Path, pictures: list[str], told: Path) -
         caption = _examples_caption(steered, len(found))
         parts += ["## Answers side by side", f"{caption} **The target's place**, *the source's*."]
         parts.append(_examples_markdown(found))
-    if lines := _left_out(steered):
+    if lines := text.left_out(steered):
         parts += ["## Left out", "\n".join(f"- {line}" for line in lines)]
     parts += ["## Open it again", f"```python\n{_again(told)}\n```"]
     parts += ["## Method", "\n".join(f"- {line}" for line in _method(steered))]
@@ -228,11 +236,8 @@ def _html(steered: Steered, folder: Path, pictures: list[str], told: Path) -> st
     if found := text.examples(steered):
         body += ["<h2>Answers side by side</h2>", _examples_html(found)]
         said = _examples_caption(steered, len(found))
-        marks = (
-            '<mark class="target">The target\'s place</mark>, <mark class="source">the source\'s'
-        )
-        body.append(f'<p class="note">{escape(said)} {marks}</mark>.</p>')
-    if lines := _left_out(steered):
+        body.append(f'<p class="note">{escape(said)} {_LEGEND}</p>')
+    if lines := text.left_out(steered):
         items = "".join(f"<li>{escape(line)}</li>" for line in lines)
         body.append(f"<h2>Left out</h2><ul>{items}</ul>")
     items = "".join(f"<li>{escape(line)}</li>" for line in _method(steered))
@@ -241,8 +246,10 @@ def _html(steered: Steered, folder: Path, pictures: list[str], told: Path) -> st
         body.append(f'<p class="note">Warning: {escape(str(message))}</p>')
     body.append(f"<h2>Open it again</h2><pre>{escape(_again(told))}</pre>")
     body.append(f"<h2>Use</h2><p>{escape(frame.use('pairs.csv') + _EDITED)}</p>")
-    body.append("<h2>Everything</h2><details><summary>The whole table, summary.csv</summary>")
-    body.append(frame.table(frame.whole(steered.summary)) + "</details>")
+    body.append("<h2>Everything</h2>")
+    for name, table in (("summary", steered.summary), ("readings", steered.readings)):
+        whole = frame.table(frame.whole(table))
+        body.append(f"<details><summary>The whole table, {name}.csv</summary>{whole}</details>")
     facts = frame.facts(steered.info, {"warnings", "samples", "edits"})
     body.append(f"<details><summary>How it was made, steering.json</summary>{facts}</details>")
     return frame.document(text.headline(steered), [_MARKS, *body])

@@ -1,4 +1,4 @@
-"""The two pictures of an experiment: effect against damage, and a map of where edits move pairs."""
+"""The pictures of an experiment: effect against damage, readings of later sites, and a map."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
+_ROOM = 100  # characters below an axis as wide as the page
 MAP_PAIRS = 24  # more arrows than this hide each other
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 _TITLES = {
@@ -65,15 +66,7 @@ def effect_and_damage(steered: Steered) -> Figure:
     for axes in every[len(panels) :]:
         axes.set_visible(False)
     title(figure, text.finding(steered)[0])
-    handles = {
-        label: handle
-        for axes in every
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 3),
-        frameon=False, fontsize=10,
-    )  # fmt: skip
+    _legend(figure)
     return figure
 
 
@@ -110,7 +103,20 @@ def _style(steered: Steered, arm: str) -> dict[str, Any]:
 
 
 def _label(arm: str) -> str:
-    return "edit" if arm == EDIT else f"control: {arm}"
+    return text.arm_words(arm) if arm in (UNEDITED, EDIT) else f"control: {arm}"
+
+
+def _legend(figure: Figure) -> None:
+    """Say below all panels, once, what their lines are."""
+    handles = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 3),
+        frameon=False, fontsize=10,
+    )  # fmt: skip
 
 
 def _values(steered: Steered, arm: str, measure: str) -> tuple[Array, Array, Array]:
@@ -144,7 +150,7 @@ def _over_shares(axes: Axes, steered: Steered, measure: str) -> None:
         axes.plot(x, mean, label=_label(arm), **style)
     before = text.row_of(steered, UNEDITED, 0).get(measure)
     if before is not None and pd.notna(before):
-        axes.axhline(before, color=GREY, lw=1, ls="--", zorder=1, label="unedited")
+        axes.axhline(before, color=GREY, lw=1, ls="--", zorder=1, label=_label(UNEDITED))
     axes.set_title(_TITLES[measure], fontsize=11, loc="left")
     axes.set_xlabel("share of the dimensions that is edited", fontsize=11)
     axes.xaxis.set_major_formatter(_per_cent(1))
@@ -168,7 +174,7 @@ def _over_damage(axes: Axes, steered: Steered, measure: str) -> None:
                     textcoords="offset points", ha="right", color=style["color"],
                 )  # fmt: skip
     if before and pd.notna(before[measure]):
-        axes.axhline(before[measure], color=GREY, lw=1, ls="--", zorder=1, label="unedited")
+        axes.axhline(before[measure], color=GREY, lw=1, ls="--", zorder=1, label=_label(UNEDITED))
     axes.set_title(f"{_OVER[measure]}, over damage", fontsize=11, loc="left")
     axes.set_xlabel("damage: KL from the unedited model, nats", fontsize=11)
     axes.set_xlim(left=min(0, axes.get_xlim()[0]))
@@ -188,6 +194,51 @@ def _per_cent(factor: float) -> Any:
     from matplotlib.ticker import FuncFormatter
 
     return FuncFormatter(lambda value, _: f"{factor * value:.3g} %")
+
+
+# ---------------------------------------------------------------- readings
+
+
+def readings_of_sites(steered: Steered) -> Figure:
+    """Draw how far from the target's place every later site reads, at the share shown.
+
+    A line per arm over the sites in the order of the pass, its 95 % interval over pairs a band.
+
+    Parameters
+    ----------
+    steered : Steered
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    share = text.shown_share(steered)
+    figure = blank(10, 4.8)
+    axes = figure.subplots()
+    sites = text.readings_of(steered, EDIT, share).index
+    for arm in (EDIT, *text.controls(steered, share), UNEDITED):
+        rows = text.readings_of(steered, arm, share).reindex(sites)
+        style: dict[str, Any] = {"color": GREY, "lw": 1.2, "ls": "--", "zorder": 2}
+        if arm != UNEDITED:
+            style = _style(steered, arm)
+        axes.plot(range(len(sites)), rows["km"], label=_label(arm), **style)
+        axes.fill_between(
+            range(len(sites)), rows["km_low"], rows["km_high"], color=style["color"], alpha=0.13,
+            linewidth=0, zorder=0,
+        )  # fmt: skip
+    # The last site is in every table: it keeps its label where not all have room.
+    step = -(-len(sites) * (max(map(len, sites)) + 2) // _ROOM)
+    shown = range(len(sites) - 1, -1, -step)
+    axes.set_xticks(shown, [sites[i] for i in shown])
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("km from the target's place", fontsize=11)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("site that is read, in the order of the pass", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=10)
+    title(figure, text.readings_title(steered))
+    _legend(figure)
+    return figure
 
 
 # ---------------------------------------------------------------- map
@@ -250,7 +301,7 @@ def _heading(steered: Steered, arm: str, shown: int) -> str:
     rows = _mapped(steered, arm)
     some = f"{shown} of {len(rows):,} pairs drawn" if shown < len(rows) else f"{shown} pairs"
     words = {EDIT: "Edit", UNEDITED: "Unedited"}.get(arm, f"Control: {arm}")
-    return f"{words}: {some}, median {km(rows['km'].median())} km from the target"
+    return f"{words}: {some}, mean {km(rows['km'].mean())} km from the target"
 
 
 def _draw_pairs(axes: Axes, rows: pd.DataFrame, norm: Any, colours: Any) -> None:

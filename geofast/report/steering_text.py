@@ -13,7 +13,7 @@ import pandas as pd
 from ..effects.intervals import mcnemar
 from ..effects.study import SCORES
 from .numbers import km, number
-from .text import Table, data_name, model_name, one_line
+from .text import Table, clip_label, data_name, model_name, one_line
 
 if TYPE_CHECKING:
     from ..effects.outcome import Steered
@@ -31,6 +31,10 @@ LEVELS = ("place", "region", "country", "continent")
 EXAMPLES = 6
 _ANSWER = 280  # characters of an answer that an example shows
 _LEVEL = 0.05  # of tests, over all shares that were tried
+_ALONE = ("km", "kl", "perplexity", "repetition", "stability")  # no interval in a terminal
+_SITES = 8  # rows of readings in a terminal
+_NAME = 24  # characters of a site there
+_Columns = Mapping[str, tuple[str, Callable[[Any], str]]]
 _MODES = {
     "swap": "With {share} of the dimensions of {site} swapped",
     "set": "With the reading at {site} set to the target in {share} of the dimensions",
@@ -47,9 +51,11 @@ def shares(steered: Steered) -> list[float]:
     return sorted(float(s) for s in table["share"][table["arm"] == EDIT].unique())
 
 
-def controls(steered: Steered) -> list[str]:
-    """Names of the controls."""
-    return [a for a in dict.fromkeys(steered.summary["arm"]) if a not in (UNEDITED, EDIT)]
+def controls(steered: Steered, share: float | None = None) -> list[str]:
+    """Names of the controls, of one share or of any."""
+    table = steered.summary
+    arms = table["arm"] if share is None else table["arm"][table["share"] == share]
+    return [a for a in dict.fromkeys(arms) if a not in (UNEDITED, EDIT)]
 
 
 def arm_words(arm: str) -> str:
@@ -80,6 +86,45 @@ def shown_share(steered: Steered) -> float:
     effects = [m for m in ("moved", "log_odds") if has(steered, m)]
     order = table.sort_values([*effects, "share"], ascending=[*(False for _ in effects), True])
     return float(order["share"].iloc[0])
+
+
+def shown_control(steered: Steered) -> str | None:
+    """The control beside the edit in examples and on the map: the first one at the share shown."""
+    return next(iter(controls(steered, shown_share(steered))), None)
+
+
+def readings_of(steered: Steered, arm: str, share: float) -> pd.DataFrame:
+    """What is read at every later site, its index, under an arm at a share."""
+    table = steered.readings[steered.readings["arm"] == arm]
+    return (table if arm == UNEDITED else table[table["share"] == share]).set_index("site")
+
+
+def has_readings(steered: Steered) -> bool:
+    """Tell whether several later sites were read; of a single one all tables have the km."""
+    read = readings_of(steered, EDIT, shown_share(steered))["km"]
+    return int(read.notna().sum()) > 1
+
+
+def tested(steered: Steered) -> bool:
+    """Tell whether anything was tested against random dimensions."""
+    return bool(steered.summary.filter(regex="_p$").notna().any(axis=None))
+
+
+def left_out(steered: Steered) -> list[str]:
+    """Which pairs and controls are not there, and why, in sentences."""
+    info = steered.info
+    said = [
+        f"{n:,} pair{'s' * (n > 1)} left out: {why}."
+        for why, n in info["pairs"]["left_out"].items()
+    ]
+    said += [f"No control {name!r}: {why}." for name, why in info["left_out"].items()]
+    for share in shares(steered):
+        said += [
+            f"No control {name!r} at a share of {share_words(share)}: there it is the edit itself."
+            for name in info["controls"]
+            if name not in controls(steered, share)
+        ]
+    return said
 
 
 def share_words(share: float) -> str:
@@ -116,14 +161,15 @@ def _named(steered: Steered, share: float) -> str:
     row, names = row_of(steered, EDIT, share), model_name(steered)
     n = int(_judged(steered, EDIT, share).notna().sum())
     low, high = (_percent_alone(row.get(f"moved_{end}")) for end in ("low", "high"))
+    ends = f"95 % interval {low} to {high}"
     several = len(shares(steered))
     if not row["moved"]:
         whole = f"any of {several} shares" if several > 1 else share_words(share)
         said = f"{_doing(steered, whole)}, {names} never names the target's place "
-        said += f"({n} answer{'s' * (n > 1)})"
+        said += f"({n} answer{'s' * (n > 1)}, {ends} %)"
     else:
         tried = f" (the best of {several} shares)" if several > 1 else ""
-        rate = f"{_percent(row['moved'])} of {n} answers (95 % interval {low} to {high})"
+        rate = f"{_percent(row['moved'])} of {n} answer{'s' * (n > 1)} ({ends})"
         doing = _doing(steered, share_words(share))
         said = f"{doing}{tried}, {names} names the target's place in {rate}"
     return f"{said}{_against(steered, share)}."
@@ -135,7 +181,7 @@ def _doing(steered: Steered, share: str) -> str:
 
 def _against(steered: Steered, share: float) -> str:
     """Say which controls the edit beats, and which it does not."""
-    others = controls(steered)
+    others = controls(steered, share)
     if not others:
         return "; no control was run, so any edit may do as much"
     rates = {c: f"{c} {_percent(row_of(steered, c, share).get('moved'))}" for c in others}
@@ -216,62 +262,97 @@ def _percent(value: Any) -> str:
 
 
 def _with_ends(row: Mapping[str, Any], measure: str, write: Callable[[Any], str]) -> str:
-    """A number with its 95 % interval."""
-    value, low, high = (row.get(f"{measure}{end}") for end in ("", "_low", "_high"))
-    return f"{write(value)} ({write(low)} to {write(high)})" if pd.notna(value) else ""
+    """A number with its 95 % interval, where it has one."""
+    value, low, high = (write(row.get(f"{measure}{end}")) for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})" if low else value
 
 
 # ---------------------------------------------------------------- tables
 
 
-def effect_table(steered: Steered) -> Table:
-    """What the answers name, what the logits say and the probe reads, an arm and share a row."""
-    return _table(
-        steered,
-        {
-            "moved": ("names target, %", _percent_alone),
-            "log_odds": ("log odds", _two),
-            "km": ("km to target", km),
-        },
-    )
+def effect_table(steered: Steered, *, narrow: bool = False) -> Table:
+    """What the answers name, what the logits say and the probe reads, an arm and share a row.
+
+    For a terminal a table is `narrow`: without `n`, and some measures without their interval.
+    """
+    columns: _Columns = {
+        "moved": ("names target, %", _percent_alone),
+        "log_odds": ("log odds", _two),
+        "km": ("km", km),
+    }
+    return _table(steered, columns, narrow)
 
 
-def damage_table(steered: Steered) -> Table:
+def damage_table(steered: Steered, *, narrow: bool = False) -> Table:
     """What else the edit changes, an arm and share a row."""
-    return _table(
-        steered,
-        {
-            "kept": ("names source, %", _percent_alone),
-            "kl": ("KL", number),
-            "perplexity": ("perplexity", lambda v: number(v, 1)),
-            "repetition": ("repetition", _two),
-            "stability": ("stability", _two),
-        },
-    )
+    columns: _Columns = {
+        "kept": ("names source, %", _percent_alone),
+        "kl": ("KL", number),
+        "perplexity": ("perplexity", lambda v: number(v, 1)),
+        "repetition": ("repetition", _two),
+        "stability": ("stability", _two),
+    }
+    return _table(steered, columns, narrow)
 
 
-def study_table(steered: Steered) -> Table | None:
+def study_table(steered: Steered, *, narrow: bool = False) -> Table | None:
     """The study's own scores; None where they were not asked for."""
     if not set(SCORES) <= set(steered.summary.columns):
         return None
     named = {s: (f"{s.removeprefix('study_')}, %", _percent_alone) for s in SCORES[:3]}
-    return _table(steered, named)
+    return _table(steered, named, narrow)
 
 
-def _table(steered: Steered, columns: Mapping[str, tuple[str, Callable[[Any], str]]]) -> Table:
+def _table(steered: Steered, columns: _Columns, narrow: bool) -> Table:
     table = steered.summary
     columns = {m: c for m, c in columns.items() if has(steered, m)}
-    tested = [m for m in columns if f"{m}_p" in table.columns and table[f"{m}_p"].notna().any()]
-    headers, cells = ["arm", "share", "n"], []
+    tests = [m for m in columns if f"{m}_p" in table.columns and table[f"{m}_p"].notna().any()]
+    headers, cells = ["arm", "share", *([] if narrow else ["n"])], []
     for measure, (words, _) in columns.items():
-        headers += [words, "p"] if measure in tested else [words]
+        headers += [words, "p"] if measure in tests else [words]
     for row in table.to_dict("records"):
-        line = [arm_words(row["arm"]), share_words(row["share"]), f"{int(row['n']):,}"]
+        line = [arm_words(row["arm"]), share_words(row["share"])]
+        line += [] if narrow else [f"{int(row['n']):,}"]
         for measure, (_, write) in columns.items():
-            line.append(_with_ends(row, measure, write))
-            line += [p_words(row[f"{measure}_p"])] if measure in tested else []
+            alone = narrow and measure in _ALONE
+            line.append(write(row[measure]) if alone else _with_ends(row, measure, write))
+            line += [p_words(row[f"{measure}_p"])] if measure in tests else []
         cells.append(line)
     return Table(headers, cells, 1)
+
+
+def readings_table(steered: Steered, *, narrow: bool = False) -> Table:
+    """Mean km from the target's place to what every later site reads, at the share shown.
+
+    For a terminal some of many sites, and no control but the first.
+    """
+    share = shown_share(steered)
+    arms = [UNEDITED, EDIT, *controls(steered, share)]
+    read = {a: readings_of(steered, a, share) for a in (arms[:3] if narrow else arms)}
+    sites = read[EDIT].index
+    if narrow:
+        sites = sites[np.linspace(0, len(sites) - 1, min(len(sites), _SITES)).round().astype(int)]
+    cells = [
+        [
+            clip_label(site, _NAME) if narrow else site,
+            *(_with_ends(rows.loc[site].to_dict(), "km", km) for rows in read.values()),
+        ]
+        for site in sites
+    ]
+    return Table(["site", *map(arm_words, read)], cells, 1)
+
+
+def readings_title(steered: Steered) -> str:
+    """Say what the first and the last of several later sites read."""
+    share = shown_share(steered)
+    edit = readings_of(steered, EDIT, share)["km"]
+    before = readings_of(steered, UNEDITED, 0)["km"]
+    first, last = edit.index[[0, -1]]
+    return (
+        f"{_doing(steered, share_words(share))}, probes read {km(edit[first])} km from the target "
+        f"at {first} and {km(edit[last])} km at {last} (unedited {km(before[first])} and "
+        f"{km(before[last])} km)"
+    )
 
 
 def _two(value: Any) -> str:
@@ -286,7 +367,7 @@ def p_words(value: Any) -> str:
     """Write a p-value."""
     if value is None or pd.isna(value):
         return ""
-    return "< .001" if value < 0.001 else number(value).lstrip("0") if value < 1 else "1"
+    return "<.001" if value < 0.001 else number(value).lstrip("0") if value < 1 else "1"
 
 
 # ---------------------------------------------------------------- examples
@@ -312,11 +393,6 @@ class Example:
     """Names of the target's place."""
     answers: Mapping[str, Answer]
     """By heading."""
-
-
-def shown_control(steered: Steered) -> str | None:
-    """The control that examples and the map have beside the edit: the first one."""
-    return next(iter(controls(steered)), None)
 
 
 def examples(steered: Steered, count: int = EXAMPLES) -> list[Example]:

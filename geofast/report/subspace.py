@@ -47,17 +47,10 @@ def write(found: Subspace, folder: str | Path, told: str | Path | None = None) -
     told : path, optional
         What the page tells to open; `folder` by default.
     """
-    folder, info = Path(folder), dict[str, Any]()
-    picture = folder / "subspace.png"
-    picture.unlink(missing_ok=True)  # the page must not show another search's
-    try:
-        with frame.kept_going(info, picture.name):
-            canvas.save(shares(found), picture)
-    except ImportError as err:
-        frame.warn(info, f"the report has no pictures: {err}")
-    with frame.kept_going(info, "subspace.html"):
-        page = _html(found, picture, folder if told is None else Path(told))
-        (folder / "subspace.html").write_text(page, encoding="utf-8")
+    folder = Path(folder)
+    told = folder if told is None else Path(told)
+    pages = {"subspace.html": lambda drawn: _html(found, folder, drawn, told)}
+    frame.write({}, folder, {"subspace.png": lambda: shares(found)}, pages)
 
 
 def finding(found: Subspace) -> str:
@@ -232,10 +225,9 @@ def _ranking_that_keeps_most(found: Subspace, target: str) -> str:
 # ---------------------------------------------------------------- the page
 
 
-def _html(found: Subspace, picture: Path, told: Path) -> str:
+def _html(found: Subspace, folder: Path, pictures: list[str], told: Path) -> str:
     body = [f'<p class="finding">{escape(finding(found))}.</p>']
-    if picture.exists():
-        body.append(frame.picture(picture, _caption(found)))
+    body += [frame.picture(folder / name, _caption(found)) for name in pictures]
     for title, table in (*text.curves(found), *text.smallest_sets(found)):
         body += [f"<h2>{escape(title)}</h2>", frame.table(table)]
     body.append(f"<h2>Method</h2><p>{escape(text.method(found))}</p>")

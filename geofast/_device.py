@@ -33,6 +33,7 @@ __all__ = [
 
 _PANEL = 128  # columns that are factored at once: the width of the products that follow
 _BLOCK = 1024  # rows of a diagonal block that is inverted: up to there a solve is one product
+_FEW = 64  # rows of a right-hand side, up to which reading a factor takes the time
 _STRIP = 512  # rows of a training matrix that are made at once
 _BYTES = 1 << 28  # of float64 copies of rows, or of whole inverses, at once
 
@@ -45,9 +46,9 @@ def project(
     *,
     rows: torch.Tensor | None = None,
 ) -> None:
-    """See `_reference.project`."""
+    """See `_reference.project`; all but `rows` may have a first dimension, of layers."""
     for part, taken in _shifted(x, shift, rows):
-        torch.mm(taken, w.T, out=out[part])
+        out[..., part, :] = taken @ w.mT
 
 
 def project_t(
@@ -58,20 +59,21 @@ def project_t(
     *,
     rows: torch.Tensor | None = None,
 ) -> None:
-    """See `_reference.project_t`."""
+    """See `_reference.project_t`; all but `rows` may have a first dimension, of layers."""
     out.zero_()
     for part, taken in _shifted(x, shift, rows):
-        out.addmm_(r[part].T, taken)
+        out += r[..., part, :].mT @ taken
 
 
 def _shifted(
     x: torch.Tensor, shift: torch.Tensor, rows: torch.Tensor | None
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows minus shift in float64, some at a time, and which."""
-    n, step = len(x) if rows is None else len(rows), max(1, _BYTES // (8 * max(1, x.shape[1])))
+    n = x.shape[-2] if rows is None else len(rows)
+    step = max(1, _BYTES // (8 * max(1, x[..., :1, :].numel())))
     for i in range(0, n, step):
         part = slice(i, min(i + step, n))
-        yield part, (x[part] if rows is None else x[rows[part]]) - shift
+        yield part, x[..., part if rows is None else rows[part], :] - shift[..., None, :]
 
 
 def training_matrix(
@@ -199,7 +201,24 @@ def solve_lower(
             part.baddbmm_(b[:, :, j:], l[:, j:, i:j], alpha=-1)
         elif i and not transpose:
             part.baddbmm_(b[:, :, :i], l[:, i:j, :i].mT, alpha=-1)
-        part.copy_(part @ (inverse if transpose else inverse.mT))
+        _times(part, inverse, transpose)
+
+
+def _times(b: torch.Tensor, inverse: torch.Tensor, transpose: bool) -> None:
+    """Replace rows b by L^-1 b or L^-T b, of triangles whose inverses these are.
+
+    Of many rows the products take the time, half of them with zeros: these are left out. Of few
+    rows it is the reading, which one product does best.
+    """
+    d = inverse.shape[1]
+    step = _PANEL if b.shape[1] > _FEW else d
+    starts = range(0, d, step)
+    for i in starts if transpose else reversed(starts):
+        j = min(i + step, d)
+        if transpose:
+            b[:, :, i:j] = b[:, :, i:] @ inverse[:, i:, i:j]
+        else:
+            b[:, :, i:j] = b[:, :, :j] @ inverse[:, i:j, :j].mT
 
 
 def inverse_trace(
@@ -240,9 +259,17 @@ def leverage(
     *,
     inverses: torch.Tensor | None = None,
 ) -> None:
-    """See `_reference.leverage`; `inverses` [dim, ...] as for `solve_lower`, of this one matrix."""
-    inverses = invert_blocks(l[None])[0] if inverses is None else inverses
-    for part, centred in _shifted(x, center, rows):
-        b = centred.to(l.dtype)[None]
-        solve_lower(l[None], b, False, inverses=inverses[None])
-        out[part] = torch.linalg.vector_norm(b[0], dim=1, dtype=out.dtype).square()
+    """See `_reference.leverage`; `inverses` as for `solve_lower`.
+
+    `l`, `center`, `out` and `inverses` may have a first dimension, of matrices that meet the same
+    rows.
+    """
+    if l.ndim == 2:
+        l, center, out = l[None], center[None], out[None]  # noqa: E741
+        inverses = None if inverses is None else inverses[None]
+    inverses = invert_blocks(l) if inverses is None else inverses
+    n, step = len(rows), max(1, _BYTES // (8 * max(1, center.numel())))
+    for i in range(0, n, step):
+        b = (x[rows[i : i + step]] - center[:, None]).to(l.dtype)
+        solve_lower(l, b, False, inverses=inverses)
+        out[:, i : i + step] = torch.linalg.vector_norm(b, dim=2, dtype=out.dtype).square()

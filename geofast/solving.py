@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from ._ops import send
 from .data import Samples
 from .extract import Extracted, add_sentence
 from .gram import Gram
 from .plan import Task
 from .request import Labelled
-from .ridge import Select, Solution, cross_validate, fit, fold_errors, solve, solve_many
+from .ridge import (
+    Select,
+    Solution,
+    cross_validate,
+    cross_validate_many,
+    fit,
+    fit_many,
+    fold_errors,
+    solve,
+    solve_many,
+)
 from .run import Probe, key
 
 Name = TypeVar("Name")
+Source = TypeVar("Source", torch.Tensor, Gram)
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ def solve_all(
         sources += [(*_parts(name), control, x) for name, x in both.items()]
     solved: list[Solved] = []
     failed: dict[str, list[str]] = {}
-    together = [_solve_grams([s[-1] for s in sources], task, alphas, select) for task in tasks]
+    of_all = [source[-1] for source in sources]
+    together = [_solve_together(of_all, given.y, task, alphas, select) for task in tasks]
     for i, (site, pool, prompt, control, x) in enumerate(sources):
         for t, task in enumerate(tasks):  # one after the other, so that rows on disk are read once
             try:
@@ -102,16 +114,24 @@ def _missing(control: str, where: Sequence[str]) -> str:
     return f"the control {control!r} could not be solved at {several}{where[0]}"
 
 
-def _solve_grams(
-    sources: Sequence[torch.Tensor | Gram], task: Task, alphas: Sequence[float], select: Select
+def _solve_together(
+    sources: Sequence[torch.Tensor | Gram],
+    y: torch.Tensor,
+    task: Task,
+    alphas: Sequence[float],
+    select: Select,
 ) -> dict[int, Solution | Exception]:
-    """Solve those of the sources that are statistics, all of one kind at once; by their place."""
+    """Solve statistics, and rows on a GPU, all of one kind at once; by their place in `sources`."""
     grams = {i: x for i, x in enumerate(sources) if isinstance(x, Gram)}
     assert not grams or select != "loo"  # refused before the model was loaded
-    options = {"folds": task.fold_of_cell, "select": select, "inner": task.folds >= 3}
+    options: dict[str, Any] = {"alphas": alphas, "select": select, "inner": task.folds >= 3}
+    from_grams = partial(solve_many, folds=task.fold_of_cell, **options)
+    from_rows = partial(cross_validate_many, y=y, fold=task.fold, **options)
     found: dict[int, Solution | Exception] = {}
     for alike in _alike(grams):
-        found |= zip(alike, _each_solved([*alike.values()], alphas, options), strict=True)
+        found |= zip(alike, _each_solved([*alike.values()], from_grams), strict=True)
+    for rows in _alike_on_gpu(enumerate(sources)):
+        found |= zip(rows, _each_solved([*rows.values()], from_rows), strict=True)
     return found
 
 
@@ -123,16 +143,27 @@ def _alike(grams: Mapping[Name, Gram]) -> list[dict[Name, Gram]]:
     return [*parts.values()]
 
 
+def _alike_on_gpu(
+    sources: Iterable[tuple[Name, torch.Tensor | Gram]],
+) -> list[dict[Name, torch.Tensor]]:
+    """Part the rows that are on a GPU into those that can be solved together."""
+    parts: defaultdict[object, dict[Name, torch.Tensor]] = defaultdict(dict)
+    for name, x in sources:
+        if isinstance(x, torch.Tensor) and not x.is_cpu:
+            parts[x.shape, x.dtype, x.device][name] = x
+    return [*parts.values()]
+
+
 def _each_solved(
-    grams: Sequence[Gram], alphas: Sequence[float], options: Mapping[str, Any]
+    sources: Sequence[Source], solved: Callable[[Sequence[Source]], Sequence[Solution | ValueError]]
 ) -> Sequence[Solution | Exception]:
     try:
-        return solve_many(grams, alphas, **options)
+        return solved(sources)
     except (ValueError, RuntimeError, MemoryError) as error:
-        if len(grams) == 1:
+        if len(sources) == 1:
             return [error]
     # One of them is to blame: the others need not go with it.
-    return [one for gram in grams for one in _each_solved([gram], alphas, options)]
+    return [one for source in sources for one in _each_solved([source], solved)]
 
 
 def _solve_rows(
@@ -146,7 +177,7 @@ def _solve_rows(
     assert isinstance(x, torch.Tensor)
     fold = task.fold
     if member is not None:
-        x, y, fold = x[send(member, x.device)], y[member], fold[member]
+        x, y, fold = x[member], y[member], fold[member]
     return cross_validate(x, y, fold, alphas, select=select, inner=task.folds >= 3)
 
 
@@ -192,12 +223,18 @@ def fit_probes(
     grid, by_folds = sorted(alphas), select == "folds"
     solutions: dict[str, Solution] = {}
     way: Any = "gcv" if by_folds else select  # of a single alpha there is nothing to choose
-    for name, x in (found.rows or {}).items():
+    rows = dict(found.rows or {})
+    for alike in [] if by_folds else _alike_on_gpu(rows.items()):  # as below
+        fitted = fit_many([*alike.values()], y, grid, select=way)
+        solutions |= zip(alike, map(_or_raise, alike, fitted), strict=True)
+    for name, x in rows.items():
+        if name in solutions:
+            continue
         errors = fold_errors(x, y, task.fold, grid).mean(0) if by_folds else None
         solutions[name] = fit(x, y, _least(grid, errors), select=way)
-    for alike in _alike(found.grams or {}):
+    for kind in _alike(found.grams or {}):
         # By folds, each has an alpha of its own.
-        groups = [{name: gram} for name, gram in alike.items()] if by_folds else [alike]
+        groups = [{name: gram} for name, gram in kind.items()] if by_folds else [kind]
         for group in groups:
             grams = [*group.values()]
             errors = _errors(grams[0], task, grid) if by_folds else None

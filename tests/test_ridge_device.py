@@ -13,7 +13,14 @@ from synthetic import rows
 
 import geofast as gf
 from geofast import _device, _reference
-from geofast.ridge import Select, fold_errors, solve_many, training
+from geofast.ridge import (
+    Select,
+    cross_validate_many,
+    fit_many,
+    fold_errors,
+    solve_many,
+    training,
+)
 
 TYPES = [torch.float32, torch.float64]
 SIZES = [1, 7, 16, 17, 48, 130]
@@ -412,3 +419,139 @@ def test_bad_rows_on_a_device(gpu: Pretend) -> None:
         gf.cross_validate(bad.to(gpu.device), y, fold)
     with pytest.raises(ValueError, match="target 1 is constant"):
         gf.cross_validate(x.to(gpu.device), y * torch.tensor([1.0, 0.0]), fold)
+
+
+def tables(count: int = 6, n: int = 200, d: int = 24) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return rows of many layers, some hard, that have their targets in common."""
+    kinds = [*SEEDS, "massive_rows"]
+    pairs = [rows(n, d, kind=kinds[i % len(kinds)], seed=i) for i in range(count)]
+    noise = torch.Generator().manual_seed(0)
+    y = torch.stack([pairs[0][1][:, 0], pairs[-1][1][:, 1]], 1)
+    scale = torch.logspace(0, 2, count)  # least leave-one-out error at many penalties
+    near = [
+        x + s * torch.randn(x.shape, generator=noise)
+        for (x, _), s in zip(pairs, scale, strict=True)
+    ]
+    return near, y
+
+
+def solved_near(
+    monkeypatch: pytest.MonkeyPatch, some: list[torch.Tensor], *rest: torch.Tensor, **options: str
+) -> list[gf.Solution]:
+    with monkeypatch.context() as exact:
+        exact.setattr(training, "_SMALL", 256)
+        return [gf.cross_validate(x, *rest, **options) for x in some]
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("select", ["loo", "gcv", "folds"])
+def test_rows_of_many_layers(
+    gpu: Pretend,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    select: Select,
+    blocks: bool,
+) -> None:
+    if blocks:
+        request.getfixturevalue("small_blocks")
+    some, y = tables()
+    fold = torch.arange(len(y)) % 4 - 1  # the first of four is left out
+    kept, inner = fold >= 0, select != "loo"
+    mine = [x[kept] for x in some]
+    want = solved_near(monkeypatch, mine, y[kept], fold[kept], select=select, inner=inner)
+    there = [x.to(gpu.device) for x in some]
+    found = cross_validate_many(there, y, fold, select=select, inner=inner)
+    for one, other in zip(found, want, strict=True):
+        assert isinstance(one, gf.Solution)
+        assert_same(one, other, 1e-6)
+    if select != "folds":
+        fitted = fit_many(there, y, select=select)
+        for x, one in zip(some, fitted, strict=True):
+            assert isinstance(one, gf.Solution)
+            assert_same(one, gf.fit(x, y, select=select), 1e-6)
+
+
+def test_leave_one_out_of_all_is_least_wherever_gcv_is(
+    gpu: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single row can move the minimum far from GCV's, where the search begins."""
+    some, y = tables(4, n=60, d=12)
+    for i, x in enumerate(some):
+        x[i] *= 1000
+        x[i + 7] *= 30
+    fold, alphas = torch.arange(60) % 3, [10.0**a for a in range(-3, 9)]
+    found = cross_validate_many([x.to(gpu.device) for x in some], y, fold, alphas)
+    moved = 0
+    for x, one in zip(some, found, strict=True):
+        assert isinstance(one, gf.Solution)
+        for f in range(3):
+            who = fold != f
+            inside, targets = x[who].double(), y[who].double()
+            errors = [left_out(inside, targets, alpha) for alpha in alphas]
+            assert float(one.alpha[f]) == alphas[errors.index(min(errors))]
+        moved += int((one.alpha != gf.cross_validate(x, y, fold, alphas, select="gcv").alpha).sum())
+    assert moved > 0
+
+
+def left_out(x: torch.Tensor, y: torch.Tensor, alpha: float) -> float:
+    x, y = x - x.mean(0), y - y.mean(0)
+    inside = torch.linalg.solve(x.T @ x + alpha * torch.eye(x.shape[1]), x.T)
+    hat = x @ inside + 1 / len(x)
+    error = (y - x @ (inside @ y)) / (1 - hat.diagonal())[:, None]
+    return float(error.square().mean())
+
+
+def test_the_host_waits_as_often_for_rows_of_many_layers_as_for_one(gpu: Pretend) -> None:
+    (x, *_), y = tables()
+    waits = []
+    for count in (1, 8):
+        there = [x.to(gpu.device) for _ in range(count)]
+        gpu.syncs.clear()
+        cross_validate_many(there, y, torch.arange(len(y)) % 5)
+        waits.append(len(gpu.syncs))
+    assert waits[0] == waits[1] < 60
+
+
+def test_rows_that_fail_cost_no_other(gpu: Pretend, monkeypatch: pytest.MonkeyPatch) -> None:
+    some, y = tables(4)
+    fold = torch.arange(len(y)) % 5
+    some[1][7, 5] = torch.inf
+    found = cross_validate_many([x.to(gpu.device) for x in some], y, fold)
+    assert "feature 5 of row 7 is inf" in str(found[1])
+    rest = [0, 2, 3]
+    for i, want in zip(
+        rest, solved_near(monkeypatch, [some[i] for i in rest], y, fold), strict=True
+    ):
+        one = found[i]
+        assert isinstance(one, gf.Solution)
+        assert_same(one, want, 1e-6)
+    with pytest.raises(ValueError, match="must be alike"):
+        cross_validate_many([some[0], some[1][:, 1:]], y, fold)
+
+
+def test_tables_are_taken_in_parts_when_memory_is_short(
+    gpu: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some, y = tables(5)
+    there, fold = [x.to(gpu.device) for x in some], torch.arange(len(y)) % 5
+    whole, tried = cross_validate_many(there, y, fold), []
+    module = import_module("geofast.ridge.solve")
+    inside = module._solve_tables
+
+    def limited(part: list[torch.Tensor], *rest: object) -> object:
+        tried.append(len(part))
+        if len(part) > 2:
+            raise torch.OutOfMemoryError
+        return inside(part, *rest)
+
+    monkeypatch.setattr(module, "_solve_tables", limited)
+    parts = cross_validate_many(there, y, fold)
+    assert tried == [5, 2, 2, 1]
+    for one, other in zip(parts, whole, strict=True):
+        assert isinstance(one, gf.Solution)
+        assert isinstance(other, gf.Solution)
+        assert_same(one, other, 1e-9)
+    monkeypatch.setattr(module, "_free", lambda _: 0)
+    tried.clear()
+    cross_validate_many(there[:2], y, fold)
+    assert tried == [1, 1]

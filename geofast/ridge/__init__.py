@@ -14,7 +14,8 @@ quadrature for b'(A + aI)^-1 b, for its derivative and, started from random sign
 df (Golub and Meurant, Matrices, Moments and Quadrature, 2010). The pole p moves to the minimum of
 its own curve, where the quadrature is exact, so the factor that is left over is the one that the
 solution needs; what the errors of the estimate leave open, exact traces decide. From that minimum
-leave-one-out searches all alphas by branch and bound (`loo`). Solutions are refined against the
+leave-one-out searches all alphas by branch and bound (`loo`, and `loo_of_all` for all sets at
+once). Solutions are refined against the
 float64 residual of the rows themselves (or of the float64 statistics), so their error does not
 depend on the factor's precision; where float32 fails, float64 is used and the result says so.
 
@@ -26,14 +27,24 @@ are; solutions come back on the CPU.
 """
 
 from .solution import ALPHAS, Select, Solution
-from .solve import cross_validate, fit, fold_errors, solve, solve_many
+from .solve import (
+    cross_validate,
+    cross_validate_many,
+    fit,
+    fit_many,
+    fold_errors,
+    solve,
+    solve_many,
+)
 
 __all__ = [
     "ALPHAS",
     "Select",
     "Solution",
     "cross_validate",
+    "cross_validate_many",
     "fit",
+    "fit_many",
     "fold_errors",
     "solve",
     "solve_many",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import _ops
+
+if TYPE_CHECKING:
+    from .training import Training
 
 
 @dataclass(frozen=True)
@@ -77,4 +80,22 @@ class Factor:
         out = torch.empty(len(rows), dtype=torch.float64, device=x.device)
         extra = {name: tensor[0] for name, tensor in self._extra.items()}
         _ops.backend(x.device).leverage(self.lower[0], x, center, rows, out, **extra)
+        return out
+
+    def leverages(self, x: torch.Tensor, train: Training) -> torch.Tensor:
+        """||L^-1 (x - center)||^2 of all rows [L, n, d], each set its layer's: float64 [M, n].
+
+        The sets of `train`, whose matrices these are, are in order.
+        """
+        out = torch.empty(len(self), x.shape[1], dtype=torch.float64, device=x.device)
+        everyone, d, done = torch.arange(x.shape[1], device=x.device), train.dim, 0
+        many = torch.bincount(train.sets // train.stats.folds, minlength=len(x))
+        for i, count in enumerate(many.tolist()):
+            at = slice(done, done + count)
+            if count:
+                center = train.stats.shift[i, :d] + train.mean[at]
+                extra = {name: tensor[at] for name, tensor in self._extra.items()}
+                ops = _ops.backend(x.device)
+                ops.leverage(self.lower[at], x[i], center, everyone, out[at], **extra)
+            done += count
         return out

@@ -22,10 +22,10 @@ from .refine import refine, training_errors
 from .solution import EQUAL
 from .training import Training, TrainingRows, subset
 
-_STEPS = 16  # Lanczos steps for the errors at other alphas; what they lack widens the bound
+STEPS = 16  # Lanczos steps for the errors at other alphas; what they lack widens the bound
 _BEYOND = 3  # alphas above the minimum for which training errors are computed at once
 _CHUNKS = 8  # parts in which the rows of an alpha that may be out are taken
-_SLACK = 1e-4  # relative error allowed for a leverage from a float32 factor
+SLACK = 1e-4  # relative error allowed for a leverage from a float32 factor
 
 
 def select_loo(
@@ -33,11 +33,11 @@ def select_loo(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the minimum of the exact leave-one-out error over all alphas.
 
-    Of one layer. Returns the index of its alpha [M], on the CPU, and, refined there, w [M, k, d]
-    and projections [n, M, k].
+    Of one layer, on the CPU; `select_loo_of_all` does it elsewhere. Returns the index of its alpha
+    [M], on the CPU, and, refined there, w [M, k, d] and projections [n, M, k].
     """
     shifts = _ops.send(alphas - alphas[start.pole][:, None], train.device)
-    krylov = lanczos(start.factor, train.b.to(start.factor.dtype), _STEPS, keep=True)
+    krylov = lanczos(start.factor, train.b.to(start.factor.dtype), STEPS, keep=True)
     guesses = krylov.solve(shifts)
     curves = [
         _Curve(subset(train, slice(i, i + 1)), rows, i, alphas, guesses[i], start)
@@ -51,10 +51,9 @@ def select_loo(
             alpha = alphas[a].repeat(len(sets))
             part = subset(train, sets)
             factor = start.factor_at(train, alphas, a, sets)
-            w, projected = refine(part, factor, alpha, rows, sets)
+            w, projected = refine(part, factor, alpha, rows)
             assert projected is not None
-            training = rows.training[:, _ops.send(sets, train.device)]
-            error = training_errors(part, rows, projected, training)
+            error = training_errors(part, rows, projected, rows.training_of(sets))
             for j, i in enumerate(sets.tolist()):
                 curves[i].add(a, factor[j : j + 1], error[:, j])
                 solutions[a, i] = w[j], projected[:, j]
@@ -197,11 +196,11 @@ class _Curve:
         below, above = [b for b in known if b < a], [b for b in known if b > a]
         least = torch.zeros(len(self.who), dtype=torch.float64, device=self.who.device)
         if above:  # leverages fall with alpha
-            least = self.leverages[above[0]] * (1.0 - _SLACK)
+            least = self.leverages[above[0]] * (1.0 - SLACK)
         for pair in (below[-2:], above[:2]):
             if len(pair) == 2:
                 one, two = (1.0 / self.leverages[b].clamp_min(1e-30) for b in pair)
                 t = (alpha - self.alphas[pair[0]]) / (self.alphas[pair[1]] - self.alphas[pair[0]])
-                line = one + t * (two - one) + _SLACK * (1.0 + t.abs()) * (one + two)
+                line = one + t * (two - one) + SLACK * (1.0 + t.abs()) * (one + two)
                 least = torch.maximum(least, 1.0 / line)
         return least

@@ -17,11 +17,10 @@ def refine(
     factor: Factor,
     alpha: torch.Tensor,
     rows: TrainingRows | None,
-    sets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Iterative refinement of (A + alpha I) w = b with float64 residuals.
 
-    `alpha` [M] is on the CPU. With rows, those of the only layer, `train` may be the `sets` of it;
+    `alpha` [M] is on the CPU. With rows, `train` may be some of their layers' sets, each once;
     without, it is all sets of all layers. Returns w [M, k, d] and, with rows, their projections
     (x - c) w' [n, M, k]. Raises NotPositiveError when the factor is too poor for the refinement to
     contract.
@@ -29,11 +28,9 @@ def refine(
     w = torch.zeros_like(train.b)
     projected, going = None, None
     residual, energies = train.b, []
-    at, alpha = sets, _ops.send(alpha, train.device)[:, None, None]
-    if at is not None:
-        at = _ops.send(at, train.device)
-    training = None if rows is None else rows.training if at is None else rows.training[:, at]
-    layers = len(train.stats.total)
+    alpha = _ops.send(alpha, train.device)[:, None, None]
+    training = None if rows is None else rows.training_of(train.sets)
+    layer = train.sets // train.stats.folds
     for _ in range(_ROUNDS):
         step = factor.solve(residual)
         if going is not None:
@@ -41,51 +38,76 @@ def refine(
         w = w + step
         energies.append((step * residual).sum(-1).abs())
         if rows is not None:
-            delta = _project(rows.x, train, step)
+            delta = project(rows.x, train, step)
             projected = delta if projected is None else projected + delta
         if len(energies) > 1:
-            settled = _settled(energies, layers)
+            settled = _settled(energies, layer)
             if bool(settled.all()):
                 return w, projected
             if settled.any():  # each layer stops as it would alone
-                going = _ops.send(~settled, train.device).repeat_interleave(len(w) // layers)
-                going = going[:, None, None]
+                going = _ops.send(~settled, train.device)[:, None, None]
         if rows is not None and projected is not None and training is not None:
             error = training_errors(train, rows, projected, training)
-            residual = _project_t(rows.x, train, error) - alpha * w
+            residual = project_t(rows.x, train, error) - alpha * w
         else:
             residual = train.b - _apply_matrix(train, w) - alpha * w
-    raise NotPositiveError(range(layers))
+    raise NotPositiveError(layer.tolist())
 
 
-def _settled(energies: list[torch.Tensor], layers: int) -> torch.Tensor:
-    """Whether the next correction would be negligible at the rate of the last, by layer: bool [L].
+def _settled(energies: list[torch.Tensor], layer: torch.Tensor) -> torch.Tensor:
+    """Whether the next corrections of a set's `layer` would be negligible at the rate of the last.
 
-    Energies are [M, k]; what comes back is on the CPU.
+    Energies are [M, k]; the layers [M] and what comes back, bool [M], are on the CPU.
     """
     first, before, last = energies[0], energies[-2], energies[-1]
     small = last <= _REFINED * first
     grows = ~small & (last > 0.25 * before)
     goes_on = ~(small | (last * (last / before) <= _REFINED * first))
-    table = torch.stack([grows, goes_on]).view(2, layers, -1).any(2).cpu()
+    table = torch.stack([grows, goes_on]).any(2).cpu()
     if table[0].any():
-        raise NotPositiveError(table[0].nonzero()[:, 0].tolist())
-    return ~table[1]
+        raise NotPositiveError(layer[table[0]].tolist())
+    return ~torch.isin(layer, layer[table[1]])
 
 
-def _project(x: torch.Tensor, train: Training, w: torch.Tensor) -> torch.Tensor:
+def project(x: torch.Tensor, train: Training, w: torch.Tensor) -> torch.Tensor:
+    """(x - c) w' for w [M, k, d] of the training sets: [n, M, k]."""
     m, k, d = w.shape
-    out = torch.empty(len(x), m * k, dtype=torch.float64, device=x.device)
-    _ops.backend(x.device).project(x, train.stats.shift[0, :d], w.reshape(m * k, d), out)
-    return out.view(len(x), m, k)
+    ops, shift = _ops.backend(x.device), train.stats.shift[:, :d]
+    if x.ndim == 2:
+        out = torch.empty(len(x), m * k, dtype=torch.float64, device=x.device)
+        ops.project(x, shift[0], w.reshape(m * k, d), out)
+        return out.view(len(x), m, k)
+    layers, n = x.shape[:2]
+    at, sets = _among_all(train)
+    every = w if at is None else w.new_zeros(sets, k, d).index_copy_(0, at, w)
+    out = torch.empty(layers, n, sets // layers * k, dtype=torch.float64, device=x.device)
+    ops.project(x, shift, every.reshape(layers, -1, d), out)
+    out = out.view(layers, n, -1, k).transpose(0, 1).flatten(1, 2)
+    return out if at is None else out[:, at]
 
 
-def _project_t(x: torch.Tensor, train: Training, error: torch.Tensor) -> torch.Tensor:
+def project_t(x: torch.Tensor, train: Training, error: torch.Tensor) -> torch.Tensor:
+    """Products error' (x - c) for errors [n, M, k] of the training sets: [M, k, d]."""
     n, m, k = error.shape
-    d = train.dim
-    out = torch.empty(m * k, d, dtype=torch.float64, device=x.device)
-    _ops.backend(x.device).project_t(x, train.stats.shift[0, :d], error.reshape(n, m * k), out)
-    return out.view(m, k, d)
+    ops, d = _ops.backend(x.device), train.dim
+    shift = train.stats.shift[:, :d]
+    if x.ndim == 2:
+        out = torch.empty(m * k, d, dtype=torch.float64, device=x.device)
+        ops.project_t(x, shift[0], error.reshape(n, m * k), out)
+        return out.view(m, k, d)
+    layers = len(x)
+    at, sets = _among_all(train)
+    every = error if at is None else error.new_zeros(n, sets, k).index_copy_(1, at, error)
+    out = torch.empty(layers, sets // layers * k, d, dtype=torch.float64, device=x.device)
+    ops.project_t(x, shift, every.reshape(n, layers, -1).transpose(0, 1), out)
+    out = out.view(sets, k, d)
+    return out if at is None else out[at]
+
+
+def _among_all(train: Training) -> tuple[torch.Tensor | None, int]:
+    """The place of training sets among all of all layers, None for all; and how many these are."""
+    sets = len(train.stats.total) * train.stats.folds
+    return None if len(train) == sets else _ops.send(train.sets, train.device), sets
 
 
 def training_errors(

@@ -11,10 +11,14 @@ from .training import Training, TrainingRows
 def score_rows(
     train: Training, rows: TrainingRows, projected: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Held-out predictions [n, k], R2 and MSE [F, k]."""
-    everyone = predict(train, rows, projected, rows.training)
-    held = everyone[torch.arange(len(rows.x), device=rows.fold.device), rows.fold]
-    r2, mse = fold_r2(held, rows.y, rows.fold, rows.folds)
+    """Held-out predictions [n, L, k] of every layer, R2 and MSE [M, k]."""
+    n, k = rows.y.shape
+    everyone = predict(train, rows, projected, rows.training_of(train.sets))
+    everyone = everyone.view(n, -1, rows.folds, k).transpose(1, 2)
+    held = everyone[torch.arange(n, device=rows.fold.device), rows.fold]
+    layers = held.shape[1]
+    both = fold_r2(held.flatten(1), rows.y.repeat(1, layers), rows.fold, rows.folds)
+    r2, mse = (one.view(-1, layers, k).transpose(0, 1).flatten(0, 1) for one in both)
     return held, r2, mse
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
 from .. import _ops
-from ..gram import Gram, totals
+from ..gram import Gram, totals, update
 from .gcv import least_gcv, settle_ties
 from .inner import inner_at, inner_folds, path
-from .loo import select_loo
+from .loo import STEPS, select_loo
+from .loo_of_all import select_loo_of_all
 from .refine import refine
 from .scores import score_held_out, score_rows, scores_on
 from .solution import ALPHAS, Select, Solution, least, penalties
@@ -28,6 +29,8 @@ from .training import (
 from .wide import inner_products, solve_wide, wide_scores
 
 _SHARE = 0.7  # of a GPU's free memory, for layers that are solved at once
+
+Item = TypeVar("Item")
 
 
 def solve(
@@ -90,36 +93,55 @@ def solve_many(
         For arguments that are wrong whatever the statistics, and Grams that differ in shape.
     """
     _check_select(select, ("gcv", "folds"))
-    grid, found = penalties(alphas), list[Solution | ValueError]()
+    grid = penalties(alphas)
     shapes = {(g.dim, g.targets, g.cells, g.matrix.device) for g in grams}
     if len(shapes) > 1:
         raise ValueError(
             "Grams that are solved together must have one width, number of targets and cells, and "
             f"device; got {sorted(map(str, shapes))}"
         )
-    most = len(grams)
-    while len(found) < len(grams):
-        left = grams[len(found) :]
-        most = min(most, _at_once(left[0], folds, len(grid) if select == "folds" else 2))
+    if not grams:
+        return []
+    device, p = grams[0].matrix.device, grams[0].matrix.shape[1]
+    parts = grams[0].cells if folds is None else int(folds.max()) + 1
+    each = _matrix_bytes(p, parts, len(grid) if select == "folds" else 2)
+    return _in_parts(
+        grams,
+        None if device.type == "cpu" or is_small(grams[0].dim) else (device, each),
+        lambda some: _solve_layers(some, grid, folds, select, inner),
+    )
+
+
+def _in_parts(
+    layers: Sequence[Item],
+    memory: tuple[torch.device, int] | None,
+    solved: Callable[[Sequence[Item]], list[Solution | ValueError]],
+) -> list[Solution | ValueError]:
+    """Solve layers, so many at once as the device has memory for, by the bytes of each.
+
+    One after the other where `memory` is None.
+    """
+    found, most = list[Solution | ValueError](), len(layers)
+    while len(found) < len(layers):
+        left = layers[len(found) :]
+        fit = 1 if memory is None else int(_SHARE * _free(memory[0])) // memory[1]
+        most = min(most, len(left), max(1, fit))
         try:
-            found += _solve_layers(left[:most], grid, folds, select, inner)
+            found += solved(left[:most])
         except torch.OutOfMemoryError:
-            if min(most, len(left)) == 1:
+            if most == 1:
                 raise
-            most = min(most, len(left)) // 2
+            most //= 2
     return found
 
 
-def _at_once(gram: Gram, folds: torch.Tensor | None, alphas: int) -> int:
-    """How many layers there is memory for, with so many factors of every pair of folds."""
-    device, p = gram.matrix.device, gram.matrix.shape[1]
-    if device.type == "cpu" or is_small(gram.dim):
-        return 1
-    parts = gram.cells if folds is None else int(folds.max()) + 1
-    # Each part's statistics, and its factor with the inverses of its blocks, twice; of a pair the
-    # factors.
-    each = 8 * p * p * (5 * parts + 2 * alphas)
-    return max(1, int(_SHARE * _free(device)) // each)
+def _matrix_bytes(p: int, parts: int, alphas: int) -> int:
+    """Bytes a layer, with so many factors of every pair of folds.
+
+    Each part's statistics, and its factor with the inverses of its blocks, twice; of a pair the
+    factors.
+    """
+    return 8 * p * p * (5 * parts + 2 * alphas)
 
 
 def _free(device: torch.device) -> int:
@@ -139,20 +161,35 @@ def _solve_layers(
     if is_small(grams[0].dim):
         grams = [gram.cpu() for gram in grams]  # where so few features are quicker
     stats = Statistics.of([totals(gram, folds) for gram in grams])
-    k, whole = grams[0].targets, stats.folds == 1
+    whole = stats.folds == 1
     _check_inner(stats.folds, select, inner and not whole)
-    found: dict[int, Solution | ValueError] = _refused(stats, grams[0].dim)
-    if whole:
+    found = _refused(stats, grams[0].dim)
+    return _solve_others(found, stats, None, grams[0].targets, alphas, select, inner and not whole)
+
+
+def _solve_others(
+    found: dict[int, Solution | ValueError],
+    stats: Statistics,
+    rows: TrainingRows | None,
+    k: int,
+    alphas: torch.Tensor,
+    select: str,
+    inner: bool,
+) -> list[Solution | ValueError]:
+    """Solve the layers that nothing is found of yet; of a single fold nothing is held out."""
+    layers, dim, scored = len(stats.total), stats.total.shape[1] - 1 - k, stats.folds > 1
+    if not scored:
         stats = replace(stats, held=torch.zeros_like(stats.held))
-    for dtype in _precisions(grams[0].dim, grams[0].matrix.device):
-        left = [i for i in range(len(grams)) if i not in found]
+    for dtype in _precisions(dim, stats.total.device):
+        left = [i for i in range(layers) if i not in found]
         while left:
-            some = stats if len(left) == len(grams) else stats[torch.tensor(left)]
+            some, of = stats, rows
+            if len(left) < layers:
+                some = stats[torch.tensor(left)]
+                of = None if rows is None else rows[torch.tensor(left)]
             try:
-                solved = _solve_in(
-                    dtype, training_sets(some, k), alphas, select, None, inner and not whole,
-                    not whole,
-                )  # fmt: skip
+                train = training_sets(some, k)
+                solved = _solve_in(dtype, train, alphas, select, of, inner, scored)
             except RefusedError as refused:
                 found.update({left[i]: why for i, why in refused.why.items()})
                 left = [i for i in left if i not in found]
@@ -162,7 +199,7 @@ def _solve_layers(
                 found.update(zip(left, solved, strict=True))
                 left = []
     hopeless = ValueError(_not_positive(alphas.tolist()))
-    return [found.get(i, hopeless) for i in range(len(grams))]
+    return [found.get(i, hopeless) for i in range(layers)]
 
 
 def _refused(stats: Statistics, dim: int) -> dict[int, Solution | ValueError]:
@@ -211,12 +248,164 @@ def cross_validate(
     """
     _check_select(select, get_args(Select))
     _check_rows(x, y)
-    rows = _rows(x, y, fold, _count_folds(fold, len(x)))
-    _check_inner(rows.folds, select, inner)
+    folds = _count_folds(fold, len(x))
+    _check_inner(folds, select, inner)
+    if _is_large_elsewhere(x):
+        return _or_raise(_solve_tables([x], y, fold, folds, alphas, select, inner))
+    rows = _rows(x, y, fold, folds)
     if rows.are_wide:
         _check_finite(x, "feature")
         return solve_wide(rows, alphas, select, inner)
     return _solve_rows(rows, y.shape[1], alphas, select, inner, scored=True)
+
+
+def cross_validate_many(
+    tables: Sequence[torch.Tensor],
+    y: torch.Tensor,
+    fold: torch.Tensor,
+    alphas: Sequence[float] = ALPHAS,
+    *,
+    select: Select = "loo",
+    inner: bool = False,
+) -> list[Solution | ValueError]:
+    """Solve rows of many layers, of one shape, dtype and device, as `cross_validate` does each.
+
+    On a GPU as many at once as there is memory for; on the CPU, which one layer fills, one after
+    the other. For a layer that cannot be solved its error is returned, and the others are solved.
+
+    Parameters
+    ----------
+    tables
+        [n, d] rows of each layer.
+    y, fold, alphas, select, inner
+        As for `cross_validate`. A row with a negative fold is left out.
+
+    Raises
+    ------
+    ValueError
+        For arguments that are wrong whatever the rows, and tables that differ in shape.
+    """
+    _check_select(select, get_args(Select))
+    in_some = (fold >= 0).nonzero()[:, 0]
+    kept = None if len(in_some) == len(fold) else in_some
+    if kept is not None:
+        y, fold = (one[_ops.send(kept, one.device)] for one in (y, fold))
+    folds = _count_folds(fold, len(fold))
+    _check_inner(folds, select, inner)
+    return _of_tables(tables, kept, y, fold, folds, alphas, select, inner)
+
+
+def _of_tables(
+    tables: Sequence[torch.Tensor],
+    kept: torch.Tensor | None,
+    y: torch.Tensor,
+    fold: torch.Tensor,
+    folds: int,
+    alphas: Sequence[float],
+    select: Select,
+    inner: bool,
+) -> list[Solution | ValueError]:
+    """Solve some rows of each table, all if `kept` is None; one fold holds nothing out."""
+    if len({(x.shape, x.dtype, x.device) for x in tables}) > 1:
+        kinds = sorted({f"{x.dtype} {list(x.shape)} on {x.device}" for x in tables})
+        raise ValueError(f"rows that are solved together must be alike; got {', '.join(kinds)}")
+    if not tables:
+        return []
+    x = tables[0]
+    n, d, k = len(fold), x.shape[1], y.shape[1]
+    count = len(alphas)
+
+    def solved(some: Sequence[torch.Tensor]) -> list[Solution | ValueError]:
+        if kept is not None:
+            some = [x[_ops.send(kept, x.device)] for x in some]
+        if _is_large_elsewhere(x):
+            return _solve_tables(some, y, fold, folds, alphas, select, inner)
+        found = list[Solution | ValueError]()
+        for one in some:
+            try:
+                if folds > 1:
+                    found.append(cross_validate(one, y, fold, alphas, select=select, inner=inner))
+                else:
+                    found.append(fit(one, y, alphas, select=select))
+            except ValueError as error:
+                found.append(error)
+        return found
+
+    memory = None
+    if _is_large_elsewhere(x):
+        # The rows once more; errors and predictions of every alpha, and near-solutions.
+        each = n * (d * x.itemsize + 8 * folds * count * (4 * k + 3)) + 64 * folds * count * k * d
+        each += 8 * folds * k * d * (STEPS + 4)
+        memory = x.device, each + _matrix_bytes(d + 1 + k, folds, count if select == "folds" else 2)
+    return _in_parts(tables, memory, solved)
+
+
+def _is_large_elsewhere(x: torch.Tensor) -> bool:
+    """Whether rows are solved on a GPU, many layers at once."""
+    return not x.is_cpu and not is_small(x.shape[1])
+
+
+def _or_raise(found: Sequence[Solution | ValueError]) -> Solution:
+    (one,) = found
+    if isinstance(one, ValueError):
+        raise one
+    return one
+
+
+def _solve_tables(
+    tables: Sequence[torch.Tensor],
+    y: torch.Tensor,
+    fold: torch.Tensor,
+    folds: int,
+    alphas: Sequence[float],
+    select: Select,
+    inner: bool,
+) -> list[Solution | ValueError]:
+    """Solve rows of one shape that are on a GPU, all at once."""
+    _check_rows(tables[0], y)
+    device, k = tables[0].device, y.shape[1]
+    first = _rows(tables[0], y, fold, folds)
+    if first.are_wide:
+        return [_solve_wide_table(replace(first, x=x), alphas, select, inner) for x in tables]
+    rows = replace(first, x=tables[0][None] if len(tables) == 1 else torch.stack([*tables]))
+    p = rows.x.shape[2] + 1 + k
+    matrix = torch.empty(len(tables), folds, p, p, dtype=torch.float64, device=device)
+    grams = [Gram(p - 1 - k, k, folds, out=out, device=device) for out in matrix]
+    update(grams, [*rows.x], y.cpu(), fold.clamp_min(0).cpu())
+    shift = torch.stack([gram.shift for gram in grams if gram.shift is not None])
+    stats = Statistics(matrix.sum(1), matrix, shift)
+    found = _refused(stats, p - 1 - k)
+    for i in found:  # by the row, where it can be told
+        try:
+            _check_finite(tables[i], "feature")
+        except ValueError as error:
+            found[i] = error
+    return _solve_others(found, stats, rows, k, penalties(alphas), select, inner)
+
+
+def _solve_wide_table(
+    rows: TrainingRows, alphas: Sequence[float], select: str, inner: bool
+) -> Solution | ValueError:
+    try:
+        _check_finite(rows.x, "feature")
+        found = solve_wide(rows, alphas, select, inner)
+    except ValueError as error:
+        return error
+    return found if rows.folds > 1 else replace(found, r2=None, mse=None, predictions=None)
+
+
+def fit_many(
+    tables: Sequence[torch.Tensor],
+    y: torch.Tensor,
+    alphas: Sequence[float] = ALPHAS,
+    *,
+    select: Select = "loo",
+) -> list[Solution | ValueError]:
+    """As `fit`, of many layers: `cross_validate_many` with nothing held out."""
+    if select == "folds":
+        raise ValueError("select='folds' needs folds: use cross_validate")
+    _check_select(select, get_args(Select))
+    return _of_tables(tables, None, y, torch.full((len(y),), -1), 1, alphas, select, False)
 
 
 def fit(
@@ -227,7 +416,10 @@ def fit(
         raise ValueError("select='folds' needs folds: use cross_validate")
     _check_select(select, get_args(Select))
     _check_rows(x, y)
-    rows = _rows(x, y, torch.full((len(x),), -1), 1)
+    nowhere = torch.full((len(x),), -1)
+    if _is_large_elsewhere(x):
+        return _or_raise(_solve_tables([x], y, nowhere, 1, alphas, select, False))
+    rows = _rows(x, y, nowhere, 1)
     if rows.are_wide:
         _check_finite(x, "feature")
         return replace(solve_wide(rows, alphas, select, False), r2=None, mse=None, predictions=None)
@@ -260,6 +452,8 @@ def fold_errors(
 
 
 def _rows(x: torch.Tensor, y: torch.Tensor, fold: torch.Tensor, folds: int) -> TrainingRows:
+    if is_small(x.shape[1]):
+        x = x.cpu()  # where so few features are quicker
     return TrainingRows(x, y.to(x.device, torch.float64), fold.to(x.device), folds)
 
 
@@ -377,7 +571,7 @@ def _solve_in(
     inner: bool,
     scored: bool,
 ) -> list[Solution]:
-    """Solve every layer of `train`; rows are those of the only one. Solutions are on the CPU."""
+    """Solve every layer of `train`; rows are theirs. Solutions are on the CPU."""
     if select == "folds":
         curve, table = (t.cpu() for t in inner_folds(train, alphas))
         chosen = least(curve)
@@ -389,7 +583,8 @@ def _solve_in(
     else:
         if rows is None:
             raise ValueError("select='loo' needs the rows; from statistics use 'gcv' or 'folds'")
-        chosen, w, projected = select_loo(train, alphas, rows, least_gcv(train, alphas, dtype))
+        search = select_loo if rows.x.ndim == 2 else select_loo_of_all
+        chosen, w, projected = search(train, alphas, rows, least_gcv(train, alphas, dtype))
     alpha = alphas[chosen]
     inner_r2 = None
     if inner:
@@ -402,22 +597,25 @@ def _solve_in(
     shift = train.stats.shift.repeat_interleave(folds, 0)
     c, e = shift[:, :d], shift[:, d:]
     intercept = e + train.y_mean - torch.einsum("mkd,md->mk", w, c + train.mean)
-    r2 = mse = predictions = None
+    r2 = mse = held = None
     if scored and rows is not None and projected is not None:
-        predictions, r2, mse = score_rows(train, rows, projected)
+        held, r2, mse = score_rows(train, rows, projected)
+        held = held.cpu()
     elif scored:
         r2, mse = score_held_out(train, w)
     name = str(dtype).removeprefix("torch.")
     against = "rows" if rows is not None else "statistics"
     method = f"{select}; Cholesky in {name}, refined in float64 against the {against}"
-    found = Solution(alpha, w.mT, intercept, r2, mse, predictions, inner_r2, method).cpu()
-    if len(train) == folds:
-        return [found]
-    return [_part(found, slice(i, i + folds)) for i in range(0, len(train), folds)]
+    found = Solution(alpha, w.mT, intercept, r2, mse, None, inner_r2, method).cpu()
+    layers = range(len(train) // folds)
+    parts = [_part(found, slice(folds * i, folds * (i + 1))) for i in layers]
+    if held is None:
+        return parts
+    return [replace(part, predictions=held[:, i]) for i, part in enumerate(parts)]
 
 
 def _part(found: Solution, at: slice) -> Solution:
-    """Solutions of some training sets; predictions are those of a single layer."""
+    """Solutions of some training sets."""
     tensors: dict[str, Any] = {
         n: t[at] for n, t in vars(found).items() if isinstance(t, torch.Tensor)
     }

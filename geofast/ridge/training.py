@@ -154,18 +154,25 @@ def subset(train: Training, sets: torch.Tensor | slice) -> Training:
 class TrainingRows:
     """The rows themselves: float64 residuals, leave-one-out and held-out predictions."""
 
-    x: torch.Tensor
+    x: torch.Tensor  # [n, d], or of several layers [L, n, d], which have the rest in common
     y: torch.Tensor
     fold: torch.Tensor
     folds: int
 
+    def __getitem__(self, layers: torch.Tensor) -> TrainingRows:
+        return replace(self, x=self.x[_ops.send(layers, self.x.device)])
+
     @property
     def training(self) -> torch.Tensor:
         """Bool [n, F]: who trains for which fold."""
-        return self.fold[:, None] != torch.arange(self.folds, device=self.fold.device)
+        return self.training_of(torch.arange(self.folds))
+
+    def training_of(self, sets: torch.Tensor) -> torch.Tensor:
+        """Bool [n, M]: who trains for which of these training sets of any layer."""
+        return self.fold[:, None] != _ops.send(sets % self.folds, self.fold.device)
 
     @property
     def are_wide(self) -> bool:
         """Whether X X' is the cheaper way: its eigenvectors cost as much as 40 factors of X'X."""
-        n, d = int(self.training.sum(0).min()), self.x.shape[1]
+        n, d = int(self.training.sum(0).min()), self.x.shape[-1]
         return n < d and (n <= _WIDE_ROWS or 3 * n < d)

@@ -239,13 +239,11 @@ def study_by_scikit_learn(x, y, fold, alphas):
     return scores
 
 
-def of_few(kept, x, y, fold, alphas=gf.ALPHAS):
+def run_of(kept, x, y, fold, alphas):
     """A run of one layer that keeps these rows."""
-    samples = pd.DataFrame(dict(zip(TARGETS, y.T.numpy(), strict=True))).assign(
-        fold_kfold=fold.numpy()
-    )
+    named = dict(zip((*TARGETS, "fold_kfold"), (*y.T.numpy(), fold.numpy()), strict=True))
     info = kept.info | {"arguments": kept.info["arguments"] | {"alphas": list(alphas)}}
-    return replace(kept, info=info, samples=samples, rows={"a/cls": x}, grams=None)
+    return replace(kept, info=info, samples=pd.DataFrame(named), rows={"a/cls": x}, grams=None)
 
 
 @pytest.mark.parametrize("shape", [(80, 24), (60, 70), (400, 270)])
@@ -257,7 +255,7 @@ def test_of_rows_the_study_leaves_one_out_as_scikit_learn_does(kept, shape):
     y[far] = y[far].flip(0)
     fold, alphas = folds_of(len(x), 4), np.logspace(-2, 5, 15)
     options = {"fractions": FRACTIONS, "rankings": [], "random": 0, "protocol": "study"}
-    found = of_few(kept[0], x, y, fold, alphas).subspace(**options)
+    found = run_of(kept[0], x, y, fold, alphas).subspace(**options)
     expected = study_by_scikit_learn(x, y, fold, alphas).mean(0)
     without = of_grams({"a/cls": gram_of(x, y, fold)}, TARGETS, alphas=alphas, **options)
     for t, target in enumerate(TARGETS):

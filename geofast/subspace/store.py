@@ -94,10 +94,10 @@ def read(folder: str | Path) -> Subspace:
             if size != table["bytes"]:
                 raise ValueError(f"{_TABLES[name]} has {size} bytes instead of {table['bytes']}")
             tables[name] = _folder.read_table(folder / _TABLES[name], table["columns"])
-        if "study" not in about:  # as in folders of an older version, which had no other way
-            about["study"] = "gcv" if (tables["curves"]["ranking"] == "study").any() else ""
-        named = {name: about[name] for name in ("split", "study")}
-        return Subspace(**tables, ranks=ranks, targets=targets, **named)
+        # Folders of an older version do not tell: it had no other way.
+        older = "gcv" if (tables["curves"]["ranking"] == "study").any() else ""
+        study = about.get("study", older)
+        return Subspace(**tables, ranks=ranks, targets=targets, split=about["split"], study=study)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} holds no search for dimensions that can be read ({_first_line(error)}); "

@@ -115,12 +115,13 @@ def _method(steered: Steered) -> list[str]:
 def _caption(steered: Steered, name: str) -> str:
     share = text.share_words(text.shown_share(steered))
     if name == "map.png":
+        control = text.shown_control(steered)
         return (
             f"The first {figures.MAP_PAIRS} pairs with a reading, at a share of {share}: from the "
             "source's place (dot) an arrow to where the run's probe reads "
             f"{steered.info['read_at']} after the edit, a dotted line from there to the target's "
             "place (ring). An edit that works has its arrowheads in the rings; the panel below "
-            "shows the same pairs without it."
+            f"shows the same pairs {f'with {control}' if control else 'unedited'}."
         )
     if name == "readings.png":
         return (
@@ -157,7 +158,7 @@ def _tables(steered: Steered) -> list[tuple[str, Table]]:
     found = [("Effect", text.effect_table(steered)), ("Damage", text.damage_table(steered))]
     if text.has_readings(steered):
         share = text.share_words(text.shown_share(steered))
-        heading = f"km from the target's place to what later sites read, at a share of {share}"
+        heading = f"Mean km from the target's place to what later sites read, at a share of {share}"
         found.append((heading, text.readings_table(steered)))
     if study := text.study_table(steered):
         found.append(("The study's own scores, by substrings", study))

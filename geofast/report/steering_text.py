@@ -316,7 +316,7 @@ def _table(steered: Steered, columns: _Columns, narrow: bool) -> Table:
         for measure, (_, write) in columns.items():
             alone = narrow and measure in _ALONE
             line.append(write(row[measure]) if alone else _with_ends(row, measure, write))
-            line += [p_words(row[f"{measure}_p"])] if measure in tests else []
+            line += [_p_words(row[f"{measure}_p"])] if measure in tests else []
         cells.append(line)
     return Table(headers, cells, 1)
 
@@ -363,7 +363,7 @@ def _percent_alone(value: Any) -> str:
     return _percent(value).removesuffix(" %")
 
 
-def p_words(value: Any) -> str:
+def _p_words(value: Any) -> str:
     """Write a p-value."""
     if value is None or pd.isna(value):
         return ""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TextIO
 
 _LEVELS = ("place", "region", "country", "continent")
 _CONTROLS = ["random-dims", "random-direction", "shuffled-labels", "mean-difference"]
+_SHOWN = ("run.json", "steering.json")
 _ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
 
 
@@ -161,29 +162,38 @@ def _parser() -> argparse.ArgumentParser:
         help="by |coef|, by |coef| x standard deviation, greedily, by elimination (default: all)",
     )  # fmt: skip
     subspace.add_argument(
-        "--random", type=_count_or_none, default=5, help="random orders beside (default: 5)"
+        "--random", type=_count_from_0, default=5, help="random orders beside (default: 5)"
     )
-    subspace.add_argument("--seed", type=int, default=0, help="of those (default: 0)")
+    subspace.add_argument("--seed", type=_count_from_0, default=0, help="of those (default: 0)")
     subspace.add_argument(
         "--protocol", choices=["corrected", "study"], default="corrected",
         help="study: also the study's procedure, faults included",
     )  # fmt: skip
     subspace.set_defaults(run=_subspace)
 
-    steer = commands.add_parser(
-        "steer", help="write one place over another inside a model, and measure what it answers"
-    )
+    what = "write one place over another inside a model, and measure what it answers"
+    steer = commands.add_parser("steer", help=what, description=f"{what.capitalize()}.")
     _model_argument(steer)
-    _pairs_options(steer)
-    steer.add_argument("--out", type=Path, required=True, help="folder to write")
-    steer.add_argument("--site", help="where to edit (default: the run's best probe)")
+    _pairs_options(
+        steer, "Answers are searched for these: names, or codes of countries (FR). Default: "
+        "columns called like the levels, and name or city for the place.",
+    )  # fmt: skip
     steer.add_argument(
-        "--share", nargs="+", type=float, default=[0.4], help="of the dimensions (default: 0.4)"
+        "--out", type=Path, required=True, help="folder to write: tables, edits, report.html"
     )
+    steer.add_argument(
+        "--site", help="a site that the run probed (default: that of its best probe)"
+    )
+    steer.add_argument(
+        "--share", nargs="+", type=float, default=[0.4],
+        help="of the site's dimensions, 0 to 1, the first by --ranking; several are tried one by "
+        "one (default: 0.4)",
+    )  # fmt: skip
     steer.add_argument(
         "--mode", choices=["swap", "set", "patch"], default="swap",
         help="swap: the target's state in those dimensions; set: the smallest change there after "
-        "which the probe reads the target's place; patch: the target's whole state",
+        "which the probe reads the target's place; patch: the target's whole state, whatever the "
+        "share (default: swap)",
     )  # fmt: skip
     steer.add_argument(
         "--phase", choices=["prompt", "steps", "both"],
@@ -209,16 +219,21 @@ def _parser() -> argparse.ArgumentParser:
     _loading_options(steer)
     steer.set_defaults(run=_steer)
 
-    locate = commands.add_parser(
-        "locate", help="find where such edits work best, from the next token: no generation"
-    )
+    what = "find where edits as of steer work best, from the next token alone: no generation"
+    locate = commands.add_parser("locate", help=what, description=f"{what.capitalize()}.")
     _model_argument(locate)
-    _pairs_options(locate)
+    _pairs_options(
+        locate, "With what an answer begins: names, or codes of countries (FR); of several the "
+        "country's. Default: --country country.",
+    )  # fmt: skip
     locate.add_argument("--out", type=Path, help="folder for locate.csv and locate.json")
-    locate.add_argument("--sites", nargs="+", help="names or globs (default: all of the run)")
+    locate.add_argument(
+        "--sites", nargs="+",
+        help="sites that the run probed, names or globs as 'lm.layers.*' (default: all)",
+    )  # fmt: skip
     locate.add_argument(
         "--share", nargs="+", type=float, default=[0.1, 0.2, 0.4, 1.0],
-        help="of the dimensions (default: 0.1 0.2 0.4 1)",
+        help="of a site's dimensions, above 0 to 1 (default: 0.1 0.2 0.4 1)",
     )  # fmt: skip
     locate.add_argument(
         "--mode", nargs="+", choices=["swap", "set", "patch"], default=["swap"],
@@ -227,8 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     _loading_options(locate)
     locate.set_defaults(run=_locate)
 
-    show = commands.add_parser("show", help="print what a run found")
-    show.add_argument("folder", type=Path)
+    what = "print what a run or an experiment found"
+    show = commands.add_parser("show", help=what, description=f"{what.capitalize()}.")
+    show.add_argument("folder", type=Path, help="what probe, steer or a demo wrote")
     show.set_defaults(run=_show)
     return parser
 
@@ -265,27 +281,33 @@ def _loading_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _pairs_options(command: argparse.ArgumentParser) -> None:
+def _pairs_options(command: argparse.ArgumentParser, names: str) -> None:
     """What `steer` and `locate` share."""
-    command.add_argument("--run", type=Path, required=True, dest="folder", help="of this model")
     command.add_argument(
-        "--pairs", required=True,
-        help="CSV with columns source and target, ids of samples: the source is run and edited, "
-        "the target written into it",
+        "--run", type=Path, required=True, dest="folder", metavar="FOLDER",
+        help="what probe wrote of this model: its probes say which dimensions hold the place",
+    )  # fmt: skip
+    command.add_argument(
+        "--pairs", required=True, metavar="CSV",
+        help="with columns source and target, ids of samples: the source is run and edited, the "
+        "target's state or place is written into it",
     )  # fmt: skip
     data = command.add_argument_group("data")
     data.add_argument("--data", help="the samples (default: those of the run, read again)")
     _reading_options(data)
-    for level in _LEVELS:
-        data.add_argument(f"--{level}", metavar="COLUMN", help=f"column of the {level}")
     data.add_argument("--prompt", help="one of the run's (default: its only one)")
+    named = command.add_argument_group("what places are called", names)
+    for level in _LEVELS:
+        named.add_argument(f"--{level}", metavar="COLUMN", help=f"column of the {level}")
     how = command.add_argument_group("how it is edited")
     how.add_argument("--role", help="which tokens (default: those that the probe's pool reads)")
     how.add_argument(
         "--ranking", choices=["coef", "coef_std", "forward", "backward"],
         help="of the dimensions, as for subspace (default: coef_std)",
     )  # fmt: skip
-    how.add_argument("--seed", type=int, default=0, help="of random controls (default: 0)")
+    how.add_argument(
+        "--seed", type=_count_from_0, default=0, help="of random controls (default: 0)"
+    )
     how.add_argument(
         "--batch-size", type=_count, default=32, help="inputs that run together (default: 32)"
     )
@@ -326,7 +348,7 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--folds", type=_count, default=5, help="folds of a split that names none (default: 5)"
     )
-    how.add_argument("--seed", type=int, default=42, help="of the folds (default: 42)")
+    how.add_argument("--seed", type=_count_from_0, default=42, help="of the folds (default: 42)")
     how.add_argument(
         "--control", nargs="+", default=[], choices=["random-weights", "pixels", "tokens"],
         help="also probe a twin of the model with random weights, or the input itself: 16 x 16 "
@@ -352,7 +374,7 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     run.add_argument(
         "--workers",
-        type=_count_or_none,
+        type=_count_from_0,
         help="processes that decode images ahead of the model (default: 1 for images, 0 for text)",
     )
     run.add_argument("--unchecked", action="store_true", help="go on where the model fails a check")
@@ -365,7 +387,7 @@ def _count(text: str, least: int = 1) -> int:
     return int(text)
 
 
-def _count_or_none(text: str) -> int:
+def _count_from_0(text: str) -> int:
     return _count(text, 0)
 
 
@@ -505,16 +527,21 @@ def _subspace(o: argparse.Namespace) -> None:
 def _steer(o: argparse.Namespace) -> None:
     from . import _folder
     from .effects.experiment import steer
+    from .models import load
+    from .subspace.store import refuse_run
 
+    refuse_run(o.out)
     out = o.out.expanduser().resolve()
     if (out / "steering.json").exists() and not o.overwrite:
         msg = f"{out} holds an experiment already; pass --overwrite, or choose another path"
         raise FileExistsError(msg)
     if not (out / "steering.json").exists():
         _folder.check_free(out, overwrite=False)
+    asked = _pairs(o)
     with _whoever_listens():
         found = steer(
-            **_pairs(o), site=o.site, shares=o.share, mode=o.mode, phase=o.phase,
+            model=load(o.model, **_loading(o)), **asked, site=o.site, shares=o.share,
+            mode=o.mode, phase=o.phase,
             controls=[name.replace("-", " ") for name in o.control], names=_names(o) or None,
             keep="all" if o.all_pairs else "known", protocol=o.protocol,
             max_new_tokens=o.max_new_tokens, progress=True,
@@ -530,10 +557,12 @@ def _locate(o: argparse.Namespace) -> None:
 
     if o.out:
         refuse_run(o.out)
+        if o.out.expanduser().is_file():
+            raise FileExistsError(f"{o.out} is a file: --out takes a folder")
     with _whoever_listens():
         found = locate(
-            **_pairs(o), names=_names(o) or {"country": "country"}, sites=o.sites, shares=o.share,
-            modes=o.mode,
+            model=o.model, **_loading(o), **_pairs(o), sites=o.sites, shares=o.share, modes=o.mode,
+            names=_names(o) or {"country": "country"},
         )  # fmt: skip
         if o.out:
             found.save(o.out)
@@ -545,16 +574,14 @@ def _names(o: argparse.Namespace) -> dict[str, str]:
 
 
 def _pairs(o: argparse.Namespace) -> dict[str, Any]:
-    """Read the run and its samples, load the model, and return what `steer` and `locate` take."""
-    from .models import load
+    """Read the run and its samples, and return what `steer` and `locate` take of them."""
     from .run import open as open_run
 
     run = open_run(o.folder)
     samples = _samples_of(o, run)
     return {
-        "model": load(o.model, **_loading(o)), "data": samples, "pairs": o.pairs, "run": run,
-        "prompt": o.prompt, "role": o.role, "ranking": o.ranking, "seed": o.seed,
-        "batch_size": o.batch_size,
+        "data": samples, "pairs": o.pairs, "run": run, "prompt": o.prompt, "role": o.role,
+        "ranking": o.ranking, "seed": o.seed, "batch_size": o.batch_size,
     }  # fmt: skip
 
 
@@ -585,8 +612,12 @@ def _show(o: argparse.Namespace) -> None:
         found = open_steered(o.folder)
         _print_pages(o.folder, "report.html")
         print(f"\n{found}")
-    else:
-        _print(open_run(o.folder), o.folder)
+        return
+    inside = sorted({path.parent.name for path in o.folder.glob("*/*.json") if path.name in _SHOWN})
+    if inside and not (o.folder / "run.json").exists():
+        msg = f"{o.folder} holds no run itself: show one of those inside, {', '.join(inside)}"
+        raise FileNotFoundError(msg)
+    _print(open_run(o.folder), o.folder)
 
 
 def _print(run: Any, folder: Path) -> None:

@@ -411,9 +411,12 @@ def open(path: str | Path) -> Run:
     FileNotFoundError
         When the folder, its run.json or a file that run.json lists is missing.
     ValueError
-        When a file is damaged or has another size than run.json says, or run.json is not a run's.
+        When a file is damaged or has another size than run.json says, or run.json is not a run's;
+        when the folder is of an experiment with edits.
     """
     folder = Path(path).expanduser().resolve()
+    if (folder / "steering.json").exists():
+        raise ValueError(f"{folder} holds an experiment, not a run: gf.open_steered opens it")
     info, tables = _folder.read_info(folder)
     frames = {
         name: _folder.read_table(folder / f"{name}.csv", tables[f"{name}.csv"])

@@ -1,12 +1,15 @@
 """`geofast steer` and `geofast locate`: what they hand on, what they write, and bad input."""
 
 import json
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
+from PIL import Image
 from test_report_steering import example
 
 import geofast as gf
@@ -42,6 +45,12 @@ def job(tmp_path_factory):
     run.save(folder / "run")
     pairs = pd.DataFrame({"source": ["c1", "c2", "c3"], "target": ["c2", "c5", "c1"]})
     pairs.to_csv(folder / "pairs.csv", index=False)
+    pairs.assign(target="nobody").to_csv(folder / "bad.csv", index=False)
+    Image.new("RGB", (8, 8)).save(folder / "p.png")
+    cities.assign(p="p.png").to_csv(folder / "images.csv", index=False)
+    (folder / "experiment").mkdir()
+    (folder / "experiment" / "steering.json").write_text("{}")
+    replace(run, rows=None, grams=None, path=None).save(folder / "bare")
     return folder
 
 
@@ -82,26 +91,75 @@ def test_steer_asks_as_the_run_did_and_prints_what_it_found(job, names, capsys):
     few = ["--control", "random-dims", "--max-new-tokens", "3", "--batch-size", "2"]
     assert main(arguments(job, *more, *few)) == 0
     printed = capsys.readouterr().out
-    paths = [str(job / "out" / name) for name in ("effects.png", "map.png", "report.html")]
-    assert printed.splitlines()[:3] == paths
+    pages = ("effects.png", "map.png", "readings.png", "report.html")
+    assert printed.splitlines()[:4] == [str(job / "out" / name) for name in pages]
     found = json.loads((job / "out" / "steering.json").read_text())
     assert found["site"] == "lm.layers.0"
     assert found["pairs"]["kept"] == 3
     table = pd.read_csv(job / "out" / "summary.csv")
-    assert list(table["arm"]) == ["none", "edit", "random dims", "edit", "random dims"]
+    assert list(table["arm"]) == ["none", "edit", "random dims", "edit"]
     told = (job / "out" / "report.html").read_text()
     assert "The first source is asked: &#x27;w90 w1 w91&#x27;" in told
     assert "model" in printed
-    assert max(map(len, printed.splitlines()[3:])) <= 100
+    assert max(map(len, printed.splitlines()[4:])) <= 100
     assert main(arguments(job, *more, *few)) == 1
     assert "holds an experiment already; pass --overwrite" in capsys.readouterr().err
     assert main(["show", str(job / "out")]) == 0
     assert capsys.readouterr().out == printed
 
 
-def test_a_runs_folder_takes_no_sweep(job, asked, capsys):
-    assert main(arguments(job, "--out", str(job / "run"), command="locate")) == 1
+@pytest.mark.parametrize("command", ["steer", "locate"])
+def test_a_runs_folder_takes_nothing_else(job, asked, capsys, command):
+    more = ["--overwrite"] if command == "steer" else []
+    assert main(arguments(job, "--out", str(job / "run"), *more, command=command)) == 1
     assert "is a run's folder, where nothing else may lie" in capsys.readouterr().err
+
+
+def test_show_says_where_runs_are(job, tmp_path, capsys):
+    assert main(["show", str(job)]) == 1
+    assert "holds no run itself: show one of those inside, " in (said := capsys.readouterr().err)
+    assert "run" in said.rpartition("inside, ")[2].split(", ")[-1]
+    assert main(["show", str(tmp_path)]) == 1
+    assert "it has no run.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (["--pairs", "nowhere.csv"], 1, "there is no file of pairs nowhere.csv"),
+        (["--pairs", "{job}"], 1, "there is no file of pairs {job}"),
+        (["--pairs", "{job}/bad.csv"], 1, "has no sample 'nobody', the target"),
+        (["--run", "{job}/experiment"], 1, "holds an experiment, not a run: gf.open_steered"),
+        (["--sites", "lm.layers.9"], 1, "the run never probed a site 'lm.layers.9'; it has lm.emb"),
+        (["--share", "2"], 1, "shares must be above 0 and at most 1; got [2.0]"),
+        (["--share", "x"], 2, "argument --share: invalid float value: 'x'; see geofast locate"),
+        (["--mode", "add"], 2, "argument --mode: invalid choice: 'add'"),
+        (["--role", "sky"], 1, "role must be one of last, all"),
+        (["--prompt", "w1 {{name}}"], 1, "the run was never asked 'w1 {{name}}'"),
+        (["--country", "state"], 1, "has no column 'state'; it has id"),
+        (["--country", "latitude"], 1, "a name must be text; column 'latitude' has "),
+        (["--data", "{job}/images.csv", "--image", "p"], 1, "the run read text, and "),
+        (["--seed", "-1"], 2, "argument --seed: must be a whole number from 0, got '-1'"),
+        (["--ranking", "forward", "--run", "{job}/bare"], 1, "keeps neither rows nor statistics"),
+        (["--out", "{job}/pairs.csv"], 1, "is a file: --out takes a folder"),
+    ],
+)
+def test_what_locate_is_asked_wrongly_is_one_line_before_the_model_is_loaded(
+    job, monkeypatch, capsys, change, code, message
+):
+    def never(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("geofast.effects.locate.load", never)
+    change = [word.format(job=job) for word in change]
+    try:
+        found = main(arguments(job, "--country", "land", *change, command="locate"))
+    except SystemExit as left:
+        found = left.code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert found == code
+    assert said.startswith("geofast: ")
+    assert message.format(job=job) in said
 
 
 def test_every_option_is_handed_on(job, tmp_path, asked, monkeypatch):
@@ -127,10 +185,12 @@ def test_every_option_is_handed_on(job, tmp_path, asked, monkeypatch):
 
 def test_locate_is_asked_what_was_said(job, asked):
     assert main(arguments(job, command="locate")) == 0
+    assert asked["model"] == str(job / "model")  # which it loads when all else is right
     assert asked["names"] == {"country": "country"}  # codes are names there, as for steer
     more = ["--country", "land", "--sites", "lm.*", "--mode", "swap", "set", "--share", "0.2"]
-    assert main(arguments(job, *more, command="locate")) == 0
+    assert main(arguments(job, *more, "--dtype", "bfloat16", command="locate")) == 0
     assert asked["prompt"] is None
+    assert asked["dtype"] == torch.bfloat16
     assert (asked["names"], asked["sites"], asked["shares"], asked["modes"]) == (
         {"country": "land"}, ["lm.*"], [0.2], ["swap", "set"],
     )  # fmt: skip

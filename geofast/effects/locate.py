@@ -197,7 +197,7 @@ def locate(
     """
     began = time.perf_counter()
     several = (modes,) if isinstance(modes, str) else tuple(dict.fromkeys(modes))
-    _check(shares, several, max_damage, batch_size)
+    _check(shares, several, max_damage, batch_size, seed)
     run = run if isinstance(run, Run) else open_run(run)
     samples = data if isinstance(data, Samples) else read(data)
     chosen = chosen_prompt(run, prompt)
@@ -246,6 +246,7 @@ def _check(
     modes: Sequence[str],
     max_damage: float | None,
     batch_size: int,
+    seed: int,
 ) -> None:
     if not len(shares) or not all(0 < share <= 1 for share in shares):
         raise ValueError(f"shares must be above 0 and at most 1; got {list(shares)}")
@@ -255,6 +256,8 @@ def _check(
         raise ValueError(f"max_damage must be 0 nats or more; got {max_damage}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more; got {seed}")
 
 
 def _words(
@@ -262,23 +265,26 @@ def _words(
 ) -> tuple[str, list[list[str]]]:
     """Return the column that counts, and the names of sources and of targets."""
     if isinstance(names, str):
-        texts = list(pairs.of_both(names))
-        if bad := [name for side in texts for name in side if not isinstance(name, str)]:
-            raise ValueError(f"a name must be text; column {names!r} has {bad[0]!r}")
-        return names, texts
+        return names, _texts(pairs, names)
     if not names or not set(names) <= set(LEVELS):
         raise ValueError(f"names must be a column, or columns by {', '.join(LEVELS)}; got {names}")
     level = "country" if "country" in names else next(iter(names))
-    both = pairs.of_both(names[level])
+    both = _texts(pairs, names[level])
     if gazetteer is None:
         from ..data.demos.gazetteer import gazetteer as default
 
         gazetteer = default()
     words = [
-        [next(iter(gazetteer.names(level, str(value))), str(value)) for value in values]
-        for values in both
+        [next(iter(gazetteer.names(level, value)), value) for value in values] for values in both
     ]
     return names[level], words
+
+
+def _texts(pairs: Pairs, column: str) -> list[list[str]]:
+    both = list(pairs.of_both(column))
+    if bad := [value for side in both for value in side if not isinstance(value, str)]:
+        raise ValueError(f"a name must be text; column {column!r} has {bad[0]!r}")
+    return both
 
 
 # ------ what is tried

@@ -98,6 +98,8 @@ class Pairs:
 
 def _read(path: str | Path) -> pd.DataFrame:
     """Read pairs as text; `NA` is an id."""
+    if not Path(path).expanduser().is_file():
+        raise FileNotFoundError(f"there is no file of pairs {path}")
     try:
         return pd.read_csv(path, dtype=str, keep_default_na=False)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:

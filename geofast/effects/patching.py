@@ -151,6 +151,8 @@ def patching(
         raise ValueError(f"names must be pairs of texts, source's and target's; got {bad[0]!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more; got {seed}")
     roles, positions = _wanted(tokens)
     model = load(model)
     chosen = model.sites(sites)

@@ -18,6 +18,7 @@ from geofast.effects.dims import ranked_dims, std_of
 from geofast.effects.intervals import bootstrap_means
 from geofast.effects.locate import locate as sweep
 from geofast.effects.patching import patching
+from geofast.effects.probed import require_probed
 from geofast.geo.gazetteer import Entry, Gazetteer
 
 N, SHARES = 24, (0.1, 0.4)
@@ -273,6 +274,9 @@ def test_in_words_and_in_files(model, samples, run, pairs, tmp_path):
         ({"modes": "add"}, "modes must be some of swap, set, patch; got .'add'"),
         ({"max_damage": -1.0}, "max_damage must be 0 nats or more"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"role": "sky"}, "role must be one of last, all, .*; got 'sky'"),
+        ({"prompt": "w1 {name}"}, "the run was never asked"),
         ({"ranking": "best"}, "ranking must be one of coef"),
         ({"sites": "lm.layers.7"}, "never probed a site 'lm.layers.7'"),
         ({"names": "nation"}, "no column 'nation'; it has id, latitude"),
@@ -283,15 +287,26 @@ def test_in_words_and_in_files(model, samples, run, pairs, tmp_path):
         ({"pairs": pd.DataFrame({"source": [], "target": []})}, "has no pair"),
     ],
 )
-def test_bad_arguments_stop_before_the_model_runs(model, samples, run, pairs, changes, message):
-    def never(*_):
-        raise AssertionError("the model ran")
+def test_bad_arguments_stop_before_the_model_is_loaded(
+    samples, run, pairs, monkeypatch, changes, message
+):
+    def never(*_, **__):
+        raise AssertionError("loaded")
 
-    handle = model.body.register_forward_pre_hook(never)
+    monkeypatch.setattr("geofast.effects.locate.load", never)
     given = {"pairs": pairs} | changes
     with pytest.raises(ValueError, match=message):
-        locate(model, samples, given.pop("pairs"), run, **given)
-    handle.remove()
+        locate("model", samples, given.pop("pairs"), run, **given)
+
+
+def test_sites_are_in_the_order_of_the_pass_without_the_model(run):
+    found = require_probed(run, ["lm.layers.2", "lm.layers.[01]"], "last")
+    assert [at.site for at in found] == [f"lm.layers.{i}" for i in range(3)]
+    assert [at.probe.pool for at in found] == ["last"] * 3
+    assert {at.role for at in require_probed(run, ["lm.layers.1/mean"])} == {"all"}
+    joined = replace(run.probes["lm.layers.1/last"], pool="last+mean")
+    with pytest.raises(ValueError, match="joins several"):
+        require_probed(replace(run, probes={joined.name: joined}))
 
 
 @pytest.mark.parametrize(
@@ -443,6 +458,13 @@ def test_patching_of_images():
         ({"targets": GOALS[1:]}, "give as many sources, targets and pairs of names"),
         ({"names": [("w1", "w1")] * 3}, "every pair begin with the same token"),
         ({"sites": "lm.layers.9"}, "no site matches 'lm.layers.9'"),
+        ({"names": ["w1", "w2", "w3"]}, "names must be pairs of texts, .*; got 'w1'"),
+        (
+            {"names": [("w1", 2.0), *NAMES[1:]]},
+            r"names must be pairs of texts, .*; got \('w1', 2.0",
+        ),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"seed": -1}, "seed must be 0 or more"),
     ],
 )
 def test_bad_patches_stop_before_the_model_runs(model, changes, message):
@@ -454,3 +476,26 @@ def test_bad_patches_stop_before_the_model_runs(model, changes, message):
     with pytest.raises(ValueError, match=message):
         patching(model, **given)
     handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": "first"}, "tokens must be positions"),
+        ({"names": NAMES[1:]}, "give as many sources"),
+        ({"sources": "w12"}, r"inputs must be a list; got one text, 'w12'"),
+    ],
+)
+def test_patching_loads_a_model_when_all_else_is_right(tmp_path, monkeypatch, changes, message):
+    def never(*_, **__):
+        raise AssertionError("loaded")
+
+    given = {"sources": SOURCES, "targets": GOALS, "names": NAMES}
+    with monkeypatch.context() as patched:
+        patched.setattr("geofast.effects.patching.load", never)
+        with pytest.raises((ValueError, TypeError), match=message):
+            patching("model", **given | changes)
+    tiny.llama().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    found = patching(str(tmp_path), **given, sites="lm.layers.1")
+    assert found.info["model"] == tmp_path.name

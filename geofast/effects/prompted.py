@@ -56,8 +56,9 @@ def worded_as(run: Run, samples: Samples, prompt: str | None) -> tuple[Run, Samp
     if prompt is None:
         return run, samples
     if any(probe.prompt for probe in run.probes.values()):  # there were several
-        probes = {name: probe for name, probe in run.probes.items() if probe.prompt == prompt}
-        run = replace(run, layers=run.layers[run.layers["prompt"] == prompt], probes=probes)
+        here = ("", prompt)  # a vision tower is read once for all
+        probes = {name: probe for name, probe in run.probes.items() if probe.prompt in here}
+        run = replace(run, layers=run.layers[run.layers["prompt"].isin(here)], probes=probes)
     return run, worded(samples, prompt)[""]
 
 

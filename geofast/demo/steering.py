@@ -22,7 +22,7 @@ from ..data.demos.satellite import places_seen
 from ..data.demos.seeing import QUESTIONS
 from ..effects.experiment import steer
 from ..effects.locate import locate
-from ..effects.prompted import prompted
+from ..effects.prompted import asked_as, chosen_prompt, worded_as
 from ..extract import worded
 from ..geo import GroupKFold, KFold
 from ..geo.gazetteer import named
@@ -135,14 +135,16 @@ def _demo(
 
 def known(model: Model, samples: Samples, run: Run, column: str) -> pd.DataFrame:
     """Return the rows of the samples of which the model names what a column says."""
-    asked, worded_, _ = prompted(model, samples, run)
+    prompt = chosen_prompt(run)
+    _, worded_ = worded_as(run, samples, prompt)
+    asked = asked_as(run, model, samples, prompt)
     inputs = [worded_.load(i) for i in range(len(samples))]
     said = asked.generate(inputs, batch_size=64, max_new_tokens=ANSWER)
     names, places = gazetteer(), samples.table[column]
     texts = [str(text) if samples.kind == "text" else "" for text in inputs]
     right = [
-        bool(named(text, {column: place}, names, prompt=prompt)[column])
-        for text, place, prompt in zip(said, places, texts, strict=True)
+        bool(named(text, {column: place}, names, prompt=said_before)[column])
+        for text, place, said_before in zip(said, places, texts, strict=True)
     ]
     print(f"Of {len(samples)} the model names the {column} of {sum(right)} rightly")
     return samples.table[right]

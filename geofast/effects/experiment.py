@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ..data import Samples, read
-from ..geo import great_circle_km
-from ..geo.gazetteer import LEVELS, Gazetteer
+from ..geo.gazetteer import Gazetteer
 from ..models import Model
-from ..models.load import load
+from ..models.checkpoint import DeviceMap
+from ..models.load import Loading, load
 from ..run import Probe, Run, key
 from ..run import open as open_run
 from ..steering import Edit, generate_arms, states
-from ..steering.asking import can_generate, require_tokenizer
+from ..steering.asking import can_generate, is_late, require_tokenizer
 from ..steering.edit import Phase
-from . import study, words
 from .arms import (
     CONTROLS,
     Arms,
-    Index,
     Written,
     distinct,
     left_out,
@@ -42,9 +39,10 @@ from .dims import ranked_dims
 from .measuring import Measured, chunks, measure, pooled
 from .names import Names, kept_pairs
 from .outcome import Steered, summarise, summarise_readings
-from .probed import probed_sites
-from .prompted import prompted
+from .probed import Probed, require_probed
+from .prompted import asked_as, chosen_prompt, worded_as
 from .request import Keep, Protocol, Request
+from .tables import table_of_pairs, table_of_readings
 
 
 def steer(
@@ -69,6 +67,12 @@ def steer(
     protocol: Protocol = "corrected",
     batch_size: int = 32,
     progress: bool = False,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: DeviceMap | None = None,
+    adapter: str | Path | None = None,
+    merge: bool = False,
+    trust_remote_code: bool = False,
 ) -> Steered:
     """Edit sources towards their targets, and measure what changes in what the model answers.
 
@@ -128,6 +132,8 @@ def steer(
         Inputs that run together.
     progress
         Say on stderr what is begun.
+    device, dtype, device_map, adapter, merge, trust_remote_code
+        What `load` takes.
 
     Returns
     -------
@@ -137,53 +143,47 @@ def steer(
     Raises
     ------
     ValueError, FileNotFoundError
-        Before anything is generated: when a pair names an unknown sample, or two are the same; the
-        run is of another model or never probed the site; a sample has no token of the role, or
-        with `swap` and `patch` not as many as the others; a place is off the sphere; a column, the
-        tokenizer or the run's rows and statistics are missing; an argument is wrong. Afterwards
-        when no pair is kept.
+        Before the model is loaded: when a pair names an unknown sample, or two are the same; the
+        run read another kind of samples, was never asked the prompt, never probed the site or
+        cannot rank its dimensions; a place is off the sphere; a column is missing; an argument is
+        wrong. Before anything is generated: when the run is of another model, or that makes no
+        text; a sample has no token of the role, or with `swap` and `patch` not as many as the
+        others. Afterwards when no pair is kept.
     """
     clock = _Clock(progress)
     run = run if isinstance(run, Run) else open_run(run)
     samples = data if isinstance(data, Samples) else read(data)
+    chosen = chosen_prompt(run, prompt)
+    run, samples = worded_as(run, samples, chosen)
     asked = Request.of(
         samples, pairs, shares=shares, mode=mode, role=role, controls=controls, names=names,
         max_new_tokens=max_new_tokens, keep=keep, protocol=protocol,
     )  # fmt: skip
-    clock.begin("loading")
-    model, samples, run = prompted(load(model), samples, run, prompt)
-    _require_speech(model)
-    asked = replace(asked, samples=samples)
-    where, *more = probed_sites(run, model, [site or run.best.name], role)
-    if more:
-        several = ", ".join(one.site for one in (where, *more))
-        raise ValueError(f"site must be one site; {site!r} is {several}")
+    setting = _Setting.of(run, asked, site, role, phase, ranking, seed)
     if asked.names and gazetteer is None:
         from ..data.demos.gazetteer import gazetteer as default
 
         gazetteer = default()
-    order = ranked_dims(run, where.probe.name, ranking)
-    lost = left_out(run, where.probe.name, asked.controls)
-    there = [control for control in asked.controls if control not in lost]
+    clock.begin("loading")
+    loading: Loading = {
+        "device": device, "dtype": dtype, "device_map": device_map, "adapter": adapter,
+        "merge": merge, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    model = load(model, **loading)
+    _require_speech(model)
+    model = asked_as(run, model, samples, chosen)
     known = Names.of(asked, model, gazetteer)
 
     clock.begin("reading states")
     inputs = [asked.samples.load(row) for row in asked.rows.tolist()]
-    wanted = phase or _phase(where.site, where.role)
-    written = _written(
-        model, asked, inputs, where.probe, where.role, wanted, known.tokens, batch_size
-    )
-    differences = None
-    if "mean difference" in there:
-        differences = _differences(run, where.probe.name, asked)
-    arms = make_arms(written, run, order, asked.shares, there, ranking, seed, differences)
+    arms = setting.arms(model, inputs, known.tokens, batch_size)
 
     clock.begin("asking without edits")
     (answers,) = generate_arms(
         model, inputs, [[]], batch_size=batch_size, max_new_tokens=max_new_tokens
     )
     kept, why = kept_pairs(asked, known, answers)
-    later = _later(run, model, where.probe)  # in the order of the pass
+    later = _later(run, model, setting.where.probe)
     measured = Measured(len(arms.makes))
     for number, some in enumerate(chunks(arms, kept)):
         clock.begin("asking with edits", number)
@@ -191,22 +191,17 @@ def steer(
     clock.begin("scoring")
     measured.perplexity(model, inputs, arms, kept, asked, batch_size)
     clock.begin("summing up")
-    table = _table(asked, arms, kept, known, measured, answers)
-    readings = _readings(asked, arms, kept, [probe.site for probe in later], measured)
-    targets = distinct(written.targets[kept])[0]
-    both = distinct(np.concatenate([written.sources[kept], written.targets[kept]]))[0]
-    info: dict[str, Any] = {
-        "model": model.name, "data": samples.source, "run": str(run.path or ""),
-        "site": where.site, "pool": where.probe.pool,
-        "prompt": prompt or next(iter(_prompts(run)), ""), "role": where.role,
-        "phase": wanted, "mode": mode, "shares": list(asked.shares),
-        "ranking": ranking or "coef_std", "controls": there, "left_out": dict(lost),
-        "read_at": later[-1].name if later else "", "names": dict(asked.names),
-        "level": asked.level, "keep": keep, "protocol": protocol,
-        "max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size,
+    pairs_ = table_of_pairs(asked, arms, kept, known, measured, answers)
+    sites = [probe.site for probe in later]
+    readings = table_of_readings(asked, arms, kept, sites, measured)
+    targets = distinct(arms.place.targets[kept])[0]
+    both = distinct(np.concatenate([arms.place.sources[kept], arms.place.targets[kept]]))[0]
+    info = setting.about() | {
+        "model": model.name, "prompt": chosen or "",
+        "read_at": later[-1].name if later else "",
         "pairs": {"asked": len(asked.pairs), "kept": len(kept), "left_out": why},
-        "versions": _versions(), "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
+        "batch_size": batch_size, "versions": _versions(),
+        "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device),
         "edits": {
             "shares": [share for share, _ in arms.written],
             "samples": asked.ids[asked.rows[targets]].tolist(),
@@ -214,8 +209,8 @@ def steer(
         "samples": known.about(asked, answers, both),
     }  # fmt: skip
     found = Steered(
-        pairs=table,
-        summary=summarise(table, seed=seed),
+        pairs=pairs_,
+        summary=summarise(pairs_, seed=seed),
         readings=summarise_readings(readings, seed=seed),
         info=info,
         edits=arms.edits(targets),
@@ -224,22 +219,77 @@ def steer(
     return found
 
 
-# ------ what is run
+# ------ what is edited
 
 
-def _prompts(run: Run) -> Sequence[str]:
-    found: Sequence[str] = run.info.get("arguments", {}).get("prompts") or []
-    return found
+@dataclass(frozen=True, eq=False)
+class _Setting:
+    """Where and how to edit, which the run says without the model."""
+
+    run: Run
+    asked: Request
+    where: Probed
+    phase: Phase
+    ranking: str
+    order: torch.Tensor
+    controls: Sequence[str]
+    lost: Mapping[str, str]
+    """The controls that cannot be had, and why."""
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        asked: Request,
+        site: str | None,
+        role: str | None,
+        phase: Phase | None,
+        ranking: str | None,
+        seed: int,
+    ) -> _Setting:
+        where, *more = require_probed(run, [site or run.best.name], role)
+        if more:
+            several = ", ".join(one.site for one in (where, *more))
+            raise ValueError(f"site must be one site; {site!r} is {several}")
+        ranking = ranking or "coef_std"
+        order = ranked_dims(run, where.probe.name, ranking)
+        lost = left_out(run, where.probe.name, asked.controls)
+        there = [control for control in asked.controls if control not in lost]
+        phase = phase or ("both" if is_late(where.site, where.role) else "prompt")
+        return cls(run, asked, where, phase, ranking, order, there, lost, seed)
+
+    def arms(self, model: Model, inputs: Sequence[Any], longest: int, batch_size: int) -> Arms:
+        """Run the distinct samples for what edits write, and lay out all arms."""
+        asked, where = self.asked, self.where
+        written = _written(
+            model, asked, inputs, where.probe, where.role, self.phase, longest, batch_size
+        )
+        differences = None
+        if "mean difference" in self.controls:
+            differences = _differences(self.run, where.probe.name, asked)
+        return make_arms(
+            written, self.run, self.order, asked.shares, self.controls, self.ranking, self.seed,
+            differences,
+        )  # fmt: skip
+
+    def about(self) -> dict[str, Any]:
+        """Say what was asked."""
+        asked = self.asked
+        return {
+            "data": asked.samples.source, "run": str(self.run.path or ""),
+            "site": self.where.site, "pool": self.where.probe.pool, "role": self.where.role,
+            "phase": self.phase, "mode": asked.mode, "shares": list(asked.shares),
+            "ranking": self.ranking, "controls": list(self.controls), "left_out": dict(self.lost),
+            "names": dict(asked.names), "level": asked.level, "keep": asked.keep,
+            "protocol": asked.protocol, "max_new_tokens": asked.max_new_tokens, "seed": self.seed,
+        }  # fmt: skip
 
 
 def _require_speech(model: Model) -> None:
     if not can_generate(model):
         raise ValueError(f"{model.name} makes no text: it has no language model to steer")
     require_tokenizer(model)
-
-
-def _phase(site: str, role: str) -> Phase:
-    return "both" if role == "last" and site.startswith("lm.") else "prompt"
 
 
 def _later(run: Run, model: Model, probe: Probe) -> list[Probe]:
@@ -318,119 +368,6 @@ def _differences(run: Run, name: str, asked: Request) -> torch.Tensor:
         values = [(found[s], found[t]) for s, t in both.tolist()]
     pairs = [(str(ids[s]), str(ids[t])) for s, t in both.tolist()]
     return mean_differences(run, name, pairs, asked.places[torch.from_numpy(both)], column, values)
-
-
-# ------ the table
-
-
-def _table(
-    asked: Request,
-    arms: Arms,
-    kept: Index,
-    known: Names,
-    measured: Measured,
-    answers: Sequence[str],
-) -> pd.DataFrame:
-    """Make `Steered.pairs`."""
-    ids, degrees = asked.ids[asked.rows], asked.places.numpy()
-    sources, targets = arms.place.sources[kept], arms.place.targets[kept]
-    numbers = {name: measured.of(name) for name in ("log_odds", "kl", "perplexity")}
-    reading = measured.of("reading")
-    last = reading[:, :, -1] if reading.shape[2] else np.full((*reading.shape[:2], 2), np.nan)
-    numbers["km"] = _away(last, degrees[targets])
-    judge = _Judge(asked, known, answers)
-    rows = []
-    for arm, share, number in arms.table:
-        for i, (s, t) in enumerate(zip(sources.tolist(), targets.tolist(), strict=True)):
-            answer = measured.answers[number][i]
-            row = {"source": ids[s], "target": ids[t], "arm": arm, "share": share, "answer": answer}
-            row |= judge(s, t, answer, measured.answers[0][i])
-            row |= {name: values[number, i] for name, values in numbers.items()}
-            row |= {"source_latitude": degrees[s, 0], "source_longitude": degrees[s, 1]}
-            row |= {"target_latitude": degrees[t, 0], "target_longitude": degrees[t, 1]}
-            row |= {"reading_latitude": last[number, i, 0]}
-            row |= {"reading_longitude": last[number, i, 1]}
-            rows.append(row)
-    table = pd.DataFrame(rows)
-    levels = [level for level in LEVELS if level in asked.names]
-    said = [f"{side}_{level}" for side in ("to", "own") for level in levels]
-    truths = [*said, "moved", "kept", *(score for score in study.SCORES if score in table)]
-    table = table.astype(dict.fromkeys(truths, "boolean"))
-    first = ["source", "target", "arm", "share", "answer", *said, "moved", "kept"]
-    measures = ["log_odds", "km", "kl", "perplexity", "repetition", "stability"]
-    return table[[*first, *measures, *(c for c in table if c not in {*first, *measures})]]
-
-
-def _readings(
-    asked: Request, arms: Arms, kept: Index, sites: Sequence[str], measured: Measured
-) -> pd.DataFrame:
-    """Say how far from the target every later probe reads: a row per arm, site and pair."""
-    ids = asked.ids[asked.rows]
-    sources, targets = arms.place.sources[kept], arms.place.targets[kept]
-    km = _away(measured.of("reading"), asked.places.numpy()[targets][:, None])
-    return pd.DataFrame(
-        [
-            {"source": s, "target": t, "arm": arm, "share": share, "site": site, "km": away}
-            for arm, share, number in arms.table
-            for i, site in enumerate(sites)
-            for s, t, away in zip(ids[sources], ids[targets], km[number, :, i], strict=True)
-        ]
-    )
-
-
-def _away(reading: NDArray[np.float64], degrees: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Kilometres from places [..., 2] to readings [..., 2]; a probe may read beyond the poles."""
-    latitude = np.clip(reading[..., 0], -90, 90)
-    return great_circle_km(degrees[..., 0], degrees[..., 1], latitude, reading[..., 1])
-
-
-_NO_NAMES = Gazetteer([])
-
-
-class _Judge:
-    """Reads answers, each once."""
-
-    def __init__(self, asked: Request, known: Names, answers: Sequence[str]) -> None:
-        self._asked, self._known = asked, known
-        self._seen: dict[tuple[int, int, str, str], dict[str, Any]] = {}
-        self._spots: list[study.Spot] = []
-        self._right: list[bool] = []
-        if asked.protocol == "study":
-            self._spots = [known.spot(asked, i) for i in range(len(asked.rows))]
-            self._right = known.by_study(asked, answers)
-
-    def __call__(self, source: int, target: int, answer: str, unedited: str) -> dict[str, Any]:
-        """Score an answer about a source, beside the unedited one."""
-        one = (source, target, answer, unedited)
-        if one not in self._seen:
-            self._seen[one] = self._score(*one)
-        return self._seen[one]
-
-    def _score(self, source: int, target: int, answer: str, unedited: str) -> dict[str, Any]:
-        levels = [level for level in LEVELS if level in self._asked.names]
-        to = self._known.says(answer, target, source, source)
-        own = self._known.says(answer, source, target, source)
-        row: dict[str, Any] = {f"to_{level}": _truth(to.get(level)) for level in levels}
-        row |= {f"own_{level}": _truth(own.get(level)) for level in levels}
-        row |= {"moved": _any(to.values()), "kept": _any(own.values())}
-        row |= {
-            "repetition": words.repetition(answer),
-            "stability": words.stability(unedited, answer, self._known.gazetteer or _NO_NAMES),
-        }
-        if self._spots:
-            row |= study.scores(answer, self._spots[source], self._spots[target])
-            row["study_known"] = self._right[source] and self._right[target]
-        return row
-
-
-def _truth(value: bool | None) -> Any:
-    return pd.NA if value is None else value
-
-
-def _any(values: Iterable[bool | None]) -> Any:
-    """Whether one is true; missing where all are."""
-    there = [value for value in values if value is not None]
-    return any(there) if there else pd.NA
 
 
 # ------ what the result says of itself

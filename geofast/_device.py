@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _PANEL = 128  # columns that are factored at once: the width of the products that follow
-_BLOCK = 1024  # rows of a diagonal block that is inverted: up to there a solve is one product
+BLOCK = 1024  # rows of a diagonal block that is inverted: up to there a solve is one product
 _FEW = 64  # rows of a right-hand side, up to which reading a factor takes the time
 _STRIP = 512  # rows of a training matrix that are made at once
 _BYTES = 1 << 28  # of float64 copies of rows, or of whole inverses, at once
@@ -142,9 +142,9 @@ def factor(a: torch.Tensor, info: torch.Tensor) -> torch.Tensor:
 
 
 def invert_blocks(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
-    """Return the inverse of every diagonal block of `_BLOCK` rows, below one another.
+    """Return the inverse of every diagonal block of `BLOCK` rows, below one another.
 
-    For `l` [m, dim, dim] that is [m, dim, min(dim, _BLOCK)], with zeros above the diagonals.
+    For `l` [m, dim, dim] that is [m, dim, min(dim, BLOCK)], with zeros above the diagonals.
     """
     inverses, eye = _no_blocks(l), _eye(l)
     for j in range(0, l.shape[1], _PANEL):
@@ -154,7 +154,7 @@ def invert_blocks(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
 
 
 def _no_blocks(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
-    return l.new_zeros(len(l), l.shape[1], min(l.shape[1], _BLOCK))
+    return l.new_zeros(len(l), l.shape[1], min(l.shape[1], BLOCK))
 
 
 def _eye(l: torch.Tensor) -> torch.Tensor:  # noqa: E741
@@ -175,7 +175,7 @@ def _put_inverse(
     j: int,
 ) -> None:
     """Add the rows from j on, whose own block has this inverse, to the inverse that they end."""
-    s = j // _BLOCK * _BLOCK
+    s = j // BLOCK * BLOCK
     rows = inverses[:, j : j + inverse.shape[1]]
     rows[:, :, j - s : j - s + inverse.shape[1]] = inverse
     if j > s:
@@ -193,9 +193,9 @@ def solve_lower(
     """See `_reference.solve_lower`; `inverses` are those of `invert_blocks`, if they are there."""
     inverses = invert_blocks(l) if inverses is None else inverses
     d = l.shape[1]
-    starts = range(0, d, _BLOCK)
+    starts = range(0, d, BLOCK)
     for i in reversed(starts) if transpose else starts:
-        j = min(i + _BLOCK, d)
+        j = min(i + BLOCK, d)
         part, inverse = b[:, :, i:j], inverses[:, i:j, : j - i]
         if transpose and j < d:
             part.baddbmm_(b[:, :, j:], l[:, j:, i:j], alpha=-1)
@@ -237,11 +237,11 @@ def inverse_trace(
 
 def _whole_inverse(l: torch.Tensor, inverses: torch.Tensor) -> torch.Tensor:  # noqa: E741
     d = l.shape[1]
-    if d <= _BLOCK:
+    if d <= BLOCK:
         return inverses
     whole = torch.zeros_like(l)
-    for i in range(0, d, _BLOCK):
-        j = min(i + _BLOCK, d)
+    for i in range(0, d, BLOCK):
+        j = min(i + BLOCK, d)
         inverse = inverses[:, i:j, : j - i]
         whole[:, i:j, i:j] = inverse
         if i:

@@ -31,7 +31,7 @@ SENTINEL = 12345.0
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way through the blocks, on matrices of a few rows."""
     monkeypatch.setattr(_device, "_PANEL", 8)
-    monkeypatch.setattr(_device, "_BLOCK", 16)
+    monkeypatch.setattr(_device, "BLOCK", 16)
     monkeypatch.setattr(_device, "_STRIP", 12)
     monkeypatch.setattr(_device, "_BYTES", 1 << 12)
 
@@ -370,7 +370,8 @@ def test_layers_are_taken_in_parts_when_memory_is_short(
 
     monkeypatch.setattr(module, "_solve_layers", limited)
     monkeypatch.setattr(module, "_SHARE", 0.5)
-    monkeypatch.setattr(module, "_free", lambda _: 2 * room * 8 * 43 * 43 * (5 * 5 + 2 * 2))
+    each = 5 * 8 * (43 * 43 + 2 * 2 * 40 * 40)  # statistics, and twice a factor and its inverse
+    monkeypatch.setattr(module, "_free", lambda _: 2 * room * each)
     parts = solve_many(there)
     assert tried == sizes
     for one, other in zip(parts, whole, strict=True):

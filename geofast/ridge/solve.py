@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 
 from .. import _ops
+from .._device import BLOCK
 from ..gram import Gram, totals, update
 from .gcv import least_gcv, settle_ties
 from .inner import inner_at, inner_folds, path
@@ -102,12 +103,12 @@ def solve_many(
         )
     if not grams:
         return []
-    device, p = grams[0].matrix.device, grams[0].matrix.shape[1]
+    device, dim = grams[0].matrix.device, grams[0].dim
     parts = grams[0].cells if folds is None else int(folds.max()) + 1
-    each = _matrix_bytes(p, parts, len(grid) if select == "folds" else 2)
+    each = _matrix_bytes(dim, grams[0].targets, parts, _of_a_pair(len(grid), select, inner))
     return _in_parts(
         grams,
-        None if device.type == "cpu" or is_small(grams[0].dim) else (device, each),
+        None if device.type == "cpu" or is_small(dim) else (device, each),
         lambda some: _solve_layers(some, grid, folds, select, inner),
     )
 
@@ -124,8 +125,8 @@ def _in_parts(
     found, most = list[Solution | ValueError](), len(layers)
     while len(found) < len(layers):
         left = layers[len(found) :]
-        fit = 1 if memory is None else int(_SHARE * _free(memory[0])) // memory[1]
-        most = min(most, len(left), max(1, fit))
+        fit = 1 if memory is None else max(1, int(_SHARE * _free(memory[0])) // memory[1])
+        most = min(most, -(-len(left) // -(-len(left) // fit)))  # parts of about one size
         try:
             found += solved(left[:most])
         except torch.OutOfMemoryError:
@@ -135,13 +136,19 @@ def _in_parts(
     return found
 
 
-def _matrix_bytes(p: int, parts: int, alphas: int) -> int:
-    """Bytes a layer, with so many factors of every pair of folds.
+def _matrix_bytes(dim: int, targets: int, parts: int, pair: int) -> int:
+    """Bytes of a layer's matrices, with so many factors of every pair of folds.
 
     Each part's statistics, and its factor with the inverses of its blocks, twice; of a pair the
-    factors.
+    factors, once.
     """
-    return 8 * p * p * (5 * parts + 2 * alphas)
+    factor = 8 * dim * (dim + min(dim, BLOCK))
+    return parts * (8 * (dim + 1 + targets) ** 2 + 2 * factor) + pair * factor
+
+
+def _of_a_pair(alphas: int, select: str, inner: bool) -> int:
+    """How many factors of a pair of folds there are at once."""
+    return alphas if select == "folds" else 2 * inner
 
 
 def _free(device: torch.device) -> int:
@@ -336,7 +343,8 @@ def _of_tables(
         # The rows once more; errors and predictions of every alpha, and near-solutions.
         each = n * (d * x.itemsize + 8 * folds * count * (4 * k + 3)) + 64 * folds * count * k * d
         each += 8 * folds * k * d * (STEPS + 4)
-        memory = x.device, each + _matrix_bytes(d + 1 + k, folds, count if select == "folds" else 2)
+        pair = _of_a_pair(count, select, inner)
+        memory = x.device, each + _matrix_bytes(d, k, folds, pair)
     return _in_parts(tables, memory, solved)
 
 

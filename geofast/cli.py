@@ -527,7 +527,6 @@ def _subspace(o: argparse.Namespace) -> None:
 def _steer(o: argparse.Namespace) -> None:
     from . import _folder
     from .effects.experiment import steer
-    from .models import load
     from .subspace.store import refuse_run
 
     refuse_run(o.out)
@@ -537,11 +536,9 @@ def _steer(o: argparse.Namespace) -> None:
         raise FileExistsError(msg)
     if not (out / "steering.json").exists():
         _folder.check_free(out, overwrite=False)
-    asked = _pairs(o)
     with _whoever_listens():
         found = steer(
-            model=load(o.model, **_loading(o)), **asked, site=o.site, shares=o.share,
-            mode=o.mode, phase=o.phase,
+            **_asked(o), site=o.site, shares=o.share, mode=o.mode, phase=o.phase,
             controls=[name.replace("-", " ") for name in o.control], names=_names(o) or None,
             keep="all" if o.all_pairs else "known", protocol=o.protocol,
             max_new_tokens=o.max_new_tokens, progress=True,
@@ -561,8 +558,8 @@ def _locate(o: argparse.Namespace) -> None:
             raise FileExistsError(f"{o.out} is a file: --out takes a folder")
     with _whoever_listens():
         found = locate(
-            model=o.model, **_loading(o), **_pairs(o), sites=o.sites, shares=o.share, modes=o.mode,
-            names=_names(o) or {"country": "country"},
+            **_asked(o), names=_names(o) or {"country": "country"}, sites=o.sites, shares=o.share,
+            modes=o.mode,
         )  # fmt: skip
         if o.out:
             found.save(o.out)
@@ -573,15 +570,16 @@ def _names(o: argparse.Namespace) -> dict[str, str]:
     return {level: column for level in _LEVELS if (column := getattr(o, level))}
 
 
-def _pairs(o: argparse.Namespace) -> dict[str, Any]:
-    """Read the run and its samples, and return what `steer` and `locate` take of them."""
+def _asked(o: argparse.Namespace) -> dict[str, Any]:
+    """Read the run and its samples, and return what both `steer` and `locate` take."""
     from .run import open as open_run
 
     run = open_run(o.folder)
     samples = _samples_of(o, run)
     return {
-        "data": samples, "pairs": o.pairs, "run": run, "prompt": o.prompt, "role": o.role,
-        "ranking": o.ranking, "seed": o.seed, "batch_size": o.batch_size,
+        "model": o.model, "data": samples, "pairs": o.pairs, "run": run, "prompt": o.prompt,
+        "role": o.role, "ranking": o.ranking, "seed": o.seed, "batch_size": o.batch_size,
+        **_loading(o),
     }  # fmt: skip
 
 

@@ -123,43 +123,62 @@ def test_show_says_where_runs_are(job, tmp_path, capsys):
     assert "it has no run.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("change", "code", "message"),
-    [
-        (["--pairs", "nowhere.csv"], 1, "there is no file of pairs nowhere.csv"),
-        (["--pairs", "{job}"], 1, "there is no file of pairs {job}"),
-        (["--pairs", "{job}/bad.csv"], 1, "has no sample 'nobody', the target"),
-        (["--run", "{job}/experiment"], 1, "holds an experiment, not a run: gf.open_steered"),
+_WRONG = [
+    (["--pairs", "nowhere.csv"], 1, "there is no file of pairs nowhere.csv"),
+    (["--pairs", "{job}"], 1, "there is no file of pairs {job}"),
+    (["--pairs", "{job}/bad.csv"], 1, "has no sample 'nobody', the target"),
+    (["--run", "nowhere"], 1, "there is no folder "),
+    (["--run", "{job}/experiment"], 1, "holds an experiment, not a run: gf.open_steered"),
+    (["--data", "nowhere.csv"], 1, "no such file or folder: nowhere.csv"),
+    (["--data", "{job}/images.csv", "--image", "p"], 1, "the run read text, and "),
+    (["--share", "x"], 2, "argument --share: invalid float value: 'x'; see geofast {command}"),
+    (["--mode", "add"], 2, "argument --mode: invalid choice: 'add'"),
+    (["--role", "sky"], 1, "role must be one of last, all"),
+    (["--prompt", "w1 {{name}}"], 1, "the run was never asked 'w1 {{name}}'"),
+    (["--country", "state"], 1, "has no column 'state'; it has id"),
+    (["--seed", "-1"], 2, "argument --seed: must be a whole number from 0, got '-1'"),
+    (["--ranking", "forward", "--run", "{job}/bare"], 1, "keeps neither rows nor statistics"),
+]
+_WRONG_OF = {
+    "steer": [
+        *_WRONG,
+        (["--site", "lm.layers.9"], 1, "the run never probed a site 'lm.layers.9'; it has lm.emb"),
+        (["--share", "2"], 1, "shares must be 0 to 1"),
+        (["--control", "magic"], 2, "argument --control: invalid choice: 'magic'"),
+    ],
+    "locate": [
+        *_WRONG,
         (["--sites", "lm.layers.9"], 1, "the run never probed a site 'lm.layers.9'; it has lm.emb"),
         (["--share", "2"], 1, "shares must be above 0 and at most 1; got [2.0]"),
-        (["--share", "x"], 2, "argument --share: invalid float value: 'x'; see geofast locate"),
-        (["--mode", "add"], 2, "argument --mode: invalid choice: 'add'"),
-        (["--role", "sky"], 1, "role must be one of last, all"),
-        (["--prompt", "w1 {{name}}"], 1, "the run was never asked 'w1 {{name}}'"),
-        (["--country", "state"], 1, "has no column 'state'; it has id"),
         (["--country", "latitude"], 1, "a name must be text; column 'latitude' has "),
-        (["--data", "{job}/images.csv", "--image", "p"], 1, "the run read text, and "),
-        (["--seed", "-1"], 2, "argument --seed: must be a whole number from 0, got '-1'"),
-        (["--ranking", "forward", "--run", "{job}/bare"], 1, "keeps neither rows nor statistics"),
         (["--out", "{job}/pairs.csv"], 1, "is a file: --out takes a folder"),
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "code", "message"),
+    [(command, *one) for command, every in _WRONG_OF.items() for one in every],
 )
-def test_what_locate_is_asked_wrongly_is_one_line_before_the_model_is_loaded(
-    job, monkeypatch, capsys, change, code, message
+def test_what_is_asked_wrongly_is_one_line_before_the_model_is_loaded(
+    job, tmp_path, names, monkeypatch, capsys, command, change, code, message
 ):
     def never(*_, **__):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("geofast.effects.locate.load", never)
-    change = [word.format(job=job) for word in change]
+    for module in ("experiment", "locate"):
+        monkeypatch.setattr(f"geofast.effects.{module}.load", never)
+    change = ["--out", str(tmp_path / "out"), *(word.format(job=job) for word in change)]
     try:
-        found = main(arguments(job, "--country", "land", *change, command="locate"))
+        found = main(arguments(job, "--country", "land", *change, command=command))
     except SystemExit as left:
         found = left.code
-    (said,) = capsys.readouterr().err.splitlines()
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(" ...")]
     assert found == code
-    assert said.startswith("geofast: ")
-    assert message.format(job=job) in said
+    assert len(said) == 1
+    assert said[0].startswith("geofast: ")
+    assert message.format(job=job, command=command) in said[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_option_is_handed_on(job, tmp_path, asked, monkeypatch):
@@ -168,13 +187,16 @@ def test_every_option_is_handed_on(job, tmp_path, asked, monkeypatch):
         "--continent": "c", "--prompt": "w90 {name} w91", "--role": "last", "--ranking": "coef",
         "--seed": 3, "--batch-size": 7, "--site": "lm.layers.1", "--mode": "set",
         "--phase": "both", "--protocol": "study", "--max-new-tokens": 9, "--out": tmp_path / "o",
+        "--device": "cpu",
     }  # fmt: skip
     words = [str(word) for pair in chosen.items() for word in pair]
     assert main(arguments(job, *words, "--share", ".1", ".3", "--control")) == 0
-    model, run, data = (asked.pop(name) for name in ("model", "run", "data"))
-    assert (model.name, run.path) == ("model", job / "run")
+    run, data = (asked.pop(name) for name in ("run", "data"))
+    assert run.path == job / "run"
     assert data.table["id"].tolist() == [f"c{i}" for i in range(24)]
     assert asked == {
+        "model": str(job / "model"), "device": "cpu", "dtype": None, "device_map": None,
+        "adapter": None, "merge": False, "trust_remote_code": False,
         "pairs": str(job / "pairs.csv"), "role": "last", "ranking": "coef", "seed": 3,
         "batch_size": 7, "prompt": "w90 {name} w91", "site": "lm.layers.1", "shares": [0.1, 0.3],
         "mode": "set", "phase": "both", "controls": [], "keep": "known", "protocol": "study",
@@ -198,41 +220,6 @@ def test_locate_is_asked_what_was_said(job, asked):
 
 def test_controls_are_those_that_there_are():
     assert tuple(name.replace("-", " ") for name in cli._CONTROLS) == CONTROLS
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--site", "lm.layers.9"], "'lm.layers.9'"),
-        (["--share", "1.5"], "shares must be 0 to 1"),
-        (["--country", "state"], "no column 'state'"),
-        (["--data", "nowhere.csv"], "no such file or folder: nowhere.csv"),
-        (["--role", "sky"], "role must be one of"),
-        (["--prompt", "w1 {name}"], "the run was never asked 'w1 {name}'"),
-        (["--run", "nowhere"], "nowhere"),
-    ],
-)
-def test_bad_input_is_one_line_before_anything_is_generated(
-    job, tmp_path, names, monkeypatch, capsys, change, message
-):
-    def never(*_, **__):
-        raise AssertionError("generated")
-
-    monkeypatch.setattr("transformers.generation.GenerationMixin.generate", never)
-    out = tmp_path / "out"
-    assert main(arguments(job, "--country", "land", "--out", str(out), *change)) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("geofast: ")
-    assert message in said
-    assert not out.exists()
-
-
-def test_pairs_of_unknown_samples(job, tmp_path, names, capsys):
-    pairs = tmp_path / "pairs.csv"
-    pd.DataFrame({"source": ["c1"], "target": ["nobody"]}).to_csv(pairs, index=False)
-    out = ["--pairs", str(pairs), "--out", str(tmp_path / "out"), "--country", "land"]
-    assert main(arguments(job, *out)) == 1
-    assert "has no sample 'nobody', the target" in capsys.readouterr().err
 
 
 def test_samples_that_are_not_the_runs(job, tmp_path, capsys):

@@ -332,6 +332,14 @@ def test_own_rows_go_before_those_of_another_gazetteer():
     assert len(mine) == len(ROWS) + 1
 
 
+@pytest.mark.parametrize(("parent", "fits"), [("", True), ("FR", True), ("US", False)])
+def test_a_row_that_says_less_of_where_it_lies_is_not_left_out(parent, fits):
+    own = Gazetteer([Entry("place", "Paris", ("Paname",), parent), *TABLE.entries])
+    (paris, _) = own.mentions("Paris, Île-de-France")
+    assert (own.entries[0] in paris.entries) is fits
+    assert "US.TX" not in {entry.parent for entry in paris.entries}
+
+
 def test_every_row_finds_itself():
     for entry in ROWS:
         for name in (entry.name, *entry.aliases):

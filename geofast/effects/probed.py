@@ -96,15 +96,6 @@ def require_sites_of(run: Run, model: Model) -> None:
         raise ValueError(f"the run probed {lost[0]}, which {model.name} does not have")
 
 
-def probed_sites(
-    run: Run, model: Model, sites: str | Sequence[str] | None = None, role: str | None = None
-) -> list[Probed]:
-    """Do what `require_run_of`, `require_sites_of` and `require_probed` do."""
-    require_run_of(run, model)
-    require_sites_of(run, model)
-    return require_probed(run, sites, role)
-
-
 def _sites(run: Run) -> list[str]:
     return list(dict.fromkeys(probe.site for probe in run.probes.values()))
 

@@ -79,7 +79,7 @@ def asked_as(run: Run, model: Model, samples: Samples, prompt: str | None) -> Mo
 def prompted(
     model: Model, samples: Samples, run: Run, prompt: str | None = None
 ) -> tuple[Model, Samples, Run]:
-    """Do what `chosen_prompt`, `worded_as` and `asked_as` do."""
+    """Do what `chosen_prompt`, `worded_as` and `asked_as` do, for a model that is loaded."""
     chosen = chosen_prompt(run, prompt)
     run, samples = worded_as(run, samples, chosen)
     return asked_as(run, model, samples, chosen), samples, run

@@ -276,9 +276,14 @@ class Gazetteer:
             if not meant:
                 inner, outer = self._beside(found, gaps, i)
                 meant = [e for e in inner if e in outer] or inner + outer
-            entries = tuple(e for e in mention.entries if e in meant) or mention.entries
-            told.append(replace(mention, entries=entries))
+            entries = tuple(e for e in mention.entries if any(self._fits(e, m) for m in meant))
+            told.append(replace(mention, entries=entries or mention.entries))
         return told
+
+    def _fits(self, entry: Entry, meant: Entry) -> bool:
+        """Tell whether an entry may be the one that is meant: it lies elsewhere in nothing."""
+        around = self._above(meant)
+        return entry.level == meant.level and all(o in around for o in self._above(entry))
 
     def _beside(
         self, found: list[Mention], gaps: list[list[str]], i: int

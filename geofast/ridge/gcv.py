@@ -71,16 +71,16 @@ def settle_ties(
     if len(contest):
         part = subset(train, contest)
         lowest[contest] = _exact_at(part, alphas[pole[contest]], factor[contest])
-    for a in close.any(0).nonzero()[:, 0].tolist():
-        sets = close[:, a].nonzero()[:, 0]
-        part, alpha = subset(train, sets), alphas[a].repeat(len(sets))
-        at = part.factor(alpha, factor.dtype)
-        value = _exact_at(part, alpha, at)
-        better = value < lowest[sets] * (1.0 - EQUAL)
-        won = sets[better]
-        if len(won):
-            lowest[won], pole[won] = value[better], a
-            factor.put(won, at[better.nonzero()[:, 0]])
+    pairs = close.mT.nonzero()  # by alpha, and as many at once as there are factors already
+    for some in pairs.split(len(pole)) if len(pairs) else ():
+        part, alpha = subset(train, some[:, 1]), alphas[some[:, 0]]
+        made, won = part.factor(alpha, factor.dtype), dict[int, int]()
+        values = _exact_at(part, alpha, made).tolist()
+        for i, ((a, one), value) in enumerate(zip(some.tolist(), values, strict=True)):
+            if value < float(lowest[one]) * (1.0 - EQUAL):
+                lowest[one], pole[one], won[one] = value, a, i
+        if won:
+            factor.put(torch.tensor([*won]), made[torch.tensor([*won.values()])])
     return pole, factor
 
 

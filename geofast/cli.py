@@ -14,6 +14,10 @@ from typing import Any, NoReturn, TextIO
 _LEVELS = ("place", "region", "country", "continent")
 _CONTROLS = ["random-dims", "random-direction", "shuffled-labels", "mean-difference"]
 _SHOWN = ("run.json", "steering.json")
+_MODES = (
+    "swap: the target's state in those dimensions; set: the smallest change there after which the "
+    "probe reads the target's place; patch: the target's whole state, whatever the share"
+)
 _ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError, ImportError)
 
 
@@ -191,9 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     steer.add_argument(
         "--mode", choices=["swap", "set", "patch"], default="swap",
-        help="swap: the target's state in those dimensions; set: the smallest change there after "
-        "which the probe reads the target's place; patch: the target's whole state, whatever the "
-        "share (default: swap)",
+        help=f"{_MODES} (default: swap)",
     )  # fmt: skip
     steer.add_argument(
         "--phase", choices=["prompt", "steps", "both"],
@@ -219,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     _loading_options(steer)
     steer.set_defaults(run=_steer)
 
-    what = "find where edits as of steer work best, from the next token alone: no generation"
+    what = "try edits at sites, shares and in modes, by their effect on the next token alone"
     locate = commands.add_parser("locate", help=what, description=f"{what.capitalize()}.")
     _model_argument(locate)
     _pairs_options(
@@ -237,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     locate.add_argument(
         "--mode", nargs="+", choices=["swap", "set", "patch"], default=["swap"],
-        help="as for steer (default: swap)",
+        help=f"one or several; {_MODES} (default: swap)",
     )  # fmt: skip
     _loading_options(locate)
     locate.set_defaults(run=_locate)
@@ -300,10 +302,14 @@ def _pairs_options(command: argparse.ArgumentParser, names: str) -> None:
     for level in _LEVELS:
         named.add_argument(f"--{level}", metavar="COLUMN", help=f"column of the {level}")
     how = command.add_argument_group("how it is edited")
-    how.add_argument("--role", help="which tokens (default: those that the probe's pool reads)")
+    how.add_argument(
+        "--role",
+        help="which tokens: last, text, image, patch, cls, register or all (default: those that "
+        "the probe's pool reads)",
+    )
     how.add_argument(
         "--ranking", choices=["coef", "coef_std", "forward", "backward"],
-        help="of the dimensions, as for subspace (default: coef_std)",
+        help="which dimensions come first, as for subspace (default: coef_std)",
     )  # fmt: skip
     how.add_argument(
         "--seed", type=_count_from_0, default=0, help="of random controls (default: 0)"

@@ -759,3 +759,16 @@ def test_what_does_not_go_with_the_model_is_refused_before_it_runs():
 def test_bad_parts(make, message):
     with pytest.raises((ValueError, IndexError), match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("pool", "role"),
+    [
+        ("cls", "cls"), ("last", "last"), ("mean", "all"), ("max:image", "image"),
+        ("each:patch", "patch"), ("max+min", None), ("last+mean:text", None),
+    ],
+)  # fmt: skip
+def test_what_a_pool_reads_is_what_an_edit_of_its_probe_changes(pool, role):
+    assert gf.Pool.parse(pool).role == role
+    if role is not None:
+        assert gf.set_to(probe_of(pool=pool), 0.0, 0.0).role == role

@@ -43,7 +43,18 @@ def _triton(device: torch.device) -> tuple[ModuleType, ModuleType] | str:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the kernels are for compute capability 8.0 and newer; this is {major}.{minor}"
+    try:
+        _try(pool, device)
+    except Exception as error:  # of Triton's, of the C compiler that it calls, or of the driver
+        first = (str(error).splitlines() or [""])[0]
+        return f"Triton cannot make a kernel here ({type(error).__name__}: {first})"
     return pool, gram
+
+
+def _try(kernels: ModuleType, device: torch.device) -> None:
+    """Make a small kernel: what Triton lacks, it says no earlier."""
+    x, roles = (torch.zeros(1, 1, *end, device=device) for end in ((8,), ()))
+    kernels.pool(x, roles.byte(), [("first", 0, torch.empty(1, 8, device=device))])
 
 
 @cache

@@ -354,7 +354,7 @@ def _probe_options(probe: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--folds", type=_count, default=5, help="folds of a split that names none (default: 5)"
     )
-    how.add_argument("--seed", type=_count_from_0, default=42, help="of the folds (default: 42)")
+    how.add_argument("--seed", type=int, default=42, help="of the folds (default: 42)")
     how.add_argument(
         "--control", nargs="+", default=[], choices=["random-weights", "pixels", "tokens"],
         help="also probe a twin of the model with random weights, or the input itself: 16 x 16 "

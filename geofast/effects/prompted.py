@@ -74,12 +74,3 @@ def asked_as(run: Run, model: Model, samples: Samples, prompt: str | None) -> Mo
     model = model.reading(samples.kind)
     require_sites_of(run, model)
     return model if prompt is None or samples.kind == "text" else model.asking([prompt])
-
-
-def prompted(
-    model: Model, samples: Samples, run: Run, prompt: str | None = None
-) -> tuple[Model, Samples, Run]:
-    """Do what `chosen_prompt`, `worded_as` and `asked_as` do, for a model that is loaded."""
-    chosen = chosen_prompt(run, prompt)
-    run, samples = worded_as(run, samples, chosen)
-    return asked_as(run, model, samples, chosen), samples, run

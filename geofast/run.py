@@ -336,8 +336,8 @@ class Run:
             `study` adds the ranking `study`: the procedure of Locatelli et al. (ICML 2026) with its
             faults. One order, by |coef| of latitude, for all targets and all folds, from the fold
             with the best held-out R²; so what is scored has chosen the order. Alpha is chosen for
-            every share and target, by generalised cross-validation, where the study has
-            leave-one-out.
+            every share and target, where the run keeps rows by exact leave-one-out, as the study
+            does, else by generalised cross-validation; `Subspace.study` says which.
         progress
             Show a bar on stderr.
 

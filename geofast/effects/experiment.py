@@ -151,6 +151,11 @@ def steer(
         others. Afterwards when no pair is kept.
     """
     clock = _Clock(progress)
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 1), ("batch_size", batch_size, 1), ("seed", seed, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name} must be {least} or more; got {value}")
     run = run if isinstance(run, Run) else open_run(run)
     samples = data if isinstance(data, Samples) else read(data)
     chosen = chosen_prompt(run, prompt)

@@ -207,8 +207,6 @@ def _first(model: Model, ends: Sequence[torch.Tensor], names: Sequence[str]) -> 
     found: dict[tuple[int, str], int] = {}
     tokens = []
     for end, name in zip(ends, names, strict=True):
-        if not isinstance(name, str):
-            raise ValueError(f"a name must be text; got {name!r}")
         key = int(end[-1]), name
         if key not in found:
             ids = answer_ids(model, end, name)

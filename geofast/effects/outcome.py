@@ -161,6 +161,8 @@ def open_steered(folder: str | Path) -> Steered:
     """
     path = Path(folder).expanduser().resolve()
     about = path / "steering.json"
+    if not about.exists() and (path / "run.json").exists():
+        raise ValueError(f"{path} holds a run, not an experiment: gf.open opens it")
     if not about.exists():
         raise FileNotFoundError(f"{path} holds no experiment: it has no steering.json")
     with _folder.reading(about):

@@ -71,12 +71,14 @@ class Request:
         parts = [float(share) for share in ([1.0] if mode == "patch" else shares)]
         if not parts or not all(0 <= share <= 1 for share in parts) or len({*parts}) < len(parts):
             raise ValueError(f"shares must be 0 to 1, each once; got {parts}")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be 1 or more; got {max_new_tokens}")
         found = _pairs(pairs, samples)
         rows, back = distinct(np.concatenate([found.source, found.target]))
         _check_places(samples, rows)
         columns = _columns(samples, names)
+        for column in columns.values():
+            told = samples.table[column].iloc[rows].dropna()
+            if bad := [value for value in told if not isinstance(value, str)]:
+                raise ValueError(f"a name must be text; column {column!r} has {bad[0]!r}")
         if keep == "known" and not columns:
             raise ValueError(
                 "keep='known' asks whether answers name the places: say which columns have the "

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..data import Samples, read
 from ..geo.gazetteer import Gazetteer
@@ -190,9 +191,13 @@ def steer(
     kept, why = kept_pairs(asked, known, answers)
     later = _later(run, model, setting.where.probe)
     measured = Measured(len(arms.makes))
-    for number, some in enumerate(chunks(arms, kept)):
-        clock.begin("asking with edits", number)
-        measured.add(measure(model, inputs, arms, some, known, later, asked, batch_size))
+    clock.begin("asking with edits")
+    with tqdm(
+        total=len(arms.makes) * len(kept), unit="answer", leave=False, disable=not progress
+    ) as bar:
+        for some in chunks(arms, kept):
+            made = measure(model, inputs, arms, some, known, later, asked, batch_size, bar.update)
+            measured.add(made)
     clock.begin("scoring")
     measured.perplexity(model, inputs, arms, kept, asked, batch_size)
     clock.begin("summing up")
@@ -385,10 +390,10 @@ class _Clock:
         self._progress, self._seconds = progress, dict[str, float]()
         self._stage, self._since = "", time.perf_counter()
 
-    def begin(self, stage: str, again: int = 0) -> None:
-        """Begin a stage; say so, unless it is begun again."""
+    def begin(self, stage: str) -> None:
+        """Begin a stage, and say so."""
         self._lap()
-        if self._progress and not again:
+        if self._progress:
             print(f"{stage} ...", file=sys.stderr, flush=True)
         self._stage = stage
 
@@ -400,7 +405,7 @@ class _Clock:
     def _lap(self) -> None:
         now = time.perf_counter()
         if self._stage:
-            self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._since
+            self._seconds[self._stage] = now - self._since
         self._since = now
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,13 +82,22 @@ def measure(
     later: Sequence[Probe],
     asked: Request,
     batch_size: int,
+    tell: Callable[[int], object],
 ) -> Measured:
-    """Run some pairs under all edits: what they answer, and what the later probes read."""
+    """Run some pairs under all edits: what they answer, and what the later probes read.
+
+    `tell` hears of how many pairs more there is an answer, of any arm.
+    """
     sources = arms.place.sources[some]
     shown = [inputs[s] for s in sources.tolist()]
     edits = [make(some) for make in arms.makes]
     said = _Said.nothing(model, asked, known, sources, arms.place.targets[some], len(edits))
-    ask(model, shown, edits, said, batch_size=batch_size, again=True)
+
+    def answer(arm: int, rows: list[int], prompt: Prompt) -> None:
+        said(arm, rows, prompt)
+        tell(len(rows))
+
+    ask(model, shown, edits, answer, batch_size=batch_size, again=True)
     reading = np.full((len(edits), len(some), len(later), 2), np.nan)
     if later:
         for number, found in enumerate(pooled(model, shown, edits, later, batch_size)):

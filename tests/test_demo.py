@@ -138,6 +138,10 @@ def test_cities_are_swapped_inside_a_model(tmp_path, capsys, monkeypatch):
     # At a full run 85 % and 17 %: most of what the dimensions do, and little of what others do.
     assert moved["edit"] >= 0.5
     assert moved["edit"] >= moved["random dims"] + 0.3
+    by_coef = gf.open_steered(out / "swap-coef")
+    assert by_coef.info["ranking"] == "coef"
+    assert by_coef.pairs.query("arm == 'none'").equals(swapped.pairs.query("arm == 'none'"))
+    assert not by_coef.pairs.query("arm == 'edit'").equals(swapped.pairs.query("arm == 'edit'"))
     probed = set(gf.open(out / "run").samples["id"])
     assert not probed & {*swapped.pairs["source"], *swapped.pairs["target"]}
     for name in ("effects.png", "map.png", "report.html"):

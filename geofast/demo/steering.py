@@ -47,7 +47,8 @@ def steer_cities(samples: int | None = None) -> Parts:
 
     All tokens of the prompt are edited, one by one; so only cities take part whose prompt has as
     many tokens as most. Of those that the model knows, pairs are made. Half of the cities are
-    probed and serve to choose where to edit.
+    probed and serve to choose where to edit. At that site the dimensions are also swapped in the
+    order of |coef| alone, as the study ranks them.
 
     Parameters
     ----------
@@ -62,6 +63,7 @@ def steer_cities(samples: int | None = None) -> Parts:
     return _demo(
         model, whole, "country", "lm.layers.*[05]", "mean:text", CITY_PROMPT,
         modes=("swap", "set"), shares=(0.1, 0.2, 0.4), pairs=(24, 60),
+        also=("coef",),
     )  # fmt: skip
 
 
@@ -105,8 +107,12 @@ def _demo(
     modes: Sequence[str],
     shares: Sequence[float],
     pairs: tuple[int, int],
+    also: Sequence[str] = (),
 ) -> Parts:
-    """Probe half of the samples, choose sites on pairs of them, and steer pairs of the others."""
+    """Probe half of the samples, choose sites on pairs of them, and steer pairs of the others.
+
+    `also` are other rankings to swap by.
+    """
     order = np.random.default_rng(_SEED).permutation(len(whole))
     half = len(whole) // 2
     seen, unseen = whole.take(np.sort(order[:half])), whole.take(np.sort(order[half:]))
@@ -127,10 +133,15 @@ def _demo(
         print(f"Chosen: {mode} at {best['site']}, {best['share']:.0%} of the dimensions")
         if not best["score"] > 0:
             print("though there it does no more than random dimensions, or more damage than asked")
-        yield mode, steer(
-            model, unseen, drawn[1], run, site=best["site"], shares=shares, mode=mode, names=names,
-            max_new_tokens=ANSWER, progress=True,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "site": best["site"], "shares": shares, "mode": mode, "names": names,
+            "max_new_tokens": ANSWER, "progress": True,
+        }  # fmt: skip
+        yield mode, steer(model, unseen, drawn[1], run, **options)
+        for ranking in also if mode == "swap" else ():
+            # Of the other controls one is the same again, and one but of another length.
+            options |= {"ranking": ranking, "controls": ("random dims", "shuffled labels")}
+            yield f"{mode}-{ranking}", steer(model, unseen, drawn[1], run, **options)
 
 
 def known(model: Model, samples: Samples, run: Run, column: str) -> pd.DataFrame:

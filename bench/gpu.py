@@ -42,6 +42,7 @@ PARTS = {  # the order is that of importance, but that ceilings are what others 
     "tests": Part("checks.main", 110, 20),
     "images": Part("forwards.main_images", 140, 30),
     "language": Part("forwards.main_language", 90, 30),
+    "edits": Part("edits.main", 40, 20),
     "pooling": Part("pooling.main", 50, 15),
     "gram": Part("gram.main", 100, 20),
     "solve": Part("solve.main", 70, 20),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pretend import DEVICE, Pretend
 
+import geofast as gf
 from geofast import _device, _ops, _reference, pooling
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -71,6 +72,7 @@ def test_the_json_has_a_verdict_on_every_target_of_the_engine(dry):
         ("images", "ours faster", "at least", 20),
         ("language", "ratio", "at most", 1.01),
         ("language", "ratio", "at most", 1.02),
+        ("edits", "ratio", "at most", 1.03),
         ("pooling", "% of copy", "at least", 85),
         ("pooling", "to mean", "at most", 1.1),
         ("gram", "% of float64", "at least", 65),
@@ -168,6 +170,18 @@ def test_wrong_sums_fail_and_a_broken_peer_is_a_note(new_run, monkeypatch):
     monkeypatch.setitem(gram.BOUNDS, "float64", 1e-18)
     gram.main(run)
     assert "products='float64': off by" in part("report").gather(run.path)["errors"][0]
+
+
+def test_an_edit_that_changes_what_it_must_not_is_not_timed(new_run, monkeypatch):
+    edits, run = part("edits"), new_run()
+    direction = torch.linspace(-1, 1, 64)
+    monkeypatch.setattr(
+        edits, "nothing", lambda site, width: gf.add(site, direction, 9.0, 9.0, phase="both")
+    )
+    edits.main(run)
+    found = part("report").gather(run.path)
+    assert "an edit that adds 0 changes the answers" in found["errors"][0]
+    assert not found["tables"]
 
 
 def test_a_line_that_a_crash_cut_short_is_left_out(tmp_path):
@@ -295,16 +309,18 @@ def far_backend(device, real=_ops.backend):
 
 
 @pytest.mark.parametrize(
-    "main", ["pooling.main", "gram.main", "solve.main", "forwards.main_language"]
+    "main",
+    ["pooling.main", "gram.main", "solve.main", "forwards.main_language", "edits.main"],
 )
 def test_parts_mix_no_devices(main, new_run, monkeypatch):
     module, function = main.split(".")
+    measure = getattr(part(module), function)  # decorates with what is replaced below
     monkeypatch.setattr(_ops, "backend", far_backend)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # as wrapped tensors want it
     run = new_run(quick=True)
     run.device = DEVICE
     with Pretend():
-        getattr(part(module), function)(run)
+        measure(run)
     found = part("report").gather(run.path)
     assert found["errors"] == []
     assert found["tables"]

@@ -17,7 +17,7 @@ from ..models import Model, Site, Tower
 from ..models.load import load
 from ..report.numbers import number
 from ..report.text import Table, clip_label, fill
-from ..steering.asking import once, require_several
+from ..steering.asking import once, require_several, require_tokenizer
 from ..steering.edit import EDIT_ROLES, Edit
 from ..steering.make import patch
 from .intervals import bootstrap_means
@@ -45,7 +45,8 @@ class Patched:
         the share linearised.
     info : dict
         What was asked, and what it ran on; `tokens`, in the order of figures; `target_effect`, the
-        mean change when the target itself is asked.
+        mean change when the target itself is asked; `words`, by position, what stands there in
+        prompts, of the language model alone: the first of several with an ellipsis.
     """
 
     table: pd.DataFrame
@@ -69,13 +70,21 @@ class Patched:
         return _text(self.grid(), self.info)
 
     def save(self, folder: str | Path) -> Path:
-        """Write patching.csv (`table`) and patching.json (`info`); makes the folder where missing.
+        """Write patching.csv (`table`), patching.json (`info`) and patching.png.
+
+        The folder is made where missing. Without matplotlib there is no picture, and a warning,
+        which `info` keeps.
 
         Raises
         ------
         OSError
             When they cannot be written.
         """
+        from ..report import patching as report
+
+        folder = Path(folder).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        report.write(self, folder)
         return save(self.table, self.info, folder, "patching")
 
 
@@ -157,11 +166,12 @@ def patching(
     model = load(model)
     chosen = model.sites(sites)
     where = _where(model, chosen, roles)
-    words = [[pair[side] for pair in names] for side in (0, 1)]
-    asked = Asked.of(model, sources, targets, *words)
-    in_text = any(site.tower == "lm" for site in chosen)
-    if in_text and (positions is None or positions or {"text", "all"} & {*roles}):
-        _check_lengths(model, asked, positions or [])
+    asked = Asked.of(model, sources, targets, *([pair[side] for pair in names] for side in (0, 1)))
+    of_text = [site.tower == "lm" for site in chosen]
+    words: dict[int, str] = {}
+    if any(of_text) and (positions is None or positions or {"text", "all"} & {*roles}):
+        ids = _ids_of_one_length(model, asked, positions or [])
+        words = _words(model, ids, positions) if all(of_text) else {}
     goal = next_tokens(model, asked.targets, batch_size)
     held = states_of(model, asked.targets, where, batch_size)
     arms = [[patch(held[key]).take(asked.of_pair)] for key in where]
@@ -178,6 +188,7 @@ def patching(
     table = _table({key: found[key] for key in rows if key in found}, made.whole, seed)
     info = {
         **about(model), "tokens": every, "seed": seed, "target_effect": float(made.whole.mean()),
+        "words": words,
         "pairs": {"asked": len(names), "used": len(asked), "alike": len(names) - len(asked)},
         "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
@@ -215,16 +226,31 @@ def _roles(model: Model, tower: Tower) -> tuple[str, ...]:
     return (*model.roles(tower), *last, "all")
 
 
-def _check_lengths(model: Model, asked: Asked, positions: Sequence[int]) -> None:
-    """Refuse prompts of different lengths, and positions that they do not have."""
+def _ids_of_one_length(model: Model, asked: Asked, positions: Sequence[int]) -> torch.Tensor:
+    """Return the tokens of all prompts, int64 [prompts, tokens], the first source's first.
+
+    Refuse prompts of different lengths, and positions that they do not have.
+    """
     inputs = once([*asked.sources, *asked.targets])[0]
-    lengths = sorted({len(ids) for ids in prompt_ids(model, inputs)})
+    ids = prompt_ids(model, inputs)
+    lengths = sorted({len(one) for one in ids})
     if len(lengths) > 1:
         raise ValueError(
             f"the prompts have {lengths[0]} to {lengths[-1]} tokens: take those of one number, or "
             "tokens='last'"
         )
     _check_positions(positions, lengths[0], "the prompts")
+    return torch.stack(ids)
+
+
+def _words(model: Model, ids: torch.Tensor, positions: Sequence[int] | None) -> dict[int, str]:
+    """Say what stands at positions of prompts."""
+    decode = require_tokenizer(model).decode
+    found = {}
+    for position in range(ids.shape[1]) if positions is None else positions:
+        first, *others = ids[:, position].unique_consecutive().tolist()
+        found[position] = str(decode([first])).strip(" ") + (" …" if others else "")
+    return found
 
 
 def _check_positions(positions: Sequence[int], count: int, where: str) -> None:

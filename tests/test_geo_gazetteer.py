@@ -267,6 +267,133 @@ def test_a_place_is_told_by_what_follows(text, places):
     assert sorted(f"{e.name} {e.parent}" for e in found) == places
 
 
+TOWNS = Gazetteer(
+    [
+        *SAME.entries,
+        Entry("country", "China", parent="AS", codes=("CN",)),
+        Entry("country", "Japan", parent="AS", codes=("JP",)),
+        Entry("country", "Peru", codes=("PE",)),
+        Entry("region", "Amazonas", parent="PE"),
+        Entry("region", "Amazonas", parent="CO"),
+        Entry("region", "Beijing", parent="CN", codes=("CN.22",)),
+        Entry("region", "Florida", parent="US", codes=("US.FL",)),
+        Entry("region", "Indiana", parent="US", codes=("US.IN",)),
+        Entry("region", "Missouri", parent="US", codes=("US.MO",)),
+        Entry("region", "Northern", parent="US"),
+        Entry("place", "Beijing", parent="CN.22"),
+        Entry("place", "Florida", parent="CU"),
+        Entry("place", "Tijuana", parent="MX"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "is_named"),
+    [
+        # a town of a region elsewhere
+        ("Mexico, Missouri", "MX", False),
+        ("mexico, missouri", "MX", False),
+        ("Mexico, Missouri, USA.", "MX", False),
+        ("Mexico (Missouri)", "MX", False),
+        ("Mexico, northern Missouri", "MX", False),
+        ("Mexico is a city in Missouri.", "MX", False),
+        ("Peru, a town of Indiana", "PE", False),
+        ("Peru, Florida", "PE", False),  # Cuba's town of Florida does not matter
+        ("Cuba, Missouri, and Peru, Indiana", "CU", False),
+        ("Cuba, Missouri, and Peru, Indiana", "PE", False),
+        ("Cuba, Missouri, and Paris, Texas", "CU", False),
+        ("Georgia, Missouri", "GE", False),
+        # the country: lists
+        ("Mexico, Guatemala and Venezuela", "MX", True),
+        ("Mexico, Texas and Florida", "MX", True),
+        ("Mexico, Texas, and Guatemala", "MX", True),
+        ("Cuba, Mexico, Texas", "MX", True),
+        ("Mexico and Texas", "MX", True),
+        # behind a place of its own
+        ("Tijuana, Mexico, Texas", "MX", True),
+        # words that say no such thing
+        ("Mexico. Missouri is far.", "MX", True),
+        ("Mexico is south of Texas", "MX", True),
+        ("Mexico, south of Texas", "MX", True),
+        ("the Mexico-Texas border", "MX", True),
+        ("the embassy of Mexico in Texas", "MX", True),
+        ("Peru, a country in Missouri", "PE", True),
+        # its own region, a city, what may be more than a region
+        ("Peru, Amazonas", "PE", True),
+        ("Mexico, Amazonas", "MX", False),
+        ("Japan, Beijing", "JP", True),
+        ("Japan, Rome", "JP", True),
+        ("Mexico, Georgia", "MX", True),
+        ("Mexico, Georgia, USA", "MX", True),  # three countries, perhaps
+        ("Mexico, Northern Hemisphere", "MX", True),
+    ],
+)  # fmt: skip
+def test_a_town_that_is_called_like_a_country(text, code, is_named):
+    assert named(text, {"country": code}, TOWNS) == {"country": is_named}
+
+
+def test_a_town_that_the_gazetteer_does_not_have_is_a_mention():
+    town, ohio = TOWNS.mentions("Peru, Ohio")
+    assert (town.key, town.entries) == ("peru", ())
+    assert [e.name for e in ohio.entries] == ["Ohio"]
+    unheard = {"place": "Peru", "region": "Ohio", "country": "US"}
+    assert named("Peru, Ohio", unheard, TOWNS)["place"] is True
+
+
+TWO = Gazetteer(
+    [
+        Entry("continent", "Asia", codes=("AS",)),
+        Entry("continent", "Oceania", codes=("OC",), stand_ins=("Australia",)),
+        Entry("country", "South Korea", ("Korea",), "AS", ("KR",)),
+        Entry("country", "North Korea", ("Korea",), "AS", ("KP",)),
+        Entry("country", "Australia", (), "OC", ("AU",), ("Australian",)),
+        Entry("country", "New Zealand", (), "OC", ("NZ",)),
+        Entry("place", "Seoul", parent="KR"),
+        Entry("place", "Pyongyang", parent="KP"),
+        Entry("place", "Auckland", parent="NZ"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "south", "north"),
+    [
+        ("Korea", True, True),
+        ("Seoul, Korea", True, False),
+        ("Pyongyang, Korea", False, True),
+        ("South Korea", True, False),
+        ("North Korea", False, True),
+    ],
+)
+def test_two_countries_of_a_continent_that_share_a_name(text, south, north):
+    assert named(text, {"country": "KR"}, TWO) == {"country": south}
+    assert named(text, {"country": "KP"}, TWO) == {"country": north}
+
+
+def test_beside_the_other_korea_the_shared_name_tells_nothing():
+    kr, kp = {"country": "KR"}, {"country": "KP"}
+    assert named("Korea", kr, TWO, beside=kp) == {"country": False}
+    assert named("South Korea", kr, TWO, beside=kp) == {"country": True}
+    assert TWO.names("country", "Korea")[0] == "South Korea"
+
+
+def test_a_part_that_is_said_for_the_whole():
+    sydney = {"country": "AU", "continent": "OC"}
+    auckland = {"country": "NZ", "continent": "OC"}
+    seoul = {"country": "KR", "continent": "AS"}
+    assert named("Australia", sydney, TWO) == {"country": True, "continent": True}
+    assert named("Oceania", sydney, TWO) == {"country": False, "continent": True}
+    assert named("Auckland, Australia", sydney, TWO)["country"] is True
+    assert named("Australia", auckland, TWO) == {"country": False, "continent": True}
+    assert named("Australia", auckland, TWO, beside=seoul)["continent"] is True
+    assert named("Australia", seoul, TWO) == {"country": False, "continent": False}
+    # both lie there; who is asked about it has read it
+    assert named("Australia", sydney, TWO, beside=auckland) == {"country": True, "continent": None}
+    asked = "Is this in Australia?"
+    assert named("Oceania", auckland, TWO, prompt=asked) == {"country": False, "continent": None}
+    assert TWO.names("continent", "OC") == ("Oceania",)
+
+
 def test_what_the_other_place_shares_tells_nothing():
     nice = {"place": "Nice", "country": "France", "continent": "EU"}
     assert named("Nice, France, Europe", nice, TABLE, beside=LYON) == {
@@ -410,6 +537,60 @@ def test_geonames(world):
         "place": True,
         "country": False,
     }
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    ("text", "level", "codes", "others"),
+    [
+        ("Mexico, Missouri", "country", "", "MX"),
+        ("Norway, Maine", "country", "", "NO"),
+        ("Cuba, Missouri", "country", "", "CU"),
+        ("Poland, Ohio", "country", "", "PL"),
+        ("Peru, Indiana", "country", "", "PE"),
+        ("Mexico, Guatemala and Belize", "country", "MX GT BZ", ""),
+        ("Nepal, Northern India", "country", "NP IN", ""),
+        ("Japan, Beijing", "country", "JP", "CN"),
+        ("India, Punjab", "country", "IN", "PK"),
+        ("Congo-Kinshasa", "country", "CD", "CG"),
+        ("Congo-Brazzaville", "country", "CG", "CD"),
+        ("Congo", "country", "CD CG", ""),
+        ("Brazzaville, Congo", "country", "CG", "CD"),
+        ("Korea", "country", "KR KP", "JP"),
+        ("Pyongyang, Korea", "country", "KP", "KR"),
+        ("Virgin Islands", "country", "VG VI", "US"),
+        ("US Virgin Islands", "country", "VI", "VG US"),
+        ("South Africa", "country", "ZA", ""),
+        ("Southern Africa", "country", "", "ZA"),
+        ("the Central African Republic", "country", "CF", ""),
+        ("Central Africa", "country", "", "CF"),
+        ("a Latin American city", "country", "", "US"),
+        *((f"It lies in {name}.", "continent", "AS", "EU OC") for name in (
+            "South Asia", "Southeast Asia", "South-East Asia", "East Asia", "Central Asia",
+            "Western Asia", "western Asia",
+        )),
+        *((f"It lies in {name}.", "continent", "AF", "AS") for name in (
+            "West Africa", "East Africa", "Southern Africa", "Central Africa", "North Africa",
+            "Sub-Saharan Africa",
+        )),
+        *((f"It lies in {side} Europe.", "continent", "EU", "AS") for side in (
+            "Western", "Eastern", "Northern", "Southern",
+        )),
+        ("South Africa", "continent", "", "AF"),
+        ("the Central African Republic", "continent", "", "AF"),
+        ("Asia Minor", "continent", "", "AS"),
+        ("Central America", "continent", "NA", "SA"),
+        ("a Central American city", "continent", "NA", "SA"),
+        ("Latin America", "continent", "", "NA SA"),
+        ("Australia", "continent", "OC", "AS"),
+        ("Oceania", "country", "", "AU"),
+    ],
+)  # fmt: skip
+def test_what_the_world_is_called(world, text, level, codes, others):
+    for code in codes.split():
+        assert named(text, {level: code}, world) == {level: True}, code
+    for code in others.split():
+        assert named(text, {level: code}, world) == {level: False}, code
 
 
 @pytest.mark.assets

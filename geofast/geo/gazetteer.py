@@ -19,6 +19,10 @@ Georgia" no state, "Paris, Texas" no capital. "The state of Georgia" tells by it
 neighbour tells means all of them, and so does a name in a list of its like ("Paris, Rome, New
 York"). A city never names the country that it lies in.
 
+Many a town too small for a table is called like a country: before a region of another country,
+set off by a comma or called a town, a country's name is not that country ("Norway, Maine"), but
+for lists ("Mexico, Texas and Arizona") and for regions called like their city ("Japan, Beijing").
+
 Scripts without spaces (Chinese, Japanese) are cut into characters.
 """
 
@@ -27,7 +31,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -138,6 +142,8 @@ class Entry:
     """What a table may call it (ISO 3166 FR, FRA); a text never does."""
     demonyms: tuple[str, ...] = ()
     """Adjectives (French), which count before a word for a place."""
+    stand_ins: tuple[str, ...] = field(default=(), hash=False)  # hashing many names takes a while
+    """Names of parts that are said for the whole: Australia, where Oceania is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +155,10 @@ class Mention:
     key: str
     """Its words, folded."""
     entries: tuple[Entry, ...]
-    """What bears that name; where its neighbours tell which is meant, that alone."""
+    """What bears that name; where its neighbours tell which is meant, that alone.
+
+    None for a town called like a country that the gazetteer does not have.
+    """
 
 
 class Gazetteer:
@@ -166,7 +175,7 @@ class Gazetteer:
     ValueError
         For a row without a name or of an unknown level.
     TypeError
-        For aliases, codes or demonyms that are one string in place of a tuple.
+        For aliases, codes, demonyms or stand-ins that are one string in place of a tuple.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -266,7 +275,9 @@ class Gazetteer:
 
     def _told(self, text: str, found: list[Mention]) -> list[Mention]:
         """Keep those namesakes that the names beside a mention tell, or the words before it."""
-        if all(len(mention.entries) == 1 for mention in found):
+        if all(len(mention.entries) == 1 for mention in found) and not any(
+            _has(one, "country") and _has(two, "region") for one, two in pairwise(found)
+        ):
             return found
         gaps = [words(text[a.end : b.start]) for a, b in pairwise(found)]
         before = [words(text[: found[0].start]), *gaps]
@@ -278,10 +289,46 @@ class Gazetteer:
                 meant = [e for e in inner if e in outer] or inner + outer
             entries = tuple(e for e in mention.entries if any(self._fits(e, m) for m in meant))
             told.append(replace(mention, entries=entries or mention.entries))
+        for i in reversed(range(len(gaps))):  # of two towns, the latter first: no list of countries
+            if self._is_town(told, gaps, i):
+                towns = tuple(e for e in told[i].entries if e.level != "country")
+                told[i] = replace(told[i], entries=towns)
         return told
+
+    def _is_town(self, told: list[Mention], gaps: list[list[str]], i: int) -> bool:
+        """Tell whether mention i, a country's name, is that of a town: a region elsewhere follows.
+
+        Not in a list of countries or regions, nor behind a place in that country.
+        """
+        one, two = told[i : i + 2]
+        if not (_has(one, "country") and _lies_in(gaps[i]) and self._is_region(two)):
+            return False
+        around = [o for e in two.entries for o in self._above(e)]
+        if any(e in around for e in one.entries):
+            return False
+        if _joins(gaps, i - 1):
+            before = told[i - 1]
+            inside = any(o in one.entries for e in before.entries for o in self._above(e))
+            if inside or _has(before, "country"):
+                return False
+        if _joins(gaps, i + 1):
+            after = told[i + 2]
+            if not any(e in around for e in after.entries):
+                return not (_has(after, "country") or _has(after, "region"))
+        return True
+
+    def _is_region(self, mention: Mention) -> bool:
+        """Tell whether a region is meant: no country, and no city in a region called like it."""
+        levels = {e.level for e in mention.entries}
+        if "region" not in levels or levels - {"region", "place"} or mention.key in COMMON:
+            return False  # also for "Nepal, Northern India": there are regions called Northern
+        places = [e for e in mention.entries if e.level == "place"]
+        return not any(o in mention.entries for e in places for o in self._above(e))
 
     def _fits(self, entry: Entry, meant: Entry) -> bool:
         """Tell whether an entry may be the one that is meant: it lies elsewhere in nothing."""
+        if entry.level == "country" == meant.level:  # two of a continent are two all the same
+            return name_key(entry.name) == name_key(meant.name)
         around = self._above(meant)
         return entry.level == meant.level and all(o in around for o in self._above(entry))
 
@@ -375,15 +422,24 @@ def named(
     answer, asked = _read(text), _read(prompt)
     every = _apart(mention for table in tables for mention in table._candidates(answer))
     found = gazetteer._told(text, every)
-    in_prompt = {e for table in tables for m in table._candidates(asked) for e in m.entries}
+    told = [mention for table in tables for mention in table._candidates(asked)]
+    in_prompt = {entry for mention in told for entry in mention.entries}
     shared = {key for entry in others if entry is not None for key in _keys(entry)}
     result: dict[str, bool | None] = {}
     for level, entry in wanted.items():
-        if entry is None or entry in in_prompt or name_key(entry.name) in shared:
+        if (
+            entry is None
+            or entry in in_prompt
+            or name_key(entry.name) in shared
+            or (entry.stand_ins and any(mention.key in _parts(entry) for mention in told))
+        ):
             result[level] = None
         else:
             keys = _keys(entry) - shared
             result[level] = any(m.key in keys and entry in m.entries for m in found)
+            if entry.stand_ins and not result[level]:
+                parts = _parts(entry) - shared
+                result[level] = any(m.key in parts and m.entries for m in found)
     return result
 
 
@@ -518,6 +574,19 @@ def _is_address(found: list[Mention], gaps: list[list[str]], i: int) -> bool:
     return not any(e.level in one & two for j in outer for e in found[j].entries)
 
 
+def _lies_in(gap: list[str]) -> bool:
+    """Tell whether the words between two names say that the former, a town, lies in the latter."""
+    if not LINKS.issuperset(gap):
+        return False
+    if "city" in gap or "town" in gap:
+        return True
+    return gap[:1] in ([","], ["("]) and "of" not in gap and "country" not in gap
+
+
+def _has(mention: Mention, level: str) -> bool:
+    return any(e.level == level for e in mention.entries)
+
+
 def _joins(gaps: list[list[str]], i: int) -> bool:
     return 0 <= i < len(gaps) and bool(gaps[i]) and _JOINS.issuperset(gaps[i])
 
@@ -535,6 +604,11 @@ def _keys(entry: Entry) -> frozenset[str]:
     return frozenset(key for name in names if (key := name_key(name)))
 
 
+@lru_cache(maxsize=1 << 12)
+def _parts(entry: Entry) -> frozenset[str]:
+    return frozenset(map(name_key, entry.stand_ins))
+
+
 def _check(row: int, entry: Entry) -> None:
     if entry.level not in (*LEVELS, OTHER):
         msg = (
@@ -545,7 +619,7 @@ def _check(row: int, entry: Entry) -> None:
     if not entry.name.strip():
         msg = f"Row {row} of the gazetteer, a {entry.level}, has no name."
         raise ValueError(msg)
-    for field in ("aliases", "codes", "demonyms"):
-        if isinstance(getattr(entry, field), str):
-            msg = f"Row {row} of the gazetteer ({entry.name!r}): {field} must be a tuple of names."
+    for names in ("aliases", "codes", "demonyms", "stand_ins"):
+        if isinstance(getattr(entry, names), str):
+            msg = f"Row {row} of the gazetteer ({entry.name!r}): {names} must be a tuple of names."
             raise TypeError(msg)

@@ -37,6 +37,22 @@ CONTINENTS = {
 }
 """Name and demonym, by GeoNames' code."""
 
+_SIDES = (
+    "North;South;East;West;Northern;Southern;Eastern;Western;Central;Northeast;Northwest;Southeast;"
+    "Southwest;Northeastern;Northwestern;Southeastern;Southwestern;North-East;North-West;"
+    "South-East;South-West;North-Eastern;North-Western;South-Eastern;South-Western"
+)
+SIDES = {
+    code: tuple(
+        f"{side} {name}" for side in _SIDES.split(";") if f"{side} {name}" != "South Africa"
+    )
+    for code, (name, _) in CONTINENTS.items()
+}
+"""Southeast Asia and the like, which name their continent too, by GeoNames' code."""
+
+PARTS = {"NA": ("Central America", "Central American"), "OC": ("Australia",)}
+"""What else is said for a whole continent, by GeoNames' code."""
+
 COUNTRY_ALIASES = {
     "AE": "Emirates;UAE;U.A.E.",
     "AG": "Antigua;Barbuda",
@@ -81,7 +97,7 @@ COUNTRY_ALIASES = {
     "JP": "Nippon;Nihon",
     "KM": "Comoro Islands",
     "KN": "Saint Kitts;Nevis",
-    "KP": "DPRK;Democratic People's Republic of Korea",
+    "KP": "Korea;DPRK;Democratic People's Republic of Korea",
     "KR": "Korea;Republic of Korea",
     "LA": "Lao People's Democratic Republic;Lao PDR",
     "MD": "Republic of Moldova",
@@ -114,7 +130,8 @@ COUNTRY_ALIASES = {
     "VA": "Vatican City;Holy See",
     "VC": "Saint Vincent",
     "VE": "Bolivarian Republic of Venezuela",
-    "VI": "United States Virgin Islands;US Virgin Islands",
+    "VG": "Virgin Islands",
+    "VI": "Virgin Islands;United States Virgin Islands;US Virgin Islands",
     "VN": "Viet Nam",
 }
 """Further names of countries, by ISO 3166 code."""
@@ -185,7 +202,7 @@ DEMONYMS = {
     "JP": "Japanese",
     "KE": "Kenyan",
     "KH": "Cambodian",
-    "KP": "North Korean",
+    "KP": "North Korean;Korean",
     "KR": "South Korean;Korean",
     "KZ": "Kazakh",
     "LA": "Laotian",
@@ -259,10 +276,7 @@ OTHERS = (
     "Lake Chad;Lake Geneva;Lake Constance;Lake Como;Mississippi River;Ohio River;Missouri River;"
     "Colorado River;Delaware River;Paraná River;Amazon River;Mauritania Basin;"
     "Bay of Bengal;Mozambique Channel;Bering Sea;Panama Canal;Suez Canal;English Channel;"
-    "Southern Africa;Northern Africa;Western Europe;Eastern Europe;Northern Europe;Southern Europe;"
-    "Central Europe;Central Africa;West Africa;East Africa;North Africa;Western Africa;"
-    "Eastern Africa;Central Asia;East Asia;South Asia;Southeast Asia;South East Asia;Western Asia;"
-    "Eastern Asia;Southern Asia;South-Eastern Asia;Asia Minor"
+    "Asia Minor"
 )
 """Names with another name inside, which they do not name."""
 
@@ -311,13 +325,15 @@ def _gazetteer(cache: Path | None) -> Gazetteer:
     table = _json(asset(WHEEL, COUNTRIES, cache))
     # Serbia and Montenegro and the Netherlands Antilles are no more.
     countries = {code: row for code, row in table.items() if code not in ("CS", "AN")}
+    # Of namesakes the first is what a table means: South Korea, not the North.
+    countries = dict(sorted(countries.items(), key=lambda item: -item[1]["population"]))
     folder = prepared("regions", REGIONS_WHEEL, lambda path: _write_regions(path, cache), cache)
     regions = _json(folder / "regions.json")
     large = [*_continents(), *_countries(countries)]
     return Gazetteer(
         [
             *large,
-            *(Entry(OTHER, name) for name in OTHERS.split(";")),
+            *_others(),
             *_regions(regions, large),
             *_places(places, regions, large),
         ]
@@ -326,7 +342,16 @@ def _gazetteer(cache: Path | None) -> Gazetteer:
 
 def _continents() -> Iterator[Entry]:
     for code, (name, demonym) in CONTINENTS.items():
-        yield Entry("continent", name, codes=(code,), demonyms=(demonym,))
+        parts = (*SIDES[code], *PARTS.get(code, ()))
+        yield Entry("continent", name, codes=(code,), demonyms=(demonym,), stand_ins=parts)
+
+
+def _others() -> Iterator[Entry]:
+    for name in OTHERS.split(";"):
+        demonyms = (f"{name}n",) if name.endswith(" America") else ()  # not the United States'
+        yield Entry(OTHER, name, demonyms=demonyms)
+    for names in SIDES.values():
+        yield from (Entry(OTHER, name) for name in names)
 
 
 def _countries(countries: dict[str, Any]) -> Iterator[Entry]:

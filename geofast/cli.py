@@ -465,6 +465,9 @@ def _steer_demo(o: argparse.Namespace, out: Path, make: Any) -> None:
 
     if o.alphas:
         raise ValueError("--alphas is of the demos that probe: satellite and cities")
+    if out.is_dir() and any(out.iterdir()) and not o.overwrite:
+        msg = f"{out} holds something already; pass --overwrite, or choose another path"
+        raise FileExistsError(msg)
     _folder.check_free(out.expanduser().resolve() / "run", o.overwrite)
     with _whoever_listens():
         for name, part in make(o.samples):

@@ -12,7 +12,9 @@ import transformers
 from PIL import Image
 
 import geofast as gf
+from geofast.steering.asking import ask, looks_ahead
 from geofast.steering.generation import prompt_of
+from geofast.steering.scoring import forced
 
 # ------ ways to run a model that talks about images
 
@@ -216,6 +218,29 @@ def test_everything_is_put_back_after_an_exception(case):
     assert hooks_of(model) == before
     after = hidden_states(model, inputs)
     assert [name for name in bare if not torch.equal(after[name], bare[name])] == []
+
+
+@pytest.mark.parametrize("case", SPEAKING, ids=name_of, indirect=True)
+def test_prompts_read_once_for_all_arms_say_what_they_say_when_each_is_read(case, request):
+    model, inputs, own = case
+    width = own[LAYER].at[LAYER].shape[-1]
+    way = torch.linspace(-1, 1, width) ** 3  # a norm takes what all dimensions share away
+    edit = gf.add(LAYER, way, [9.0, -9.0, 8.0, 7.0], 1.0, phase="both")
+    several = [*inputs, inputs[0]]
+    found = []
+    for share in (True, False):
+        logs = []
+
+        def answer(_arm, rows, prompt, logs=logs):
+            logs += [one for _, one in forced(model, prompt(), ["w5 w4"] * len(rows))]
+
+        ask(model, several, [[], [edit]], answer, batch_size=8, share=share)
+        found.append(torch.stack(logs))
+    exact = model.dtype == torch.float32
+    torch.testing.assert_close(*found, atol=1e-4 if exact else 0.2, rtol=0)
+    assert (found[0][0] - found[0][len(found[0]) // 2]).abs().max() > 1e-3
+    family = request.node.callspec.params["case"][0]
+    assert looks_ahead(model, inputs[0]) == (family in (families.paligemma, families.paligemma2))
 
 
 @pytest.mark.parametrize("case", SPEAKING, ids=name_of, indirect=True)

@@ -78,6 +78,7 @@ def test_scores_are_those_of_one_sample_without_a_cache(phase):
 def test_every_distinct_prompt_is_read_once_for_all_arms():
     model, edits = language(), edits_of()
     arms = [[], [edits["prompt"]], [edits["both"]]]
+    asking.looks_ahead(model, INPUTS[0])  # tried once
     lengths = []
     handle = model.body.register_forward_pre_hook(
         lambda _m, _a, given: lengths.append(tuple(given["input_ids"].shape)), with_kwargs=True
@@ -122,6 +123,7 @@ def test_images_are_looked_at_once_and_say_what_they_say_alone(family, monkeypat
     width = gf.states(model, few, SITE).at[SITE].shape[-1]
     direction = torch.randn(width, generator=torch.Generator().manual_seed(1))
     arms = [[], [gf.add(SITE, direction, [30.0, -30.0, 20.0, 9.0], 1.0, phase="both")]]
+    assert not asking.looks_ahead(model, images[0])
     looked, taken = [], []
     take = asking._Prefix.take
     monkeypatch.setattr(asking._Prefix, "take", lambda *given: (taken.append(1), take(*given))[1])
@@ -301,6 +303,7 @@ def test_bad_answers():
 def test_no_arm_is_answered_before_the_width_of_every_edit_is_seen(inputs):
     model, answered = language(), []
     wrong = gf.add(SITE, torch.ones(16), 1.0, 1.0, phase="steps")
+    asking.looks_ahead(model, INPUTS[0])  # tried once
     model.module.lm_head.register_forward_hook(lambda *_: answered.append(1))
     with pytest.raises(ValueError, match=r"lm.layers.1 is 32 wide, and the edit is for 16"):
         generate_arms(model, inputs, [[], [edits_of()["both"]], [wrong]])

@@ -20,6 +20,7 @@ from geofast.effects.arms import CONTROLS, Written, left_out, make_arms, mean_di
 from geofast.effects.dims import ranked_dims
 from geofast.effects.experiment import steer
 from geofast.effects.outcome import MEASURES, open_steered, summarise
+from geofast.effects.request import Request
 from geofast.geo import great_circle_km
 from geofast.geo.gazetteer import Entry, Gazetteer
 from geofast.subspace.ranking import random_orders
@@ -534,8 +535,21 @@ def test_without_names_there_are_readings_and_damage(model, samples, run, pairs)
     assert found.pairs["moved"].isna().all()
     assert found.pairs[["kl", "perplexity", "km"]].notna().all(axis=None)
     assert "km" in str(found)
+    count = len({*pairs["source"], *pairs["target"]})
+    assert found.info["fitted"] == count
+    assert f"probes were fitted to {count} of these {count} samples" in " ".join(str(found).split())
     with pytest.raises(ValueError, match="keep='known' asks"):
         steer(model, samples, pairs, run, names={})
+
+
+def test_a_column_of_numbers_is_no_name_unless_it_is_asked_for(samples):
+    numbers = samples.table.drop(columns="country").assign(region=range(len(samples)))
+    asked = dict(shares=[0.4], mode="swap", role=None, controls=[], max_new_tokens=2, keep="all")
+    found = Request.of(
+        dataclasses.replace(samples, table=numbers), pd.DataFrame(PAIRS, columns=["source", "target"]),
+        **asked, names=None, protocol="corrected",
+    )  # fmt: skip
+    assert found.names == {"place": "name"}
 
 
 # ------ the study's protocol
@@ -631,6 +645,7 @@ def test_images_and_tokens_of_a_role(gazetteer):
         ({"site": "lm.layers.9"}, "never probed a site 'lm.layers.9'; it has lm.embed"),
         ({"role": "image"}, "image"),
         ({"role": "patches"}, "role must be one of last"),
+        ({"role": "text"}, r"id s3 has 4 text tokens, and .* id s0 has 5: take inputs of one"),
         ({"mode": "add"}, "mean difference"),
         ({"shares": (1.5,)}, "shares must be 0 to 1"),
         ({"seed": -1}, "seed must be 0 or more; got -1"),

@@ -725,7 +725,7 @@ def test_what_does_not_go_with_the_model_is_refused_before_it_runs():
         model.edited([gf.add(SITE, **good, role="text")]),
     ):
         model.body(input_ids=lacking["input_ids"], attention_mask=lacking["attention_mask"])
-    with pytest.raises(ValueError, match="1 to 4 text tokens"):
+    with pytest.raises(ValueError, match="input 1 has 4 text tokens, and input 0 has 2"):
         gf.states(model, TARGETS, SITE, "text")
     with pytest.raises(ValueError, match="has 5 text tokens"):
         model.generate([SOURCES[0]], [gf.swap(gf.states(model, ["w1 w2"], SITE, "text"))])
@@ -745,6 +745,7 @@ def test_what_does_not_go_with_the_model_is_refused_before_it_runs():
         (lambda: gf.set_to(probe_of(), 0.0, 0.0, [3, -1]), "dimension -1 is out of range"),
         (lambda: gf.set_to(probe_of(), 0.0, 0.0, [3, 4, 3]), "names a dimension twice"),
         (lambda: gf.set_to(probe_of(pool="max+min"), 0.0, 0.0), "joins several"),
+        (lambda: gf.set_to(probe_of(pool="max:image"), 0.0, 0.0), "pools the extremes of tokens"),
         (lambda: gf.ablate(probe_of(), role="word"), "role must be one of"),
         (lambda: gf.ablate(probe_of(), role="image", phase="both"), "no generated token"),
         (lambda: gf.ablate(probe_of(), phase="later"), "phase must be one of"),
@@ -771,4 +772,4 @@ def test_bad_parts(make, message):
 def test_what_a_pool_reads_is_what_an_edit_of_its_probe_changes(pool, role):
     assert gf.Pool.parse(pool).role == role
     if role is not None:
-        assert gf.set_to(probe_of(pool=pool), 0.0, 0.0).role == role
+        assert gf.ablate(probe_of(pool=pool)).role == role

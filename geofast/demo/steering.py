@@ -133,9 +133,10 @@ def _demo(
         print(f"Chosen: {mode} at {best['site']}, {best['share']:.0%} of the dimensions")
         if not best["score"] > 0:
             print("though there it does no more than random dimensions, or more damage than asked")
+        chosen = float(best["share"])
         options: dict[str, Any] = {
-            "site": best["site"], "shares": shares, "mode": mode, "names": names,
-            "max_new_tokens": ANSWER, "progress": True,
+            "site": best["site"], "shares": (chosen, *(s for s in shares if s != chosen)),
+            "mode": mode, "names": names, "max_new_tokens": ANSWER, "progress": True,
         }  # fmt: skip
         yield mode, steer(model, unseen, drawn[1], run, **options)
         for ranking in also if mode == "swap" else ():

@@ -194,8 +194,9 @@ def make_arms(
     Returns
     -------
     Arms
-        The unedited model first, then share by share the edit and the controls. Where the edit is
-        in all dimensions, as `patch` always is, there are none of `OTHER_DIMS`.
+        The unedited model first, then share by share, the smallest first, the edit and the
+        controls. Where the edit is in all dimensions, as `patch` always is, there are none of
+        `OTHER_DIMS`.
     """
     name, pairs = place.probe.name, len(place.sources)
     orders = {"edit": order}
@@ -211,7 +212,7 @@ def make_arms(
     random /= random.norm(dim=1, keepdim=True)
     arms = Arms(place)
     difference = 0
-    for share in shares:
+    for share in sorted(shares):
         arms.write("edit", share, orders["edit"])
         for control in controls:
             if control in OTHER_DIMS and share in whole:

@@ -27,6 +27,7 @@ from ..run import open as open_run
 from ..steering import Edit, generate_arms, states
 from ..steering.asking import can_generate, is_late, require_tokenizer
 from ..steering.edit import Phase
+from ..steering.generation import UnequalError
 from .arms import (
     CONTROLS,
     Arms,
@@ -92,8 +93,8 @@ def steer(
         Where to edit: a site that the run probed, or the whole name of a probe, `site/pool`. None
         takes the run's best probe.
     shares
-        Of the dimensions, 0 to 1: one at least, but at 0 nothing is edited. Mode `patch` edits all,
-        whatever is said.
+        Of the dimensions, 0 to 1: one at least, but at 0 nothing is edited. Of several the first is
+        what the finding and the examples are of. Mode `patch` edits all, whatever is said.
     mode
         `swap` writes the target's state in the first dimensions of the ranking. `set` moves there
         what the probe reads to the target's latitude and longitude. `patch` writes the target's
@@ -217,6 +218,7 @@ def steer(
             "samples": asked.ids[asked.rows[targets]].tolist(),
         },
         "samples": known.about(asked, answers, both),
+        "fitted": int(np.isin(asked.ids[asked.rows[both]], run.samples["id"].astype(str)).sum()),
     }  # fmt: skip
     found = Steered(
         pairs=pairs_,
@@ -341,6 +343,8 @@ def _written(
             # A name that is scored may have more tokens than an answer.
             steps = 0 if phase == "prompt" else max(asked.max_new_tokens, longest + 1) - 1
             found = states(model, inputs, probe.site, role, steps=steps, batch_size=batch_size)
+    except UnequalError as error:
+        raise ValueError(error.words(*map(asked.where, error.rows))) from error
     except ValueError as error:
         raise _blamed(error, model, asked, inputs, check, probe) from error
     if found is not None and (wide := found.at[probe.site].shape[-1]) != width:

@@ -46,9 +46,10 @@ class Names:
                     column = asked.names[asked.level]
                     raise ValueError(f"{asked.where(i)} has no {column}: fill the column in")
                 usual[i] = next(iter(gazetteer.names(asked.level, one[asked.level])), "")
-        return cls(
-            gazetteer, found, prompts, usual, max(map(len, token_ids(model, usual)), default=0)
-        )
+        # As it goes on after a word, or begins a line.
+        every = [*usual, *(f" {name}" for name in usual)]
+        longest = max(map(len, token_ids(model, every)), default=0)
+        return cls(gazetteer, found, prompts, usual, longest)
 
     def says(self, text: str, of: int, beside: int | None, asked: int) -> dict[str, bool | None]:
         """Tell whether an answer about sample `asked` names `of`, which is not `beside`."""

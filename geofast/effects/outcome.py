@@ -265,7 +265,7 @@ def text(found: Steered) -> str:
         f"{counts['kept']} of {counts['asked']} pairs."
     )
     blocks = [fill(head)]
-    if lines := words.left_out(found):
+    if lines := [*words.fitted(found), *words.left_out(found)]:
         blocks.append("\n".join(fill(line, "  ") for line in lines))
     tested = f", and p against {AGAINST} of the same share" if words.tested(found) else ""
     effect = (
@@ -276,7 +276,9 @@ def text(found: Steered) -> str:
         effect += f"; km: from the target's place to what {info['read_at']} reads"
     damage = (
         "Damage. names source: the answer still names the source's place; KL: of the next token "
-        "from the unedited model's, nats; perplexity: of the answer under the unedited model"
+        "from the unedited model's, nats; perplexity: of the answer under the unedited model; "
+        "repetition: share of word triples said before; stability: how much of the unedited answer "
+        "is still there, names apart"
     )
     tables = [
         (effect, words.effect_table(found, narrow=True)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from ..models import Model
 from ..models.structure import matches
 from ..pooling import Pool
 from ..run import Probe, Run
-from ..steering.edit import EDIT_ROLES
+from ..steering.edit import EDIT_ROLES, same_model
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,8 @@ def require_run_of(run: Run, model: Model) -> None:
     ValueError
         When it has another name.
     """
-    # A checkpoint may lie in a folder here and have been loaded by its id there.
-    of_run = run.info.get("model")
-    names = [re.split(r"[/\\]", str(name).rstrip("/\\"))[-1] for name in (of_run, model.name)]
-    if of_run and names[0] != names[1]:
+    of_run = str(run.info.get("model") or "")
+    if of_run and not same_model(of_run, model.name):
         raise ValueError(f"the run is of {of_run}, and this model is {model.name}")
 
 

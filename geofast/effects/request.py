@@ -76,9 +76,9 @@ class Request:
         _check_places(samples, rows)
         columns = _columns(samples, names)
         for column in columns.values():
-            told = samples.table[column].iloc[rows].dropna()
-            if bad := [value for value in told if not isinstance(value, str)]:
-                raise ValueError(f"a name must be text; column {column!r} has {bad[0]!r}")
+            if not _has_words(told := samples.table[column].iloc[rows]):
+                bad = next(value for value in told.dropna() if not isinstance(value, str))
+                raise ValueError(f"a name must be text; column {column!r} has {bad!r}")
         if keep == "known" and not columns:
             raise ValueError(
                 "keep='known' asks whether answers name the places: say which columns have the "
@@ -145,11 +145,16 @@ def _check_places(samples: Samples, rows: Index) -> None:
             raise ValueError(f"{msg}: -{most} to {most} degrees")
 
 
+def _has_words(column: pd.Series[Any]) -> bool:
+    return all(isinstance(value, str) for value in column.dropna())
+
+
 def _columns(samples: Samples, names: Mapping[str, str] | None) -> dict[str, str]:
     table = samples.table
     if names is None:
+        words = [column for column in table if _has_words(table[column])]
         guessed = {
-            level: [c for c in _COLUMNS.get(level, (level,)) if c in table] for level in LEVELS
+            level: [c for c in _COLUMNS.get(level, (level,)) if c in words] for level in LEVELS
         }
         return {level: columns[0] for level, columns in guessed.items() if columns}
     for level, column in names.items():

@@ -89,6 +89,7 @@ def _method(steered: Steered) -> list[str]:
         said.append(f"Dimensions are ranked by {info['ranking']}, from the run's probe there.")
     read = info["read_at"]
     km = [f"km: from the target's place to what the run's probe at {read} reads."] if read else []
+    said += text.fitted(steered)
     said += [f"Control {c}: {text.CONTROL_WORDS[c]}." for c in text.controls(steered)]
     said += [
         "An answer names a place where a gazetteer finds one of its names or aliases as whole "
@@ -104,9 +105,15 @@ def _method(steered: Steered) -> list[str]:
         "are not independent, so they are somewhat too narrow.",
     ]
     if text.tested(steered):
-        said.append(
+        said += [
             "p: two-sided, against as many random dimensions of the same share, of the same pairs "
-            "(McNemar's exact test, or sign flips), not corrected for the number of rows."
+            "(one draw of them; McNemar's exact test, or sign flips), not corrected for the number "
+            "of rows.",
+        ]
+    if len(text.shares(steered)) > 1:
+        said.append(
+            "The finding, the answers side by side and the map are of the first share that was "
+            "asked for, so that these answers have not chosen it."
         )
     ran = [f"{name} {info[name]}" for name in ("device", "dtype") if info.get(name)]
     return [*said, f"It ran with {', '.join(ran)}."] if ran else said

@@ -30,7 +30,7 @@ CONTROL_WORDS = {
 LEVELS = ("place", "region", "country", "continent")
 EXAMPLES = 6
 _ANSWER = 280  # characters of an answer that an example shows
-_LEVEL = 0.05  # of tests, over all shares that were tried
+_LEVEL = 0.05  # of tests
 _ALONE = ("km", "kl", "perplexity", "repetition", "stability")  # no interval in a terminal
 _SITES = 8  # rows of readings in a terminal
 _NAME = 24  # characters of a site there
@@ -78,14 +78,12 @@ def row_of(steered: Steered, arm: str, share: float) -> Mapping[str, Any]:
 
 
 def shown_share(steered: Steered) -> float:
-    """Return the share with the largest effect: what the finding and the examples are of.
+    """Return the share that the finding, the examples and the map are of: the first one asked for.
 
-    That is the one with the most moved answers, then the highest log odds, then the smallest.
+    So nothing that these pairs say has chosen it.
     """
-    table = steered.summary[steered.summary["arm"] == EDIT]
-    effects = [m for m in ("moved", "log_odds") if has(steered, m)]
-    order = table.sort_values([*effects, "share"], ascending=[*(False for _ in effects), True])
-    return float(order["share"].iloc[0])
+    asked = [float(share) for share in steered.info["shares"]]
+    return next((share for share in asked if share > 0), asked[0])
 
 
 def shown_control(steered: Steered) -> str | None:
@@ -108,6 +106,17 @@ def has_readings(steered: Steered) -> bool:
 def tested(steered: Steered) -> bool:
     """Tell whether anything was tested against random dimensions."""
     return bool(steered.summary.filter(regex="_p$").notna().any(axis=None))
+
+
+def fitted(steered: Steered) -> list[str]:
+    """Say how many of the pairs' samples the run's probes were fitted to."""
+    count, every = steered.info.get("fitted", 0), len(steered.info.get("samples", {}))
+    if not count:
+        return []
+    return [
+        f"The run's probes were fitted to {count:,} of these {every:,} samples: of those they read "
+        "places better than of others, and dimensions are ranked by them."
+    ]
 
 
 def left_out(steered: Steered) -> list[str]:
@@ -146,8 +155,8 @@ def headline(steered: Steered) -> str:
 def finding(steered: Steered) -> list[str]:
     """Say what the edit did beside its controls, in sentences; the first one is the title.
 
-    Of the share with the largest effect. It is said to move answers more than a control does
-    where McNemar's exact test of the same pairs says so, at .05 over the number of shares tried.
+    Of the first share asked for. It is said to move answers more than a control does where
+    McNemar's exact test of the same pairs says so, at .05.
     """
     share = shown_share(steered)
     said = [_named(steered, share)] if has(steered, "moved") else []
@@ -162,28 +171,27 @@ def _named(steered: Steered, share: float) -> str:
     n = int(_judged(steered, EDIT, share).notna().sum())
     low, high = (_percent_alone(row.get(f"moved_{end}")) for end in ("low", "high"))
     ends = f"95 % interval {low} to {high}"
-    several = len(shares(steered))
+    doing = _doing(steered, share)
     if not row["moved"]:
-        whole = f"any of {several} shares" if several > 1 else share_words(share)
-        said = f"{_doing(steered, whole)}, {names} never names the target's place "
+        said = f"{doing}, {names} never names the target's place "
         said += f"({n} answer{'s' * (n > 1)}, {ends} %)"
     else:
-        tried = f" (the best of {several} shares)" if several > 1 else ""
         rate = f"{_percent(row['moved'])} of {n} answer{'s' * (n > 1)} ({ends})"
-        doing = _doing(steered, share_words(share))
-        said = f"{doing}{tried}, {names} names the target's place in {rate}"
+        said = f"{doing}, {names} names the target's place in {rate}"
     return f"{said}{_against(steered, share)}."
 
 
-def _doing(steered: Steered, share: str) -> str:
-    return _MODES[steered.info["mode"]].format(share=share, site=steered.info["site"])
+def _doing(steered: Steered, share: float) -> str:
+    form = _MODES[steered.info["mode"]]
+    return form.format(share=share_words(share), site=steered.info["site"])
 
 
 def _against(steered: Steered, share: float) -> str:
     """Say which controls the edit beats, and which it does not."""
     others = controls(steered, share)
     if not others:
-        return "; no control was run, so any edit may do as much"
+        none = "is another edit at this share" if steered.info["controls"] else "was run"
+        return f"; no control {none}, so any edit may do as much"
     rates = {c: f"{c} {_percent(row_of(steered, c, share).get('moved'))}" for c in others}
     more = [rates[c] for c in others if clearly_more(steered, share, c)]
     like = [rates[c] for c in others if rates[c] not in more]
@@ -202,7 +210,7 @@ def clearly_more(steered: Steered, share: float, control: str) -> bool:
     if both.empty or not both.iloc[:, 0].mean() > both.iloc[:, 1].mean():
         return False
     a, b = (both.iloc[:, i].to_numpy(bool) for i in range(2))
-    return mcnemar(a, b) * len(shares(steered)) < _LEVEL
+    return mcnemar(a, b) < _LEVEL
 
 
 def _judged(steered: Steered, arm: str, share: float) -> pd.Series[Any]:
@@ -349,7 +357,7 @@ def readings_title(steered: Steered) -> str:
     before = readings_of(steered, UNEDITED, 0)["km"]
     first, last = edit.index[[0, -1]]
     return (
-        f"{_doing(steered, share_words(share))}, probes read {km(edit[first])} km from the target "
+        f"{_doing(steered, share)}, probes read {km(edit[first])} km from the target "
         f"at {first} and {km(edit[last])} km at {last} (unedited {km(before[first])} and "
         f"{km(before[last])} km)"
     )

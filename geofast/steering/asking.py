@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 from math import inf
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from ..models import Model
 from ..models.model import evaluating
-from .apply import edited, fitting
+from .apply import Job, edited, fitting, watching
 from .edit import Edit
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 20}
@@ -44,9 +46,9 @@ def ask(
 
     Where several rows or arms have the same input, and edits are at last tokens of the language
     model alone, all but the last token of every distinct input is read once: later tokens change
-    nothing before them. Other edits change what is read, so every row is read under every arm: once
-    where `answer` says by `again` that it asks for each prompt several times. All arms of a call go
-    the same way, so that what they differ by is edits.
+    nothing before them, unless the model looks ahead in a prompt. Other edits change what is read,
+    so every row is read under every arm: once where `answer` says by `again` that it asks for each
+    prompt several times. All arms of a call go the same way, so that what they differ by is edits.
 
     Raises
     ------
@@ -67,6 +69,7 @@ def ask(
     edits = [edit for arm in arms for edit in arm]
     share &= len(inputs) * len(arms) > len(distinct)
     share &= all(is_late(site, edit.role) for edit in edits for site in edit.sites)
+    share = share and not looks_ahead(model, distinct[0])
     in_text = all(site.tower == "lm" for edit in edits for site in edit.sites_in(model))
     rest = list(range(len(inputs)))
     # The first arm is checked by its own edits; the others must not fail after it was answered.
@@ -225,6 +228,31 @@ class _Prefix:
             "attention_mask": self.mask[which],
             "past_key_values": cache,
         }
+
+
+_AHEAD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def looks_ahead(model: Model, sample: Any) -> bool:
+    """Tell whether a prompt's last token changes what is kept of those before it, as in PaliGemma.
+
+    Tried on a sample, once for a module.
+    """
+    if model.module not in _AHEAD:
+        kept = []
+        (site,) = model.sites("lm.embed")
+        given = prompt_of(model, [sample])
+        for jobs in ([], [Job(site, "last", "prompt", lambda hidden, _: hidden + 1)]):
+            with watching(model, jobs, ahead=True):
+                made = run(model, dict(given), max_new_tokens=1, return_dict_in_generate=True)
+            layers = getattr(made.past_key_values, "layers", [])
+            kept.append([getattr(layer, "keys", None) for layer in layers])
+        # To the last bit: what is masked adds nothing at all.
+        _AHEAD[model.module] = any(
+            isinstance(a, torch.Tensor) and not torch.equal(a[..., :-1, :], b[..., :-1, :])
+            for a, b in zip(*kept, strict=True)
+        )
+    return _AHEAD[model.module]
 
 
 def _read_once(model: Model, prompt: Prompt) -> Prompt:

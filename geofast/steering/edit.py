@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,7 +168,7 @@ class Edit:
             When it is for another model, a site is not there or has no token of the role, or a
             token that is generated is to be changed where none comes by.
         """
-        if self.model and self.model != model.name:
+        if self.model and not same_model(self.model, model.name):
             raise ValueError(f"the edit was made for {self.model}, and this model is {model.name}")
         if len(self.values) == 1:
             sites = match_sites(model.towers, self.sites)
@@ -182,6 +183,12 @@ class Edit:
             raise ValueError(msg)
         require_role(model, sites, self.role)
         return sites
+
+
+def same_model(one: str, other: str) -> bool:
+    """Tell whether two names are of one model, in a folder here perhaps and on a hub there."""
+    ends = {re.split(r"[/\\]", name.rstrip("/\\"))[-1] for name in (one, other)}
+    return len(ends) == 1
 
 
 def require_role(model: Model, sites: Sequence[Site], role: str) -> None:

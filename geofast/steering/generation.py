@@ -95,7 +95,7 @@ def states(
         some = inputs[start : start + batch_size]
         seen: dict[str, list[torch.Tensor]] = {site.name: [] for site in wanted}
         jobs = [
-            Job(s, role, phase if s.tower == "lm" else "prompt", _Keep(role, seen[s.name]))
+            Job(s, role, phase if s.tower == "lm" else "prompt", _Keep(role, seen[s.name], start))
             for s in wanted
         ]
         with watching(model, jobs):
@@ -107,9 +107,13 @@ def states(
                 model.until(wanted).forward(model.prepare(some))
         for name, parts in seen.items():
             kept[name].append(torch.cat(parts, 1))
-    numbers = sorted({t.shape[1] for parts in kept.values() for t in parts})
-    if len(numbers) > 1:
-        raise ValueError(_unequal(numbers[0], numbers[-1], role))
+    for parts in kept.values():
+        counts = [t.shape[1] for t in parts for _ in t]
+        if len({*counts}) > 1:
+            raise UnequalError(role, 0, counts)
+    of_sites = {name: parts[0].shape[1] for name, parts in kept.items()}
+    if len({*of_sites.values()}) > 1:
+        raise ValueError(f"the sites have different numbers of {role} tokens, {of_sites}: take one")
     at = {name: torch.cat(parts) for name, parts in kept.items()}
     return States(at, role, next(iter(at.values())).shape[1] - steps, model.name)
 
@@ -117,18 +121,34 @@ def states(
 class _Keep:
     """Keeps what it sees, [samples, tokens, d] a run."""
 
-    def __init__(self, role: str, seen: list[torch.Tensor]) -> None:
-        self._role, self._seen = role, seen
+    def __init__(self, role: str, seen: list[torch.Tensor], start: int) -> None:
+        self._role, self._seen, self._start = role, seen, start
 
     def __call__(self, hidden: torch.Tensor, tokens: Tokens) -> None:
         if tokens.counts is not None and bool((tokens.counts != tokens.counts[0]).any()):
-            few, many = int(tokens.counts.min()), int(tokens.counts.max())
-            raise ValueError(_unequal(few, many, self._role))
+            raise UnequalError(self._role, self._start, tokens.counts.tolist())
         self._seen.append(hidden.view(tokens.samples, -1, hidden.shape[-1]).cpu())
 
 
-def _unequal(few: int, many: int, role: str) -> str:
-    return f"the inputs and sites have {few} to {many} {role} tokens: take those of one number"
+class UnequalError(ValueError):
+    """Inputs have different numbers of tokens of a role; `rows` are the first and one unlike it."""
+
+    def __init__(self, role: str, start: int, counts: Sequence[int]) -> None:
+        unlike = next(i for i, count in enumerate(counts) if count != counts[0])
+        self.rows, self.counts, self.role = (
+            (start, start + unlike),
+            (counts[0], counts[unlike]),
+            role,
+        )
+        super().__init__(self.words(*(f"input {row}" for row in self.rows)))
+
+    def words(self, first: str, other: str) -> str:
+        """Say so of inputs by their names."""
+        (few, many), role = self.counts, self.role
+        return (
+            f"{other} has {many} {role} tokens, and {first} has {few}: take inputs of one number, "
+            "or role='last' (--role last)"
+        )
 
 
 def generate(

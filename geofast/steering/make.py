@@ -182,9 +182,13 @@ def set_to(
     ------
     ValueError, TypeError
         When a place is off the sphere, the probe has no such targets, its coefficients in `dims`
-        do not suffice, or as `Edit` does.
+        do not suffice, its pool takes the most or the least of tokens, or as `Edit` does.
     """
     places = _places(latitude, longitude)
+    role = role or _role_of(probe.pool)
+    if {operation for operation, _ in Pool.parse(probe.pool).parts} & {"max", "min"}:
+        msg = f"{probe.name} pools the extremes of tokens, which moving each of them does not set: "
+        raise ValueError(msg + "take a probe of a mean or of one token")
     columns = _columns(probe, ("latitude", "longitude"))
     coef, intercept = probe.coef.cpu()[:, columns], probe.intercept.cpu()[columns]
     chosen = _dims(dims, len(coef))
@@ -196,7 +200,7 @@ def set_to(
     values = (places - intercept)[None, :, None]
     return Edit(
         "set", _names(sites or probe.site), len(coef), chosen, values,
-        role or _role_of(probe.pool), phase, left, coef.T.contiguous(), model,
+        role, phase, left, coef.T.contiguous(), model,
     )  # fmt: skip
 
 

@@ -40,14 +40,17 @@ def made(shares, *, sites=SITES, target_effect=3.0, words=None, beside=0.1):
     [
         (
             {"last": [0, 0, 0.1, 0.5, 1], 3: [1, 0.9, 0.6, 0.4, 0]},
-            "token 3 (Paris …) up to lm.layers.1; last from lm.layers.2 on",
+            "token 3 (Paris …) up to lm.layers.1; the last token from lm.layers.2 on",
         ),
-        ({"text": [0.1, 0.6, 0.7, 0.1, 0]}, "text from lm.layers.0 to lm.layers.1"),
-        ({"text": [0.1, 0.6, 0.1, 0.8, 0]}, "text at 2 sites from lm.layers.0 to lm.layers.2"),
-        ({"text": [0.1, 0.6, 0.1, 0.2, 0]}, "text at lm.layers.0"),
-        ({"all": [1] * 5, "last": [0, 0, 0, 0, 1]}, "last at lm.layers.3"),
-        ({"all": [1] * 5}, "all at every site"),
-        ({"image": [None, None, 1, 1, 0.2]}, "image up to lm.layers.2"),
+        ({"text": [0.1, 0.6, 0.7, 0.1, 0]}, "text tokens from lm.layers.0 to lm.layers.1"),
+        (
+            {"text": [0.1, 0.6, 0.1, 0.8, 0]},
+            "text tokens at 2 sites from lm.layers.0 to lm.layers.2",
+        ),
+        ({"text": [0.1, 0.6, 0.1, 0.2, 0]}, "text tokens at lm.layers.0"),
+        ({"all": [1] * 5, "last": [0, 0, 0, 0, 1]}, "the last token at lm.layers.3"),
+        ({"all": [1] * 5}, "all tokens at every site"),
+        ({"image": [None, None, 1, 1, 0.2]}, "image tokens up to lm.layers.2"),
         (
             {i: [0, 0, 0, 0.1 * i, 0.1 * i] for i in range(5, 11)},
             "token 10 from lm.layers.2 on; token 9 from lm.layers.2 on; token 8 from lm.layers.2 on"
@@ -63,8 +66,8 @@ def test_the_title_says_where_half_is_restored(shares, said):
 def test_the_title_claims_nothing_that_is_not_there():
     few = {0: [0.1, 0.2, 0, 0, 0], 1: [0, 0, 0.49, -3, 0], "all": [1] * 5}
     assert report.finding(made(few)) == (
-        "No token by itself restores half of the change of answer: at most 49 %, token 1 at "
-        "lm.layers.1"
+        "None of these tokens restores half of the change of answer; the most is 49.0 %, by token "
+        "1 at lm.layers.1"
     )
     for nothing in (0.0, -1.0, float("nan")):
         assert "shares mean little" in report.finding(made(few, target_effect=nothing))

@@ -50,10 +50,9 @@ def finding(found: Patched) -> str:
     carry = [token for token in most if (grid[token] >= HALF).any()]
     if not carry:
         site, token = grid.stack().idxmax()
-        share = _percent(grid.loc[site, token])
         return (
-            f"No token by itself restores half of the change of answer: at most {share}, "
-            f"{_token(found, token)} at {site}"
+            "None of these tokens restores half of the change of answer; the most is "
+            f"{100 * grid.loc[site, token]:.1f} %, by {_token(found, token)} at {site}"
         )
     by_site = sorted(carry[:_SAID], key=lambda t: (grid[t] >= HALF).argmax())
     said = [f"{_token(found, t)} {_where(grid[t])}" for t in by_site]
@@ -80,13 +79,9 @@ def _where(shares: pd.Series[float]) -> str:
 
 def _token(found: Patched, token: str | int) -> str:
     if isinstance(token, str):
-        return token
+        return "the last token" if token == "last" else f"{token} tokens"
     word = found.info["words"].get(token)
     return f"token {token} ({clip_label(word, _LABEL)})" if word else f"token {token}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
 
 
 def _shares(found: Patched) -> pd.DataFrame:

@@ -123,6 +123,13 @@ def few_of(monkeypatch, **smaller):
     monkeypatch.setattr("geofast.demo.steering._demo", small)
 
 
+def test_a_demo_of_edits_of_too_few_samples_is_refused_at_once(tmp_path, capsys):
+    for name, least in (("cities", 200), ("images", 60)):
+        out = str(tmp_path / name)
+        assert main(["demo", f"steer-{name}", "--samples", "40", "--out", out]) == 1
+        assert f"takes {least} " in capsys.readouterr().err
+
+
 def test_cities_are_swapped_inside_a_model(tmp_path, capsys, monkeypatch):
     fetched(lambda: cities(1), smollm2, gazetteer)
     sites = ["lm.layers.10", "lm.layers.25"]

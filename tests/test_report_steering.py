@@ -146,7 +146,8 @@ def test_the_finding_is_true_of_the_numbers(several: Steered) -> None:
     low, high = (round(100 * table[f"moved_{end}"]["edit", 0.8]) for end in ("low", "high"))
     assert first == (
         "With 80 % of the dimensions of lm.layers.7 swapped, small-lm names the target's place in "
-        f"{rates['edit', 0.8]} % of 30 answers (95 % interval {low} to {high}), more than with every control: random dims {rates['random dims', 0.8]} %, random "
+        f"{rates['edit', 0.8]} % of 30 answers (95 % interval {low} to {high}), more "
+        f"than with every control: random dims {rates['random dims', 0.8]} %, random "
         f"direction {rates['random direction', 0.8]} %, shuffled labels "
         f"{rates['shuffled labels', 0.8]} % and mean difference {rates['mean difference', 0.8]} %."
     )

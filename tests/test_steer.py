@@ -545,10 +545,9 @@ def test_without_names_there_are_readings_and_damage(model, samples, run, pairs)
 def test_a_column_of_numbers_is_no_name_unless_it_is_asked_for(samples):
     numbers = samples.table.drop(columns="country").assign(region=range(len(samples)))
     asked = dict(shares=[0.4], mode="swap", role=None, controls=[], max_new_tokens=2, keep="all")
-    found = Request.of(
-        dataclasses.replace(samples, table=numbers), pd.DataFrame(PAIRS, columns=["source", "target"]),
-        **asked, names=None, protocol="corrected",
-    )  # fmt: skip
+    some = dataclasses.replace(samples, table=numbers)
+    pairs = pd.DataFrame(PAIRS, columns=["source", "target"])
+    found = Request.of(some, pairs, **asked, names=None, protocol="corrected")
     assert found.names == {"place": "name"}
 
 

@@ -53,8 +53,9 @@ def steer_cities(samples: int | None = None) -> Parts:
     Parameters
     ----------
     samples
-        Cities, the largest of GeoNames, of which those are taken; 900 by default.
+        Cities, the largest of GeoNames, of which those are taken: 200 or more; 900 by default.
     """
+    _require_enough(samples, 200, "cities")
     model = load_quietly(smollm2())
     whole = _of_one_length(model, cities_data(900 if samples is None else samples), CITY_PROMPT)
     names = gazetteer()
@@ -77,13 +78,20 @@ def steer_images(samples: int | None = None) -> Parts:
     Parameters
     ----------
     samples
-        Crops of NASA's Blue Marble; 300 by default.
+        Crops of NASA's Blue Marble, 60 or more; 300 by default.
     """
+    _require_enough(samples, 60, "crops")
     crops = satellite_data(300 if samples is None else samples, seed=SATELLITE_SEED)
     return _demo(
         load_quietly(seeing()), places_seen(crops), "continent", "lm.layers.*[05]", "mean:image",
         QUESTIONS["continent"][0], modes=("swap",), shares=(0.2, 0.4), pairs=(16, 30),
     )  # fmt: skip
+
+
+def _require_enough(samples: int | None, least: int, what: str) -> None:
+    """Refuse so few that folds or pairs run out."""
+    if samples is not None and samples < least:
+        raise ValueError(f"this demo takes {least} {what} or more (--samples); got {samples}")
 
 
 def _of_one_length(model: Model, samples: Samples, prompt: str) -> Samples:

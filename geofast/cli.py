@@ -173,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "--protocol", choices=["corrected", "study"], default="corrected",
         help="study: also the study's procedure, faults included",
     )  # fmt: skip
+    subspace.add_argument("--overwrite", action="store_true", help="replace an earlier search")
     subspace.set_defaults(run=_subspace)
 
     what = "write one place over another inside a model, and measure what it answers"
@@ -244,9 +245,11 @@ def _parser() -> argparse.ArgumentParser:
     _loading_options(locate)
     locate.set_defaults(run=_locate)
 
-    what = "print what a run or an experiment found"
+    what = "print what a run, an experiment or a search found"
     show = commands.add_parser("show", help=what, description=f"{what.capitalize()}.")
-    show.add_argument("folder", type=Path, help="what probe, steer or a demo wrote")
+    show.add_argument(
+        "folder", type=Path, help="what probe, subspace, steer, locate or a demo wrote"
+    )
     show.set_defaults(run=_show)
     return parser
 
@@ -517,16 +520,16 @@ def _doctor(o: argparse.Namespace) -> None:
 
 def _subspace(o: argparse.Namespace) -> None:
     from .run import open as open_run
-    from .subspace.store import refuse_run
+    from .subspace.store import check_free
 
     if o.out:
-        refuse_run(o.out)  # before the search, not after it
+        check_free(o.out, o.overwrite)  # before the search, not after it
     with _whoever_listens():
         found = open_run(o.folder).subspace(
             fractions=o.fractions, split=o.split, sites=o.sites, rankings=o.rankings,
             random=o.random, seed=o.seed, protocol=o.protocol, progress=True,
         )  # fmt: skip
-        out = found.save(o.out) if o.out else None
+        out = found.save(o.out, overwrite=o.overwrite) if o.out else None
     if out:
         _print_pages(out, "subspace.html")
         print()
@@ -620,11 +623,47 @@ def _show(o: argparse.Namespace) -> None:
         _print_pages(o.folder, "report.html")
         print(f"\n{found}")
         return
+    if not (o.folder / "run.json").exists() and _show_search(o.folder):
+        return
     inside = sorted({path.parent.name for path in o.folder.glob("*/*.json") if path.name in _SHOWN})
     if inside and not (o.folder / "run.json").exists():
         msg = f"{o.folder} holds no run itself: show one of those inside, {', '.join(inside)}"
         raise FileNotFoundError(msg)
     _print(open_run(o.folder), o.folder)
+
+
+def _show_search(folder: Path) -> bool:
+    """Print what `subspace`, `locate` or `patching` wrote; False when it is none of these."""
+    if (folder / "subspace.safetensors").exists():
+        from .subspace import Subspace
+
+        searched = Subspace.open(folder)
+        _print_pages(folder, "subspace.html")
+        print(f"\n{searched}")
+    elif (folder / "locate.json").exists():
+        print(_located(folder))
+    elif (folder / "patching.json").exists():
+        raise ValueError(
+            f"{folder} holds what patching found, which show does not print: its table is "
+            "patching.csv, which pandas.read_csv opens"
+        )
+    else:
+        return False
+    return True
+
+
+def _located(folder: Path) -> Any:
+    import json
+
+    import pandas as pd
+
+    from . import _folder
+    from .effects.locate import Located
+
+    path = folder / "locate.json"
+    with _folder.reading(path):
+        info = json.loads(path.read_text(encoding="utf-8"))
+    return Located(pd.read_csv(folder / "locate.csv"), info)
 
 
 def _print(run: Any, folder: Path) -> None:

@@ -11,12 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 from test_run import example_run
 from transformers import BitImageProcessorPil
 
 import geofast as gf
 from geofast import __version__
 from geofast.cli import main
+from geofast.effects.locate import _MEASURED, Located
+from geofast.subspace import of_grams
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +265,28 @@ def test_a_demo_replaces_a_run_only_when_told_to(job, tmp_path, capsys, monkeypa
     assert main(["demo", "cities", "--out", str(out), "--overwrite"]) == 1
     assert "the pass began" in capsys.readouterr().err
     assert (out / "run.json").read_text() == before
+
+
+def test_show_of_what_is_no_run(tmp_path, capsys):
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    gram = gf.Gram(6, 2, 4).update(x, x[:, :2].double(), torch.arange(40) % 4)
+    searched = of_grams({"a/cls": gram}, ["latitude", "longitude"], random=2)
+    sub = searched.save(tmp_path / "sub")
+    assert main(["show", str(sub)]) == 0
+    assert capsys.readouterr().out == f"{sub}/subspace.png\n{sub}/subspace.html\n\n{searched}\n"
+    ends = [f"{name}{end}" for name in _MEASURED for end in ("", "_low", "_high")]
+    row = {"site": "lm.layers.1", "mode": "swap", "share": 0.2, **dict.fromkeys(ends, 1.25)}
+    info = {"target_effect": 3.0, "target_damage": 1.0, "budget": 2.0}
+    info["pairs"] = {"used": 8, "alike": 0}
+    located = Located(pd.DataFrame([row]), info)
+    assert main(["show", str(located.save(tmp_path / "loc"))]) == 0
+    assert capsys.readouterr().out == f"{located}\n"
+    (tmp_path / "loc" / "locate.json").rename(tmp_path / "loc" / "patching.json")
+    assert main(["show", str(tmp_path / "loc")]) == 1
+    assert "holds what patching found" in capsys.readouterr().err
+    (tmp_path / "loc" / "patching.json").unlink()
+    assert main(["show", str(tmp_path / "loc")]) == 1
+    assert "is not a run's folder" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_enough_is_no_error(tmp_path):

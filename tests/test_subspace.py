@@ -130,7 +130,7 @@ def test_random_subsets_and_their_interval():
         for order in drawn
     ]  # fmt: skip
     half = found.curves[(found.curves["fraction"] == 0.5) & (found.curves["target"] == "longitude")]
-    expected = [np.mean(means), *np.quantile(means, [0.025, 0.975])]
+    expected = [np.mean(means), min(means), max(means)]
     np.testing.assert_allclose(half[["r2", "r2_low", "r2_high"]].iloc[0], expected, atol=1e-8)
     again = of_grams({"a/cls": gram}, TARGETS, fractions=[0.5], rankings=[], random=4, seed=8)
     assert not np.allclose(again.curves["r2_low"], found.curves["r2_low"])
@@ -287,8 +287,10 @@ def test_folders_of_before_had_no_other_way(protocol, study, tmp_path):
     with safe_open(path, "pt") as file:
         about, ranks = json.loads(file.metadata()["geofast.subspace"]), load_file(path)
     assert about.pop("study") == study
+    assert [about.pop(name) for name in ("select", "draws", "train")] == ["", 0, 48]
     save_file(ranks, path, metadata={"geofast.subspace": json.dumps(about)})
-    assert gf.Subspace.open(tmp_path).study == study
+    before = gf.Subspace.open(tmp_path)
+    assert (before.study, before.select, before.draws, before.train) == (study, "", 0, 0)
 
 
 # ------ stability, and the smallest set
@@ -409,6 +411,10 @@ def test_the_command(kept, tmp_path, capsys):
     assert str(tmp_path / "out" / "subspace.png") in printed
     found = kept[1].subspace(sites=some[1:], protocol="study", random=2)
     _assert_same(gf.Subspace.open(tmp_path / "out"), found)
+    assert main([*arguments, *some, "--out", str(tmp_path / "out")]) == 1
+    assert "holds a search for dimensions already" in capsys.readouterr().err
+    assert main([*arguments, *some, "--out", str(tmp_path / "out"), "--overwrite"]) == 0
+    assert capsys.readouterr().out == printed
     assert main([*arguments, "--sites", "lm.layers.*"]) == 1
     assert "the run has no site 'lm.layers.*'" in capsys.readouterr().err
     # A run is replaced while nothing but its own files lies in its folder.
@@ -435,7 +441,8 @@ def small():
 def _assert_same(one, other):
     for table in ("curves", "smallest", "stability"):
         pd.testing.assert_frame_equal(getattr(one, table), getattr(other, table), check_exact=True)
-    assert (one.targets, one.split, one.study) == (other.targets, other.split, other.study)
+    for word in ("targets", "split", "study", "select", "draws", "train"):
+        assert getattr(one, word) == getattr(other, word)
     assert {n: [*r] for n, r in one.ranks.items()} == {n: [*r] for n, r in other.ranks.items()}
     for name, by_ranking in one.ranks.items():
         for by, order in by_ranking.items():
@@ -453,7 +460,10 @@ def test_what_was_saved_opens_as_it_was(small, tmp_path):
     of_nothing = of_grams(
         {"a/cls": gram_of(*rows(60, 6), folds_of(60))}, TARGETS, rankings=[], random=1
     )
-    store.write(of_nothing, tmp_path / "out")  # and replaces it
+    with pytest.raises(FileExistsError, match="holds a search for dimensions already"):
+        of_nothing.save(tmp_path / "out")
+    _assert_same(gf.Subspace.open(tmp_path / "out"), small)
+    of_nothing.save(tmp_path / "out", overwrite=True)
     assert gf.Subspace.open(tmp_path / "out").smallest.empty
 
 
@@ -497,9 +507,11 @@ def test_the_page_and_its_picture(small, tmp_path):
     few = small.smallest[small.smallest["site"] == "a.layers.1"]
     row = few[few["target"] == "latitude"].sort_values("fraction", kind="stable").iloc[0]
     finding = report.finding(small)
-    share = f"{100 * row['fraction']:.3g}%"
-    said = f"latitude: {share} of the dimensions of a.layers.1 cls keep 95% of R²"
+    share = f"{100 * row['fraction']:.3g} %"
+    said = f"latitude: {share} of the dimensions of a.layers.1 cls (95 % interval "
     assert finding.startswith(said)
+    assert "95 % interval" in finding
+    assert "range of 2 draws" in page
     assert finding in page
     figure = report.shares(small)
     curves = figure.axes[0]
@@ -513,6 +525,79 @@ def test_the_page_and_its_picture(small, tmp_path):
     table = small.curves[(small.curves["target"] == "latitude")]
     full = table[(table["ranking"] == "coef") & (table["fraction"] == 1)]["r2"]
     np.testing.assert_allclose(heat[:, -1], full)
+
+
+def _with_smallest(found, fraction, low, high, random):
+    """With this smallest share of every ranking and target, and random dimensions from `random`."""
+    few = found.smallest.assign(r2=1.0, fraction=fraction, fraction_low=low, fraction_high=high)
+    curves = found.curves.assign(r2=(found.curves["fraction"] >= random).astype(float))
+    return replace(found, smallest=few, curves=curves)
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ((0.25, 0.1, 0.5, 0.9), "latitude: 25 % of the dimensions of a cls (95 % interval up to"),
+        (
+            (0.25, 0.25, 0.5, 0.9),
+            "(95 % interval 25 to 50 %) keep 95 % of R², by |coef|; of random",
+        ),
+        ((0.25, 0.25, 0.5, 0.9), "of random dimensions 90 %; longitude"),
+        ((0.25, 0.1, 0.9, 0.5), "of random dimensions 50 %, not clearly more; longitude"),
+        ((0.1, 0.1, 0.1, 0.9), "latitude: at most 10 % of the dimensions"),
+        ((0.5, 0.1, 0.5, 0.25), "latitude: random dimensions of a cls do as well as ranked ones"),
+        ((0.1, 0.1, 0.1, 0.1), "as well as ranked ones: of both at most 10 % keep 95 % of R²"),
+        ((1.0, 0.5, 1.0, 0.9), "latitude: no share tried of the dimensions of a cls but all keep"),
+    ],
+)
+def test_the_finding_claims_no_more_than_random_dimensions_leave(shares, said):
+    gram = gram_of(*rows(60, 20), folds_of(60))
+    found = of_grams({"a/cls": gram}, TARGETS, rankings=["coef"], random=2, fractions=FRACTIONS)
+    finding = report.finding(_with_smallest(found, *shares))
+    assert said in finding
+    assert ("95 % interval" in finding) == ("latitude: random" not in finding and shares[0] < 1)
+
+
+def test_without_draws_the_finding_says_so():
+    found = of_grams({"a/cls": gram_of(*rows(60, 20), folds_of(60))}, TARGETS, random=0)
+    assert "no random dimensions were tried" in report.finding(found)
+
+
+@pytest.mark.parametrize(("n", "few"), [(60, True), (90, False)])
+def test_few_samples_are_told(n, few):
+    found = of_grams({"a/cls": gram_of(*rows(n, 70), folds_of(n))}, TARGETS, rankings=["coef"])
+    told = " ".join(str(found).split())
+    assert ("Few samples: the smallest training part has 48 rows for 70 dim" in told) == few
+    assert "range of 5 draws" in told
+    assert "study" not in told
+
+
+@pytest.mark.parametrize(("dim", "threads"), [(20, 1), (650, 3)])
+def test_few_dimensions_take_one_thread_and_give_the_others_back(dim, threads, monkeypatch):
+    seen = []
+
+    def look(*_):
+        seen.append(torch.get_num_threads())
+        raise ValueError("seen")
+
+    monkeypatch.setattr(measure, "_layer", look)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="seen"):
+            of_grams({"a/cls": gram_of(*rows(60, dim), folds_of(60))}, TARGETS)
+        assert (seen, torch.get_num_threads()) == ([threads], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_why_the_runs_r2_may_differ(kept):
+    assert "can differ a little" not in str(kept[0].subspace(rankings=["coef"], random=0))
+    model = gf.load(tiny.dinov2(layers=2), prepare=pixels)
+    run = gf.probe(model, painted(), storage="rows", select="loo", pool="cls")
+    told = " ".join(str(run.subspace(rankings=["coef"], random=0)).split())
+    assert "alpha is chosen here by generalised cross-validation" in told
+    assert "in the run by leave-one-out" in told
 
 
 @pytest.mark.parametrize("rankings", [[], ["coef"]])

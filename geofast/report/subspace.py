@@ -27,11 +27,12 @@ WORDS = {
     "forward": "forward selection",
     "backward": "backward elimination",
     "random": "random dimensions",
-    "study": "the study's procedure",
+    "study": "the study's procedure (too high)",
 }
 _COLOURS = dict(zip(WORDS, (*COLOURS[:4], GREY, "#000000"), strict=True))
 _TARGETS = 4  # more have their curves in subspace.csv
 _FLOOR = -0.5  # R2 below 0 is worse than the mean; how much worse would squash the rest
+_RING = f"smallest that keeps {text.KEPT}"
 _LABELS = 30  # layers with a name; of more, every second one and so on
 
 
@@ -56,18 +57,51 @@ def write(found: Subspace, folder: str | Path, told: str | Path | None = None) -
 def finding(found: Subspace) -> str:
     """Say how few dimensions suffice for every target, at its best layer and by its best ranking.
 
-    The study's ranking has seen what it is scored on and does not count.
+    And whether random dimensions do as well. The study's ranking has seen what it is scored on and
+    does not count.
     """
-    said = []
-    for target in found.targets:
-        row = _fewest(found, target)
-        if row is not None:
-            share, layer = text.percent(row["fraction"]), text.layer_name(row, 60)
-            said.append(
-                f"{target}: {share}% of the dimensions of {layer} keep {KEEP:.0%} of R², by "
-                f"{WORDS[row['ranking']]}"
-            )
+    rows = [_fewest(found, target) for target in found.targets]
+    said = [_said(found, row) for row in rows if row is not None]
     return "; ".join(said) or "Held-out R² by the share of dimensions kept"
+
+
+def _said(found: Subspace, row: pd.Series[Any]) -> str:
+    """Say of a row of `smallest` how few dimensions suffice, and how many random ones do."""
+    target, layer, share = row["target"], text.layer_name(row, 60), row["fraction"]
+    enough = f"keep {text.KEPT} of R²"
+    if share == 1:
+        return f"{target}: no share tried of the dimensions of {layer} but all {enough}"
+    tried = found.curves["fraction"].min()
+    least = f"at most {_percent(share)}" if share == tried else _percent(share)
+    chance = _random_share(found, row)
+    if chance is not None and chance <= share:
+        return (
+            f"{target}: random dimensions of {layer} do as well as ranked ones: of both {least} "
+            f"{enough}"
+        )
+    low, high = row["fraction_low"], row["fraction_high"]
+    ends = f"up to {_percent(high)}" if low == tried else f"{text.percent(low)} to {_percent(high)}"
+    said = (
+        f"{target}: {least} of the dimensions of {layer} (95 % interval {ends}) {enough}, by "
+        f"{WORDS[row['ranking']]}"
+    )
+    if chance is None:
+        return f"{said}; no random dimensions were tried"
+    within = ", not clearly more" if chance <= row["fraction_high"] else ""
+    return f"{said}; of random dimensions {_percent(chance)}{within}"
+
+
+def _random_share(found: Subspace, row: pd.Series[Any]) -> float | None:
+    """The smallest share of random dimensions that suffices where `row` is; None without draws."""
+    table = found.curves
+    here = (table["ranking"] == "random") & (table["target"] == row["target"])
+    here &= (table[text.KEYS] == row[text.KEYS]).all(axis=1)
+    enough = table[here & (table["r2"] >= KEEP * row["r2"])]["fraction"]
+    return None if enough.empty else float(enough.min())
+
+
+def _percent(fraction: float) -> str:
+    return f"{text.percent(fraction)} %"
 
 
 def _fewest(found: Subspace, target: str) -> pd.Series[Any] | None:
@@ -144,13 +178,14 @@ def _draw_curves(axes: Axes, found: Subspace, target: str) -> None:
         )  # fmt: skip
         if ranking == "random":
             band = (rows[f"r2_{end}"].to_numpy(np.float64) for end in ("low", "high"))
-            label = "95 % of random draws"
-            axes.fill_between(share, *band, color=colour, alpha=0.2, linewidth=0, label=label)
+            axes.fill_between(
+                share, *band, color=colour, alpha=0.2, linewidth=0, label=text.draws(found)
+            )
     _ring_smallest(axes, found, here, target)
     if full > 0:
         axes.axhline(KEEP * full, color="#b0b0b0", lw=1, zorder=0)
         axes.annotate(
-            f"{KEEP:.0%} of R²", (100, KEEP * full), (0, -4), textcoords="offset points",
+            f"{text.KEPT} of R²", (100, KEEP * full), (0, -4), textcoords="offset points",
             ha="right", va="top", fontsize=9, color=GREY, bbox=PAPER,
         )  # fmt: skip
     low, high = axes.get_ylim()
@@ -176,7 +211,7 @@ def _ring_smallest(axes: Axes, found: Subspace, here: pd.DataFrame, target: str)
             100 * row["fraction"], here[same]["r2"], "o", ms=11, mfc="none", mew=1.5,
             mec=_COLOURS[row["ranking"]], clip_on=False,
         )  # fmt: skip
-    axes.plot([], [], "o", ms=11, mfc="none", mew=1.5, mec=GREY, label="smallest that keeps 95 %")
+    axes.plot([], [], "o", ms=11, mfc="none", mew=1.5, mec=GREY, label=_RING)
 
 
 def _draw_layers(axes: Axes, found: Subspace, target: str, layers: pd.DataFrame) -> None:
@@ -227,6 +262,7 @@ def _ranking_that_keeps_most(found: Subspace, target: str) -> str:
 
 def _html(found: Subspace, folder: Path, pictures: list[str], told: Path) -> str:
     body = [f'<p class="finding">{escape(finding(found))}.</p>']
+    body += [f"<p>{escape(note)}</p>" for note in text.notes(found)]
     body += [frame.picture(folder / name, _caption(found)) for name in pictures]
     for title, table in (*text.curves(found), *text.smallest_sets(found)):
         body += [f"<h2>{escape(title)}</h2>", frame.table(table)]
@@ -253,7 +289,7 @@ print(found)      # what this page says"""
 def _caption(found: Subspace) -> str:
     said = [
         "Left: held-out R² by the share of dimensions kept, refit, at the layer where it is "
-        f"highest; rings: the smallest share that keeps {KEEP:.0%} of it."
+        f"highest; rings: the smallest share that keeps {text.KEPT} of it."
     ]
     if found.curves[text.KEYS].drop_duplicates().shape[0] > 1 and not found.smallest.empty:
         said.append("Right: every layer, by the ranking that keeps most; dots: its smallest share.")

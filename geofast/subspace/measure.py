@@ -71,7 +71,8 @@ def of_run(
     run.rows_of(split)  # says which splits there are
     names = _chosen(run, sites)
     many = _bar(names, progress)
-    return _measure(_statistics(run, many, split), run.targets, split, asked)
+    select = str(run.info.get("arguments", {}).get("select") or "")
+    return _measure(_statistics(run, many, split), run.targets, split, asked, select)
 
 
 def of_grams(
@@ -245,6 +246,7 @@ def _measure(
     targets: Sequence[str],
     split: str,
     asked: _Asked,
+    select: str = "",
 ) -> Subspace:
     found, rooms = {}, dict[tuple[int, int, int], Room]()
     for kept in layers:
@@ -259,7 +261,7 @@ def _measure(
             ) from None
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    return collect(found, tuple(targets), split, asked.fractions)
+    return collect(found, tuple(targets), split, asked.fractions, select)
 
 
 @contextmanager
@@ -329,6 +331,7 @@ def _layer(
         {name: torch.cat([found[name] for found in order]) for name in asked.rankings},
         _final(asked, gram, sums, alpha, room),
         "" if not asked.study else "gcv" if kept.rows is None else "loo",
+        int(train.n.min()),
     )
 
 

@@ -28,6 +28,8 @@ class Layer:
     """By ranking: int64 [k, d], the order made from all rows."""
     study: str
     """As `Subspace.study`."""
+    train: int
+    """Rows of the smallest training part."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,8 +41,8 @@ class Subspace:
     curves : DataFrame
         A row per site x pool x prompt x target x ranking x fraction: `site, pool, prompt, target,
         ranking, fraction, dims` (their number), `r2` (held-out, mean over folds), `r2_se` (standard
-        error over folds) and, of the ranking `random`, `r2_low, r2_high`: where 95 % of the draws
-        lie (2.5 and 97.5 percentiles of their means over folds).
+        error over folds) and, of the ranking `random`, `r2_low, r2_high`: the lowest and the
+        highest of the draws (of their means over folds).
     smallest : DataFrame
         A row per site x pool x prompt x target x ranking: `r2` on all dimensions, and the smallest
         of the fractions that keeps 95 % of it, `fraction` and `dims`, with its 95 % interval
@@ -61,6 +63,13 @@ class Subspace:
         How the ranking `study` chose its alphas: `loo`, by exact leave-one-out as the study does,
         or `gcv`, by generalised cross-validation where there were statistics only. Empty when it
         was not measured.
+    select : str
+        How the run chose its own alphas, so its R2 on all dimensions; empty when there was no run.
+    draws : int
+        How many random orders were drawn; 0 for none, and in a folder of an older version, whose
+        `r2_low, r2_high` are percentiles of the draws, 2.5 and 97.5.
+    train : int
+        Rows of the smallest training part; 0 in a folder of an older version.
     """
 
     curves: pd.DataFrame
@@ -70,6 +79,9 @@ class Subspace:
     targets: tuple[str, ...]
     split: str
     study: str
+    select: str = ""
+    draws: int = 0
+    train: int = 0
 
     def __repr__(self) -> str:
         rankings = ", ".join(dict.fromkeys(self.curves["ranking"]))
@@ -124,24 +136,30 @@ class Subspace:
         order = found[ranking][self.targets.index(target)]
         return order[: max(1, round(share * len(order)))]
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write subspace.csv (`curves`), subspace_smallest.csv and subspace_stability.csv.
 
         Also subspace.safetensors with the `ranks`, and for people subspace.png and subspace.html.
-        The folder is made where it is missing; files of these names in it are replaced. `open`
-        reads it.
+        The folder is made where it is missing. `open` reads it.
+
+        Parameters
+        ----------
+        folder
+            Where to write; other files there stay.
+        overwrite
+            Replace the search that is there.
 
         Raises
         ------
         FileExistsError
-            When it is the folder of a run, which is written whole.
+            When it holds a search and `overwrite` is False, or a run, which is written whole.
         OSError
             When they cannot be written.
         """
         from ..report import subspace as report
         from . import store
 
-        store.refuse_run(folder)
+        store.check_free(folder, overwrite)
         path = Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True)
         store.write(self, path)
@@ -175,7 +193,11 @@ _STABILITY = (
 
 
 def collect(
-    layers: Mapping[str, Layer], targets: tuple[str, ...], split: str, fractions: Sequence[float]
+    layers: Mapping[str, Layer],
+    targets: tuple[str, ...],
+    split: str,
+    fractions: Sequence[float],
+    select: str,
 ) -> Subspace:
     """Put what was measured into tables."""
     curves, few, stable = list[dict[str, Any]](), list[dict[str, Any]](), list[dict[str, Any]]()
@@ -190,7 +212,10 @@ def collect(
     smallest_sets = pd.DataFrame(few, columns=_SMALLEST).astype({"dims": "Int64"})
     tables = pd.DataFrame(curves), smallest_sets, pd.DataFrame(stable, columns=_STABILITY)
     study = next((layer.study for layer in layers.values()), "")
-    return Subspace(*tables, ranks, targets, split, study)
+    drawn = [layer.r2["random"].shape[-1] for layer in layers.values() if "random" in layer.r2]
+    draws = max(drawn, default=0)
+    train = min((layer.train for layer in layers.values()), default=0)
+    return Subspace(*tables, ranks, targets, split, study, select, draws, train)
 
 
 def _each(
@@ -212,8 +237,7 @@ def _curve(
 ) -> list[dict[str, Any]]:
     low = high = torch.full((len(fractions),), torch.nan, dtype=torch.float64)
     if r2.ndim == 3:
-        ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-        low, high = r2.mean(0).quantile(ends, dim=1)
+        low, high = r2.mean(0).aminmax(dim=1)
         r2 = r2.mean(2)
     mean, se = r2.mean(0), r2.std(0) / len(r2) ** 0.5
     columns = zip(fractions, layer.sizes, mean, se, low, high, strict=True)

@@ -21,18 +21,26 @@ _TABLES = {
 }
 
 
-def refuse_run(folder: str | Path) -> None:
-    """Refuse the folder of a run, which is replaced only while nothing but its own files is there.
+def check_free(folder: str | Path, overwrite: bool) -> None:
+    """Refuse a folder that holds a search, unless it may be replaced, and that of a run.
+
+    A run is replaced only while nothing but its own files is in its folder.
 
     Raises
     ------
     FileExistsError
-        When `folder` has a run.json.
+        When `folder` has a run.json, or tables or orders of a search and `overwrite` is False.
     """
     if (Path(folder).expanduser() / "run.json").exists():
         raise FileExistsError(
             f"{folder} is a run's folder, where nothing else may lie: give another, as "
             f"{Path(folder).with_name(f'{Path(folder).name}-found')}"
+        )
+    there = [(Path(folder).expanduser() / name).exists() for name in (RANKS, *_TABLES.values())]
+    if any(there) and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds a search for dimensions already; pass overwrite=True (--overwrite), "
+            "or choose another path"
         )
 
 
@@ -49,6 +57,9 @@ def write(found: Subspace, folder: Path) -> None:
         "targets": found.targets,
         "split": found.split,
         "study": found.study,
+        "select": found.select,
+        "draws": found.draws,
+        "train": found.train,
         "rankings": {name: [*by_ranking] for name, by_ranking in found.ranks.items()},
         "tables": tables,
     }
@@ -97,7 +108,9 @@ def read(folder: str | Path) -> Subspace:
         # Folders of an older version do not tell: it had no other way.
         older = "gcv" if (tables["curves"]["ranking"] == "study").any() else ""
         study = about.get("study", older)
-        return Subspace(**tables, ranks=ranks, targets=targets, split=about["split"], study=study)
+        later = {name: about[name] for name in ("select", "draws", "train") if name in about}
+        split = about["split"]
+        return Subspace(**tables, ranks=ranks, targets=targets, split=split, study=study, **later)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} holds no search for dimensions that can be read ({_first_line(error)}); "

@@ -13,6 +13,7 @@ from .stability import KEEP
 if TYPE_CHECKING:
     from .result import Subspace
 
+KEPT = f"{100 * KEEP:g} %"  # of R2
 KEYS = ["site", "pool", "prompt"]
 _NAME = 26  # characters of a name
 _ALPHA = {
@@ -20,13 +21,14 @@ _ALPHA = {
     "gcv": "by generalised cross-validation instead of the study's leave-one-out, which needs rows "
     "and not statistics alone",
 }
+_SELECT = {"loo": "leave-one-out", "folds": "inner folds"}
 
 
 def summary(found: Subspace) -> str:
     """Tell the curves of the best layer, and of every layer the smallest set that suffices."""
     tables = [*curves(found), *smallest_sets(found)]
     told = (f"{fill(title)}\n{table.text()}" for title, table in tables)
-    return "\n\n".join([fill(method(found)), *told])
+    return "\n\n".join([fill(method(found)), *map(fill, notes(found)), *told])
 
 
 def method(found: Subspace) -> str:
@@ -45,6 +47,34 @@ def method(found: Subspace) -> str:
     return f"{said}."
 
 
+def notes(found: Subspace) -> list[str]:
+    """Say what a reader of the numbers must know, in sentences."""
+    said = []
+    if found.study:
+        said.append(
+            "The column study holds nothing out: its order has seen the rows it is scored on, so "
+            "its numbers are too high."
+        )
+    dims = int(found.curves["dims"].max())
+    if 0 < found.train < dims:
+        said.append(
+            f"Few samples: the smallest training part has {found.train:,} rows for {dims:,} "
+            "dimensions, so many sets of dimensions fit it equally well, and which rank first says "
+            "little."
+        )
+    if found.select in _SELECT:
+        said.append(
+            "At 100 % R² can differ a little from the run's: alpha is chosen here by generalised "
+            f"cross-validation, from statistics, and in the run by {_SELECT[found.select]}."
+        )
+    return said
+
+
+def draws(found: Subspace) -> str:
+    """Name what lies between the ends of the random draws."""
+    return f"range of {found.draws} draws" if found.draws else "95 % of random draws"
+
+
 def curves(found: Subspace) -> list[tuple[str, Table]]:
     """R2 by share and ranking at the layer with the highest R2 of a target; a table a target."""
     return [_curve(found, target) for target in found.targets]
@@ -56,7 +86,8 @@ def smallest_sets(found: Subspace) -> list[tuple[str, Table]]:
     table = found.smallest
     if table.empty or set(table["ranking"]) == {"study"}:
         return []
-    return [_smallest(table[table["ranking"] != "study"], target) for target in found.targets]
+    table, tried = table[table["ranking"] != "study"], float(found.curves["fraction"].min())
+    return [_smallest(table, target, tried) for target in found.targets]
 
 
 def best_layer(found: Subspace, target: str) -> pd.DataFrame:
@@ -70,11 +101,11 @@ def _curve(found: Subspace, target: str) -> tuple[str, Table]:
     here = best_layer(found, target)
     rankings = list(dict.fromkeys(here["ranking"]))
     several = "random" in rankings
-    headers = ["share", "dims", *rankings, *(["95 % of random draws"] if several else [])]
+    headers = ["share", "dims", *rankings, *([draws(found)] if several else [])]
     cells = []
     for fraction, rows in here.groupby("fraction"):
         by = rows.set_index("ranking")
-        cell = [f"{percent(fraction)}%", str(rows["dims"].iloc[0])]
+        cell = [f"{percent(fraction)} %", str(rows["dims"].iloc[0])]
         cell += [number(by.loc[r, "r2"]) for r in rankings]
         if several:
             low, high = (number(by.loc["random", f"r2_{end}"]) for end in ("low", "high"))
@@ -84,7 +115,7 @@ def _curve(found: Subspace, target: str) -> tuple[str, Table]:
     return title, Table(headers, cells, 0)
 
 
-def _smallest(table: pd.DataFrame, target: str) -> tuple[str, Table]:
+def _smallest(table: pd.DataFrame, target: str, tried: float) -> tuple[str, Table]:
     table = table[table["target"] == target]
     rankings = list(dict.fromkeys(table["ranking"]))
     cells = []
@@ -93,9 +124,12 @@ def _smallest(table: pd.DataFrame, target: str) -> tuple[str, Table]:
         shares = [_share(by.loc[r]) for r in rankings]
         cells.append([layer_name(first, _NAME), number(first["r2"]), *shares])
     title = (
-        f"{target}: smallest share, in percent, that keeps {KEEP:.0%} of R² (95 % interval, by "
+        f"{target}: smallest share, in percent, that keeps {KEPT} of R² (95 % interval, by "
         "bootstrap of the folds)"
     )
+    if tried < 1 and (table["fraction"] == tried).any():
+        least = percent(tried)
+        title += f"; {least} is the least that was tried, and means at most {least}"
     return title, Table(["layer", "R²", *rankings], cells, 1)
 
 

@@ -21,21 +21,30 @@ _TABLES = {
 }
 
 
-def check_free(folder: str | Path, overwrite: bool) -> None:
-    """Refuse a folder that holds a search, unless it may be replaced, and that of a run.
-
-    A run is replaced only while nothing but its own files is in its folder.
+def refuse_run(folder: str | Path) -> None:
+    """Refuse the folder of a run, which is replaced only while nothing but its own files is there.
 
     Raises
     ------
     FileExistsError
-        When `folder` has a run.json, or tables or orders of a search and `overwrite` is False.
+        When `folder` has a run.json.
     """
     if (Path(folder).expanduser() / "run.json").exists():
         raise FileExistsError(
             f"{folder} is a run's folder, where nothing else may lie: give another, as "
             f"{Path(folder).with_name(f'{Path(folder).name}-found')}"
         )
+
+
+def check_free(folder: str | Path, overwrite: bool) -> None:
+    """As `refuse_run`; also refuse a folder that holds a search, unless it may be replaced.
+
+    Raises
+    ------
+    FileExistsError
+        When `folder` has a run.json, or tables or orders of a search and `overwrite` is False.
+    """
+    refuse_run(folder)
     there = [(Path(folder).expanduser() / name).exists() for name in (RANKS, *_TABLES.values())]
     if any(there) and not overwrite:
         raise FileExistsError(

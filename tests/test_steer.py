@@ -578,7 +578,7 @@ def test_the_studys_scores_stand_beside_ours(model, samples, run, pairs, gazette
     given |= {"names": {"country": "country"}, "gazetteer": gazetteer}
     found = steer(model, samples, pairs, run, keep="all", **given)
     assert not found.pairs["study_known"].any()  # these answers name a country, and no spot
-    with pytest.raises(ValueError, match=r"6: unedited, .* the source's spot and where"):
+    with pytest.raises(ValueError, match=r"6: unedited, .* the source's place with its city"):
         steer(model, samples, pairs, run, **given)
     assert found.summary["arm"].unique().tolist() == ["none", "edit", "random dims"]
     country, name = (samples.table.set_index("id")[c] for c in ("country", "name"))

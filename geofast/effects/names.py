@@ -105,7 +105,7 @@ def kept_pairs(
         return every, {}
     says: list[bool | None]
     if asked.protocol == "study":
-        what = "spot and where it is, by substrings"
+        what = "place with its city, region or country, by substrings as the study"
         says = [*known.by_study(asked, answers)]
     else:
         what = asked.level

@@ -436,7 +436,10 @@ def _names(steered: Steered, sample: str) -> tuple[tuple[str, ...], str]:
     names = steered.info.get("samples", {}).get(sample, {}).get("names", {})
     usual = [names[level][0] for level in ("place", "country") if names.get(level)]
     every = tuple(name for level in LEVELS for name in names.get(level, ()))
-    return every, ", ".join(usual) or (every[0] if every else sample)
+    if names.get("place") or not every:
+        return every, ", ".join(usual) or sample
+    # Two samples of one country are told apart by their ids.
+    return every, f"{', '.join(usual) or every[0]} ({sample})"
 
 
 def _answer(row: Mapping[str, Any]) -> Answer:

@@ -119,8 +119,9 @@ def looped(model, source, target):
 
 def test_pairs(benchmark, model, prompts):
     benchmark.group = f"{PAIRS} pairs of {PLACES} places, {PAIR_TOKENS} tokens"
-    pairs = [(i % PLACES, (i * 7 + 3 + i // PLACES) % PLACES) for i in range(PAIRS)]
+    pairs = [(i % PLACES, (i + 1 + 7 * i % (PLACES - 1)) % PLACES) for i in range(PAIRS)]
     assert all(source != target for source, target in pairs)
+    assert len({*pairs}) == PAIRS
 
     def batched():
         held = gf.states(model, prompts, SITE, steps=PAIR_TOKENS - 1)

@@ -138,7 +138,7 @@ def test_cities_are_swapped_inside_a_model(tmp_path, capsys, monkeypatch):
     assert main(["demo", "steer-cities", "--samples", "240", "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 100
-    assert "Chosen: swap at lm.layers.10, 40% of the dimensions" in said
+    assert "Chosen: swap at lm.layers.10, 40 % of the dimensions" in said
     swapped = gf.open_steered(out / "swap")
     moved = swapped.summary.set_index("arm")["moved"]
     assert moved["none"] == 0

@@ -138,7 +138,7 @@ def _demo(
     yield "locate", found
     for mode in modes:
         best = found.table[found.table["mode"] == mode].iloc[0]
-        print(f"Chosen: {mode} at {best['site']}, {best['share']:.0%} of the dimensions")
+        print(f"Chosen: {mode} at {best['site']}, {100 * best['share']:.3g} % of the dimensions")
         if not best["score"] > 0:
             print("though there it does no more than random dimensions, or more damage than asked")
         chosen = float(best["share"])

@@ -432,7 +432,7 @@ def _text(table: pd.DataFrame, info: Mapping[str, Any]) -> str:
     headers = ["site", "mode", "share", "effect", "random", "score", "damage"]
     cells = [
         [
-            clip_label(str(row["site"]), 26), str(row["mode"]), f"{100 * row['share']:.3g}%",
+            clip_label(str(row["site"]), 26), str(row["mode"]), f"{100 * row['share']:.3g} %",
             with_ends(row, "effect"), number(row["random_effect"], 2), with_ends(row, "score"),
             number(row["damage"], 2),
         ]

@@ -252,7 +252,7 @@ def _measure(
     for kept in layers:
         name = kept.name
         try:
-            with _threads(kept.gram.dim):
+            with _threads(kept.gram, asked):
                 found[name] = _layer(kept, targets, asked, rooms)
         except NotPositiveError:
             raise ValueError(
@@ -265,15 +265,17 @@ def _measure(
 
 
 @contextmanager
-def _threads(dim: int) -> Iterator[None]:
-    """One thread for layers of few dimensions, whose steps are thousands and short.
+def _threads(gram: Gram, asked: _Asked) -> Iterator[None]:
+    """One thread for layers of few dimensions, where steps are thousands and short.
 
-    After each of them threads wait for each other. Of d = 576 that wins nothing where every core is
-    free, and where others compute too a layer took 27 s instead of 1.5.
+    Those are the greedy rankings, and spectra of few rows. After each step threads wait for each
+    other: of d = 576 that wins nothing where every core is free, and where others compute too a
+    layer took 27 s instead of 1.5.
     """
+    short = {"forward", "backward"} & {*asked.rankings} or int(gram.count.sum()) < 2 * gram.dim
     before = torch.get_num_threads()
     try:
-        if dim <= _ALONE:
+        if short and gram.dim <= _ALONE:
             torch.set_num_threads(1)
         yield
     finally:

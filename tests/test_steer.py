@@ -340,6 +340,19 @@ def test_arms_and_their_edits(model, samples, run):
     assert [e.samples for e in arms.edits(np.array([1, 3, 4]))] == [3, 3, 3]
 
 
+def test_dimensions_that_a_search_found_are_those_that_an_edit_writes(model, samples, run):
+    found = run.subspace(sites=SITE, rankings=["forward"], fractions=[0.25], random=0)
+    dims = found.dims(SITE, "longitude", 0.25)
+    texts = list(samples.inputs[:2])
+    own = gf.states(model, texts, SITE)
+    with model.edited(gf.swap(own, dims).take([1, 0])):
+        made = gf.states(model, texts, SITE).at[SITE]
+    others = torch.ones(32, dtype=torch.bool).index_fill(0, dims, False)
+    assert len(dims) == 8
+    assert torch.equal(made[..., dims], own.at[SITE][[1, 0]][..., dims])
+    assert torch.equal(made[..., others], own.at[SITE][..., others])
+
+
 def test_shuffled_labels_are_of_the_same_rows(run):
     name = f"{SITE}/last"
     other = shuffled(run, name, 5)

@@ -191,8 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     steer.add_argument(
         "--share", nargs="+", type=float, default=[0.4],
-        help="of the site's dimensions, 0 to 1, the first by --ranking; several are tried one by "
-        "one (default: 0.4)",
+        help="of the site's dimensions, 0 to 1, the first by --ranking; of several the finding is "
+        "of the first (default: 0.4)",
     )  # fmt: skip
     steer.add_argument(
         "--mode", choices=["swap", "set", "patch"], default="swap",

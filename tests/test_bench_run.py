@@ -10,7 +10,7 @@ import tiny
 import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
-COLLECT = ("--collect-only", "-qq", "-p", "no:cacheprovider")
+COLLECT = ("--collect-only", "-qq", "-p", "no:cacheprovider", "--benchmark-disable")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from geofast.ridge import (
     cross_validate_many,
     fit_many,
     fold_errors,
+    memory,
     solve_many,
     training,
 )
@@ -369,9 +370,9 @@ def test_layers_are_taken_in_parts_when_memory_is_short(
         return inside(some, *rest)
 
     monkeypatch.setattr(module, "_solve_layers", limited)
-    monkeypatch.setattr(module, "_SHARE", 0.5)
+    monkeypatch.setattr(memory, "_SHARE", 0.5)
     each = 5 * 8 * (43 * 43 + 2 * 2 * 40 * 40)  # statistics, and twice a factor and its inverse
-    monkeypatch.setattr(module, "_free", lambda _: 2 * room * each)
+    monkeypatch.setattr(memory, "_free", lambda _: 2 * room * each)
     parts = solve_many(there)
     assert tried == sizes
     for one, other in zip(parts, whole, strict=True):
@@ -552,7 +553,7 @@ def test_tables_are_taken_in_parts_when_memory_is_short(
         assert isinstance(one, gf.Solution)
         assert isinstance(other, gf.Solution)
         assert_same(one, other, 1e-9)
-    monkeypatch.setattr(module, "_free", lambda _: 0)
+    monkeypatch.setattr(memory, "_free", lambda _: 0)
     tried.clear()
     cross_validate_many(there[:2], y, fold)
     assert tried == [1, 1]

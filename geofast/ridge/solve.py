@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from .. import _ops
-from .._device import BLOCK
 from ..gram import Gram, totals, update
 from .gcv import least_gcv, settle_ties
 from .inner import inner_at, inner_folds, path
-from .loo import STEPS, select_loo
+from .loo import select_loo
 from .loo_of_all import select_loo_of_all
+from .memory import bytes_of_rows, bytes_of_statistics, in_parts
 from .refine import refine
 from .scores import score_held_out, score_rows, scores_on
 from .solution import ALPHAS, Select, Solution, least, penalties
@@ -28,10 +28,6 @@ from .training import (
     training_sets,
 )
 from .wide import inner_products, solve_wide, wide_scores
-
-_SHARE = 0.7  # of a GPU's free memory, for layers that are solved at once
-
-Item = TypeVar("Item")
 
 
 def solve(
@@ -105,57 +101,12 @@ def solve_many(
         return []
     device, dim = grams[0].matrix.device, grams[0].dim
     parts = grams[0].cells if folds is None else int(folds.max()) + 1
-    each = _matrix_bytes(dim, grams[0].targets, parts, _of_a_pair(len(grid), select, inner))
-    return _in_parts(
+    each = bytes_of_statistics(dim, grams[0].targets, parts, len(grid), select, inner)
+    return in_parts(
         grams,
         None if device.type == "cpu" or is_small(dim) else (device, each),
         lambda some: _solve_layers(some, grid, folds, select, inner),
     )
-
-
-def _in_parts(
-    layers: Sequence[Item],
-    memory: tuple[torch.device, int] | None,
-    solved: Callable[[Sequence[Item]], list[Solution | ValueError]],
-) -> list[Solution | ValueError]:
-    """Solve layers, so many at once as the device has memory for, by the bytes of each.
-
-    One after the other where `memory` is None.
-    """
-    found, most = list[Solution | ValueError](), len(layers)
-    while len(found) < len(layers):
-        left = layers[len(found) :]
-        fit = 1 if memory is None else max(1, int(_SHARE * _free(memory[0])) // memory[1])
-        most = min(most, -(-len(left) // -(-len(left) // fit)))  # parts of about one size
-        try:
-            found += solved(left[:most])
-        except torch.OutOfMemoryError:
-            if most == 1:
-                raise
-            most //= 2
-    return found
-
-
-def _matrix_bytes(dim: int, targets: int, parts: int, pair: int) -> int:
-    """Bytes of a layer's matrices, with so many factors of every pair of folds.
-
-    Each part's statistics, and its factor with the inverses of its blocks, twice; of a pair the
-    factors, once.
-    """
-    factor = 8 * dim * (dim + min(dim, BLOCK))
-    return parts * (8 * (dim + 1 + targets) ** 2 + 2 * factor) + pair * factor
-
-
-def _of_a_pair(alphas: int, select: str, inner: bool) -> int:
-    """How many factors of a pair of folds there are at once."""
-    return alphas if select == "folds" else 2 * inner
-
-
-def _free(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1 << 30
-    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + reserved
 
 
 def _solve_layers(
@@ -320,7 +271,6 @@ def _of_tables(
         return []
     x = tables[0]
     n, d, k = len(fold), x.shape[1], y.shape[1]
-    count = len(alphas)
 
     def solved(some: Sequence[torch.Tensor]) -> list[Solution | ValueError]:
         if kept is not None:
@@ -340,12 +290,9 @@ def _of_tables(
 
     memory = None
     if _is_large_elsewhere(x):
-        # The rows once more; errors and predictions of every alpha, and near-solutions.
-        each = n * (d * x.itemsize + 8 * folds * count * (4 * k + 3)) + 64 * folds * count * k * d
-        each += 8 * folds * k * d * (STEPS + 4)
-        pair = _of_a_pair(count, select, inner)
-        memory = x.device, each + _matrix_bytes(d, k, folds, pair)
-    return _in_parts(tables, memory, solved)
+        each = bytes_of_rows(n, d, x.itemsize, k, folds, len(alphas), select, inner)
+        memory = x.device, each
+    return in_parts(tables, memory, solved)
 
 
 def _is_large_elsewhere(x: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ from geofast.models import find_towers
 from geofast.rows import Rows
 from geofast.streams import Aside
 
-from .timing import in_turn, paired
+from .timing import host_seconds, in_turn, paired
 
 CELLS = 5
 PATCHES = "each:patch"
@@ -344,16 +344,6 @@ def pooled(hidden, pool):
         "mean:patch": lambda: hidden[:, 1:].float().mean(1),
     }
     return ways[pool]()
-
-
-def host_seconds(run, call):
-    """Return how long the host takes to launch a forward."""
-    run.sync()
-    start = time.perf_counter()
-    call()
-    took = time.perf_counter() - start
-    run.sync()
-    return took
 
 
 def peak_bytes(run, call):

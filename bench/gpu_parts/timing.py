@@ -91,6 +91,16 @@ def in_turn(run, ways, rounds, seconds):
     return found
 
 
+def host_seconds(run, call):
+    """Return how long the host takes to launch what a call does, without waiting for it."""
+    run.sync()
+    start = time.perf_counter()
+    call()
+    took = time.perf_counter() - start
+    run.sync()
+    return took
+
+
 def paired(found, name, base):
     """Return the median over rounds of one way's seconds to another's."""
     return statistics.median(a / b for a, b in zip(found[name], found[base], strict=True))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -236,7 +238,169 @@ def test_tiles(device: str, samples: int, dim: int, itemsize: int) -> None:
         assert samples * dim / choice["BLOCK_D"] >= 3 * 132
 
 
+class Compiling:
+    """Stands for the kernel on a GPU: its interpreter, compiled for what Triton asks of arguments.
+
+    A launch returns what was made for its arguments, and that refuses arguments for which Triton
+    would have made another.
+    """
+
+    def __init__(self, interpreted: Any) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import make_backend
+        from triton.runtime.jit import JITFunction, create_function_from_signature
+
+        self.interpreted, self.arg_names = interpreted, interpreted.arg_names
+        unspecialized = interpreted.kwargs["do_not_specialize"]
+        jit = JITFunction(interpreted.fn, do_not_specialize=unspecialized)
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(jit.signature, jit.params, backend)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        def launch(**arguments: Any) -> Compiled:
+            self.interpreted[grid](**arguments)
+            return Compiled(self, self.bind(**arguments)[1])
+
+        return launch
+
+
+class Compiled:
+    def __init__(self, kernel: Compiling, made_for: list[Any]) -> None:
+        self.kernel, self.made_for = kernel, made_for
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            assert self.kernel.bind(*arguments)[1] == self.made_for
+            self.kernel.interpreted[grid](*arguments)
+
+        return run
+
+
+@pytest.fixture
+def launchers(device: str, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """What is kept of launches: nothing yet."""
+    kept: dict[Any, Any] = {}
+    monkeypatch.setattr(kernels, "_launchers", kept)
+    if device == "cpu":
+        monkeypatch.setattr(kernels, "pool_kernel", Compiling(kernels.pool_kernel))
+    return kept
+
+
+def pool_part(
+    device: str,
+    *,
+    batch: int = 2,
+    length: int = 5,
+    dim: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    x: tuple[int, int] = (64, 0),
+    roles: tuple[int, int] = (16, 0),
+    out: tuple[int, int] = (48, 0),
+    jobs: tuple[tuple[str, int], ...] = (("mean", 0), ("max", 1)),
+    starts: tuple[int, ...] | None = None,
+    starts_at: int = 0,
+) -> None:
+    """Pool parts of aligned memory, given as (width of a row, first column); hold it to the
+    reference."""
+    (x_wide, x_at), (roles_wide, roles_at), (out_wide, out_at) = x, roles, out
+    samples = batch if starts is None else len(starts) - 1
+    hidden = tokens((3, 6, x_wide), dtype).to(device)[:batch, :length, x_at : x_at + dim]
+    role = some_roles(3, roles_wide).to(device)[:batch, roles_at : roles_at + length]
+    memory = [torch.full((3, out_wide), SENTINEL, device=device) for _ in jobs]
+    outs = [whole[:samples, out_at : out_at + dim] for whole in memory]
+    ends = None
+    if starts is not None:
+        ends = torch.tensor([0] * starts_at + [*starts], device=device)[starts_at:]
+    kernels.pool(hidden, role, [(*job, o) for job, o in zip(jobs, outs, strict=True)], ends)
+    hidden, role = hidden.cpu(), role.cpu()
+    for (op, bit), got in zip(jobs, outs, strict=True):
+        want = torch.empty(samples, dim, dtype=torch.float64)
+        for i in range(samples):
+            line, own = (i, slice(None)) if starts is None else (0, slice(*starts[i : i + 2]))
+            one = hidden[line : line + 1, own], role[line : line + 1, own]
+            _reference.pool(*one, [(op, bit, want[i : i + 1])])
+        torch.testing.assert_close(got.double().cpu(), want, rtol=1e-5, atol=1e-3, equal_nan=True)
+
+
+PACKED = {"batch": 1, "starts": (0, 2, 5)}
+
+
+@pytest.mark.parametrize(
+    ("base", "change"),
+    [
+        ({}, {"batch": 3}),
+        ({}, {"batch": 1}),
+        ({}, {"length": 4}),
+        ({}, {"dim": 31}),
+        ({}, {"dtype": torch.float16}),
+        ({}, {"x": (80, 0)}),
+        ({}, {"x": (65, 0)}),
+        ({}, {"x": (64, 1)}),
+        ({}, {"roles": (32, 0)}),
+        ({}, {"roles": (16, 1)}),
+        ({}, {"out": (64, 0)}),
+        ({}, {"out": (49, 0)}),
+        ({}, {"out": (48, 1)}),
+        ({}, {"jobs": (("min", 0), ("max", 1))}),
+        ({}, {"jobs": (("mean", 2), ("max", 1))}),
+        ({}, {"jobs": (("max", 1), ("mean", 0))}),
+        ({}, {"jobs": (("mean", 0),)}),
+        ({"batch": 1}, {"starts": (0, 5)}),
+        (PACKED, {"starts": (0, 1, 3, 5)}),
+        (PACKED, {"starts_at": 1}),
+    ],
+    ids=str,
+)
+def test_another_form_gets_another_launch(
+    device: str, launchers: dict[Any, Any], base: dict[str, Any], change: dict[str, Any]
+) -> None:
+    for case in (base, base | change) * 2:
+        pool_part(device, **case)
+    assert len(launchers) == 2
+
+
+def test_a_form_is_checked_and_chosen_for_once(
+    device: str, launchers: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool_part(device)
+    monkeypatch.setattr(kernels, "_check", None)
+    pool_part(device)
+    with pytest.raises(TypeError):
+        pool_part(device, length=4)
+
+
+def test_tiles_and_launches_put_in_the_place_of_others_are_taken(
+    device: str, launchers: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool_part(device)
+    tile = {"BLOCK_T": 16, "BLOCK_D": 16, "STAGES": 2, "num_warps": 4}
+    monkeypatch.setattr(kernels, "blocks", lambda *_: tile)
+    pool_part(device)
+    assert len(launchers) == 2
+    monkeypatch.setattr(kernels, "launch", None)
+    with pytest.raises(TypeError):
+        pool_part(device)
+
+
+def test_nothing_is_kept_where_more_decides(
+    device: str, launchers: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    pool_part(device)
+    assert not launchers
+
+
+def test_forms_are_not_kept_without_end(
+    device: str, launchers: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_FORMS", 2)
+    for length in (1, 2, 3, 4, 3):
+        pool_part(device, length=length)
+        assert 0 < len(launchers) <= 2
+
+
 X, ROLES, OUT = torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 8)
+ENDS = torch.tensor([0, 3])
 
 
 @pytest.mark.parametrize(
@@ -252,16 +416,23 @@ X, ROLES, OUT = torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.uint8), torc
         (X, ROLES, ("mean", 0, OUT[:, :7]), None, r"the out of mean is float32 \[2, 7\]"),
         (X, ROLES, ("mean", 0, OUT.double()), None, r"expected float32 \[2, 8\]"),
         (X, ROLES, ("mean", 0, OUT), torch.tensor([0, 1]), "starts is .* one sequence; x has 2"),
+        (X[:1], ROLES[:1], ("mean", 0, OUT[:1]), ENDS.int(), r"starts is int32 .* expected int64"),
+        (X[:1], ROLES[:1], ("mean", 0, OUT), ENDS, r"the out of mean is .* float32 \[1, 8\]"),
         (X, ROLES, ("mean", 0, OUT.to("meta")), None, "x is on cpu and a tensor beside it on meta"),
     ],
 )
 def test_bad_arguments(
     device: str,
+    launchers: dict[Any, Any],
     x: torch.Tensor,
     roles: torch.Tensor,
     job: tuple[str, int, torch.Tensor],
     starts: torch.Tensor | None,
     message: str,
 ) -> None:
+    if device == "cpu":  # what is refused is so beside launches that are kept
+        kernels.pool(X, ROLES, [("mean", 0, OUT)])
+        kernels.pool(X[:1], ROLES[:1], [("mean", 0, OUT[:1])], ENDS)
+        assert len(launchers) == 2
     with pytest.raises(ValueError, match=message):
         kernels.pool(x, roles, [job], starts)

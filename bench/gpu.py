@@ -46,7 +46,7 @@ PARTS = {  # the order is that of importance, but that ceilings are what others 
     "pooling": Part("pooling.main", 50, 15),
     "table": Part("table.main", 40, 10),
     "gram": Part("gram.main", 100, 20),
-    "solve": Part("solve.main", 70, 20),
+    "solve": Part("solve.main", 90, 20),
     "tune": Part("tune.main", 500, 60),  # not unless it is asked for
 }
 ALL = [name for name in PARTS if name != "tune"]

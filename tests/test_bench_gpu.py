@@ -83,6 +83,30 @@ def test_the_json_has_a_verdict_on_every_target_of_the_engine(dry):
     assert printed.count("- MISSED: ") == len(found["targets"]) - met
 
 
+def test_factors_of_each_precision_are_timed_and_the_target_is_of_geofasts_choice(dry):
+    _, _, found = dry
+    tables = found["parts"]["solve"]["tables"]
+    for name in ("from statistics", "exact leave-one-out, from rows"):
+        rows = {row["values"]["factors"]: row for row in tables[name]}
+        assert [*rows] == ["geofast's choice", "float32 first", "float64 alone"]
+        assert "Cholesky in float32" in rows["float32 first"]["values"]["method"]
+        assert "Cholesky in float64" in rows["float64 alone"]["values"]["method"]
+        assert not any(rows[forced]["goals"] for forced in [*rows][1:])
+    (busy,) = tables["busy GPU"]
+    kernels = tables[f"kernels of {busy['values']['what']}"]
+    assert 0 < sum(row["values"]["calls"] for row in kernels) <= busy["values"]["launches"]
+
+
+def test_time_on_two_streams_counts_once():
+    def event(start, end):
+        length = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(time_range=length)
+
+    events = [event(5000, 9000), event(0, 2000), event(1000, 4000), event(1500, 1600)]
+    assert part("profiled").busy(events) == 8.0
+    assert part("profiled").total(events) == 9.1
+
+
 @pytest.mark.parametrize(
     ("got", "goal", "expected"),
     [

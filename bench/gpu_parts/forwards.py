@@ -24,6 +24,7 @@ from geofast.models import find_towers
 from geofast.rows import Rows
 from geofast.streams import Aside
 
+from .profiled import breakdown
 from .timing import host_seconds, in_turn, paired
 
 CELLS = 5
@@ -229,6 +230,9 @@ def measure(run, job):
         check(run, job, module, batch, pool)
     found = against_bare(run, job, module, batch, seconds)
     if job.whole:
+        with ExitStack() as stack:
+            probed = Probed(job, module, [*job.pools.values()][1], stack)
+            breakdown(run, f"{job.name}, probed", partial(probed.forward, batch))
         others(run, job, module, batch, found)
 
 

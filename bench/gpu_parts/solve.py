@@ -1,7 +1,11 @@
 """The solve stage: every layer, fold and penalty at once, from statistics on the device."""
 
 import statistics
+import sys
 import time
+from contextlib import nullcontext
+from functools import partial
+from unittest import mock
 
 import torch
 
@@ -9,9 +13,16 @@ import geofast as gf
 from geofast.gram import Gram
 from geofast.ridge.solve import cross_validate_many, solve_many
 
+from .profiled import breakdown
 from .timing import in_turn
 
 FOLDS, TARGETS = 5, 2
+OWN = "geofast's choice"
+FACTORS = {  # the precisions of Cholesky factors that are tried, one after the other
+    OWN: None,
+    "float32 first": [torch.float32, torch.float64],
+    "float64 alone": [torch.float64],
+}
 
 
 def main(run):
@@ -20,7 +31,7 @@ def main(run):
         if run.enough(10, f"{layers} layers of d={d}"):
             with run.case(f"{layers} layers of d={d}"):
                 many(run, layers, d, limit)
-    layers, n, d = (2, 700, 300) if run.dry else (24, 5000, 1024)
+    layers, n, d = (1, 400, 300) if run.dry else (24, 5000, 1024)
     if run.enough(10, "leave-one-out"):
         with run.case("leave-one-out"):
             left_out(run, layers, n, d)
@@ -53,15 +64,39 @@ def many(run, layers, d, limit):
         x, y = rows_of(run, n, d, seed)
         grams.append(gram_of(run, x, y, torch.arange(n) % FOLDS))
     del x, y
-    found = solve_many(grams, gf.ALPHAS)
-    for layer in (0, layers - 1):
-        compare(run, grams[layer], found[layer])
-    seconds = in_turn(run, {"solve": lambda: solve_many(grams, gf.ALPHAS)}, 7, 8)["solve"]
-    run.row(
-        "from statistics", {"ms": ("at most", 1e3 * limit)}, layers=layers, d=d, rows=n,
-        ms=1e3 * statistics.median(seconds), fastest_ms=1e3 * min(seconds),
-        method=found[0].method,
-    )  # fmt: skip
+
+    def hold(found):
+        for layer in (0, layers - 1):
+            compare(run, grams[layer], found[layer])
+
+    values = {"layers": layers, "d": d, "rows": n}
+    solve = partial(solve_many, grams, gf.ALPHAS)
+    by_factors(run, "from statistics", solve, hold, {"ms": ("at most", 1e3 * limit)}, values)
+    breakdown(run, f"a solve of {layers} layers, d={d}", solve)
+
+
+def by_factors(run, table, solve, hold, goals, values):
+    """Record a row for each precision of factors; the goals are those of what geofast chooses."""
+    ways, method = {}, {}
+    for name, dtypes in FACTORS.items():
+        way = partial(solved_with, dtypes, solve)
+        with nullcontext() if name == OWN else run.peer(f"{table}, {values}, {name}"):
+            found = way()
+            hold(found)
+            ways[name], method[name] = way, found[0].method
+    for name, seconds in in_turn(run, ways, 7, 10).items():
+        run.row(
+            table, goals if name == OWN else {}, **values, factors=name,
+            ms=1e3 * statistics.median(seconds), fastest_ms=1e3 * min(seconds),
+            method=method[name],
+        )  # fmt: skip
+
+
+def solved_with(dtypes, solve):
+    """Solve with such factors whatever geofast would choose; None leaves the choice to it."""
+    module = sys.modules[solve_many.__module__]
+    with mock.patch.object(module, "_precisions", return_value=dtypes) if dtypes else nullcontext():
+        return solve()
 
 
 def compare(run, gram, solution):
@@ -113,24 +148,27 @@ def left_out(run, layers, n, d):
     """Time rows of many layers on the device, and hold one fold to its spectrum."""
     pairs = [rows_of(run, n, d, seed) for seed in range(layers)]
     tables, y, fold = [x for x, _ in pairs], pairs[0][1], torch.arange(n) % FOLDS
-    found = cross_validate_many(tables, y, fold, gf.ALPHAS)
-    for layer in (0, layers - 1):
-        if isinstance(found[layer], ValueError):
-            raise found[layer]
-        curve = spectral(tables[layer][(fold != 0).to(run.device)], y[fold != 0])
-        # Of two alphas that do as well, rounding may prefer either.
-        chosen = curve[gf.ALPHAS.index(float(found[layer].alpha[0]))]
-        run.require(
-            chosen <= min(curve) * (1 + 1e-9),
-            f"layer {layer}: the leave-one-out error is {chosen:g}, and at least {min(curve):g}",
-        )
-    ways = {"solve": lambda: cross_validate_many(tables, y, fold, gf.ALPHAS)}
-    seconds = in_turn(run, ways, 5, 8)["solve"]
-    run.row(
-        "exact leave-one-out, from rows", layers=layers, d=d, rows=n,
-        ms=1e3 * statistics.median(seconds), fastest_ms=1e3 * min(seconds),
-        method=found[0].method,
-    )  # fmt: skip
+    first, last = (
+        spectral(tables[layer][(fold != 0).to(run.device)], y[fold != 0])
+        for layer in (0, layers - 1)
+    )
+
+    def hold(found):
+        for layer, curve in ((0, first), (layers - 1, last)):
+            if isinstance(found[layer], ValueError):
+                raise found[layer]
+            # Of two alphas that do as well, rounding may prefer either.
+            chosen = curve[gf.ALPHAS.index(float(found[layer].alpha[0]))]
+            run.require(
+                chosen <= min(curve) * (1 + 1e-9),
+                f"layer {layer}: the leave-one-out error is {chosen:g}, at least {min(curve):g}",
+            )
+
+    values = {"layers": layers, "d": d, "rows": n}
+    solve = partial(cross_validate_many, tables, y, fold, gf.ALPHAS)
+    by_factors(run, "exact leave-one-out, from rows", solve, hold, {}, values)
+    if not run.dry:  # on the CPU it is 86,000 operators, which the profiler takes 15 seconds for
+        breakdown(run, f"leave-one-out of {layers} layers, d={d}", solve)
 
 
 def spectral(x, y):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -168,6 +169,9 @@ class Recorder:
         self._samples: int | None = None
         self._seen: set[str] = set()
         self._counts: dict[str, int] = {}
+        self._unlooked: list[tuple[str, torch.Tensor, Blame]] = []
+        self._passed = self._overwrites = False
+        self._last: Callable[[], torch.Tensor | None] = lambda: None
 
     def attach(self, hooks: ExitStack) -> None:
         """Register every hook so that leaving `hooks` removes it."""
@@ -189,6 +193,7 @@ class Recorder:
         self._layouts.clear()
         self._seen.clear()
         self._counts = {}
+        self._unlooked.clear()
         self._samples = None
         self._running = True
 
@@ -209,6 +214,8 @@ class Recorder:
                 f"{site.name} ran twice in one forward pass; its rows would be mixed"
             )
         tokens = as_tokens(site, self._towers[site.tower], hidden.detach(), self._call)
+        if not tokens.shape[-1]:
+            raise ValueError(f"{site.name} gave hidden states of width 0: {list(hidden.shape)}")
         layout, is_new = self._layout(site, tokens)
         batch = layout.samples
         if self._samples not in (None, batch):
@@ -224,10 +231,26 @@ class Recorder:
             self._pool(site, pooled, tokens, layout)
         for p in each:
             self._take_each(site, p, tokens, layout)
+        self._spare(site, hidden)
         self._seen.add(site.name)
         # Here and not when the model is done: a forward pass may stop at the deepest site.
         if len(self._seen) == len(self._sites):
+            for one in self._unlooked:  # a pass that failed has nobody to blame
+                self._rows.watch(*one)
             self._rows.commit(self._counts, batch)
+            self._passed = True
+
+    def _spare(self, site: Site, hidden: torch.Tensor) -> None:
+        """Have a GPU's model wait where it may write over what is being read beside it.
+
+        Falcon adds what its attention returns to what its MLP returned, in place. The blocks of
+        others return what they were given, changed: the first pass tells, and overlaps nothing.
+        """
+        self._overwrites |= hidden is self._last()
+        self._last = weakref.ref(hidden)
+        is_branch = site.name.endswith((".attn", ".mlp"))
+        if is_branch or self._overwrites or not self._passed:
+            self._rows.aside.join()
 
     def _pool(
         self, site: Site, pools: Sequence[Pool], tokens: torch.Tensor, layout: Layout
@@ -287,7 +310,7 @@ class Recorder:
         On a GPU nobody waits for them here.
         """
         if not values.is_cpu:
-            self._rows.watch(key, (values * 0).sum(1), blame)
+            self._unlooked.append((key, (values * 0).sum(1), blame))
             return
         bad = (~values.isfinite().all(1)).nonzero()
         if len(bad):

@@ -1,4 +1,5 @@
 import re
+import sys
 import weakref
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from torch import nn
 
 import geofast as gf
+from geofast import pooling
 from geofast.models import find_towers
 from geofast.models.inputs import text_collate
+from geofast.rows import Rows
+from geofast.streams import Aside
 
 
 def hooks_of(model):
@@ -262,6 +266,71 @@ def test_a_failed_forward_adds_no_rows():
     assert all(len(rows[key]) == 4 for key in rows)
 
 
+class Late(Aside):
+    """What is pooled beside the model, as late as a GPU may: when the model waits for it."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.waiting = []
+
+        def pooled_later(*args):
+            self.waiting.append(args)
+            return True
+
+        monkeypatch.setattr(sys.modules["geofast.capture"], "pool", pooled_later)
+
+    def join(self):
+        for args in self.waiting:
+            pooling.pool(*args)
+        self.waiting.clear()
+
+
+def falcon():
+    from transformers import FalconConfig, FalconModel
+
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=100)
+    model = FalconModel(FalconConfig(**small, new_decoder_architecture=True)).eval()
+    return model, "lm.layers.*.mlp", torch.arange(12).view(3, 4) + 2
+
+
+class Overwriting(nn.Sequential):
+    def forward(self, x):
+        return x.add_(super().forward(x))
+
+
+def overwriting():
+    torch.manual_seed(0)
+    blocks = (Overwriting(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3))
+    return nn.Sequential(nn.Linear(8, 8), nn.Sequential(*blocks)), None, torch.randn(3, 4, 8)
+
+
+@pytest.mark.parametrize("make", [falcon, overwriting])
+def test_what_the_model_writes_over_is_read_before(make, monkeypatch):
+    """Falcon adds its attention to what its MLP returned; others write over the stream itself."""
+    model, sites, x = make()
+    with gf.capture(model, sites, "mean") as expected, torch.no_grad():
+        for _ in range(3):
+            model(x)
+    rows = Rows()
+    rows.aside = Late(monkeypatch)
+    with gf.capture(model, sites, "mean", rows=rows), torch.no_grad():
+        for _ in range(3):
+            model(x)
+    assert_same(rows, expected, atol=0)
+
+
+def test_a_model_that_writes_over_nothing_waits_for_its_first_pass_alone(monkeypatch):
+    model = tiny.llama()
+    ids = torch.arange(12).view(3, 4) + 2
+    rows, left = Rows(), []
+    rows.aside = late = Late(monkeypatch)
+    model.model.norm.register_forward_pre_hook(lambda *_: left.append(len(late.waiting)))
+    with gf.capture(model, ["lm.layers.*", "lm.norm"], rows=rows), torch.no_grad():
+        for _ in range(3):
+            model(input_ids=ids)
+    assert left == [0, 3, 3]
+
+
 def test_neither_head_nor_cache_runs():
     module = tiny.llama()
     model = gf.load(
@@ -406,6 +475,73 @@ def test_blocks_that_return_lists():
     message = "vision.layers.0 is a dict in this model, not a tensor"
     with gf.capture(blocks), pytest.raises(ValueError, match=message):
         blocks(torch.randn(3, 5, 8))
+
+
+@pytest.mark.parametrize("pool", ["mean", "each"])
+def test_hidden_states_of_no_samples_no_tokens_or_no_width(pool):
+    class Narrow(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x)[..., :width]
+
+    width = 8
+    blocks = nn.Sequential(*[Narrow(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)])
+    with gf.capture(blocks, pool=pool) as rows, torch.no_grad():
+        blocks(torch.randn(3, 5, 8))
+        blocks(torch.randn(0, 5, 8))
+    assert rows.n == 3
+    message = f"pool '{pool}' at vision.embed: sample 0 of the batch has no all token"
+    with gf.capture(blocks, pool=pool), pytest.raises(ValueError, match=message):
+        blocks(torch.randn(3, 0, 8))
+    width = 0
+    message = r"vision.layers.0 gave hidden states of width 0: \[3, 5, 0\]"
+    with gf.capture(blocks, pool=pool), pytest.raises(ValueError, match=message):
+        blocks(torch.randn(3, 5, 8))
+
+
+STRIDES = {
+    "batch and tokens": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "tokens and dim": lambda x: x.mT.contiguous().mT,
+    "every other number": lambda x: torch.stack([x, -x], 3)[..., 0],
+    "a slice of tokens": lambda x: torch.cat([x, x], 1)[:, 5:],
+    "a slice of numbers": lambda x: torch.cat([x, x], 2)[..., 1:9],
+    "one sample for all": lambda x: x[:1].expand(3, -1, -1),
+    "one number for all": lambda x: x[..., :1].expand(-1, -1, 8),
+}
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_hidden_states_of_any_strides(stride):
+    class Strided(nn.Sequential):
+        def forward(self, x):
+            states.append(STRIDES[stride](super().forward(x)))
+            return states[-1]
+
+    states = []
+    blocks = nn.Sequential(*[Strided(nn.Linear(8, 8), nn.Linear(8, 8)) for _ in range(2)])
+    with gf.capture(blocks, "*.layers.*", ["mean", "last", "max"]) as rows, torch.no_grad():
+        blocks(torch.randn(3, 5, 8))
+    for i, state in enumerate(states):
+        torch.testing.assert_close(rows[f"vision.layers.{i}/mean"], state.mean(1))
+        assert torch.equal(rows[f"vision.layers.{i}/last"], state[:, -1])
+        assert torch.equal(rows[f"vision.layers.{i}/max"], state.amax(1))
+
+
+def test_maps_with_the_channels_last_in_memory():
+    class Block(nn.Sequential):
+        pass
+
+    def convolutions():
+        return Block(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1))
+
+    model = nn.Sequential(convolutions(), convolutions())
+    maps, found = torch.randn(2, 8, 4, 5), []
+    for order in (torch.contiguous_format, torch.channels_last):
+        with gf.capture(model, pool=["mean", "max"]) as rows, torch.no_grad():
+            out = model.to(memory_format=order)(maps.contiguous(memory_format=order))
+        assert out.is_contiguous(memory_format=order)
+        torch.testing.assert_close(rows["vision.layers.1/mean"], out.mean((2, 3)))
+        found.append(rows)
+    assert_same(*found)
 
 
 def test_a_norm_that_sees_the_cls_token_alone():

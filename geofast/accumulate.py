@@ -31,7 +31,7 @@ class Statistics:
     Attributes
     ----------
     grams : dict[str, Gram]
-        On the devices of their rows.
+        On the devices of their rows, or on the CPU where these have no room.
     """
 
     def __init__(self, cells: int, budget: Budget, aside: Aside) -> None:
@@ -49,28 +49,34 @@ class Statistics:
         """
         keys = defaultdict(list)
         for key, x in rows.items():
-            keys[x.device].append(key)
-        for here in keys.values():
-            part = {key: rows[key] for key in here}
+            if key not in self.grams:
+                self.grams[key] = self._new(key, x, y.shape[1])
+            keys[self.grams[key].matrix.device].append(key)
+        for device, here in keys.items():
+            # Rows or statistics are on the CPU where their device had no room for them.
+            part = {key: rows[key].to(device) for key in here}
             try:
                 with self._aside.beside(*part.values()):
                     self._add(part, y, cell)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                more = f" and {len(here) - 1} more" if len(here) > 1 else ""
-                msg = (
-                    f"the statistics of {here[0]}{more} do not fit into the memory of "
-                    f"{part[here[0]].device}: keep rows instead, storage='rows' (--storage), or "
-                    "take fewer sites, pools or groups"
-                )
-                raise RuntimeError(msg) from error
+                raise _too_large(here, device) from error
+
+    def _new(self, key: str, x: torch.Tensor, targets: int) -> Gram:
+        """Make statistics where their rows are, or where that has no room for them, on the CPU."""
+        try:
+            return Gram(x.shape[1], targets, self._cells, device=x.device)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            if x.is_cpu:
+                raise _too_large([key], x.device) from error
+        self._budget.crowded = str(x.device)
+        return self._new(key, x[:0].cpu(), targets)
 
     def _add(self, rows: Mapping[str, torch.Tensor], y: torch.Tensor, cell: torch.Tensor) -> None:
         """Add rows of one device, fewer at a time where memory runs out."""
-        for key, x in rows.items():
-            if key not in self.grams:
-                self.grams[key] = Gram(x.shape[1], y.shape[1], self._cells, device=x.device)
         grams, done = [self.grams[key] for key in rows], 0
         while done < len(y):
             part = slice(done, done + (self._budget.rows or len(y)))
@@ -99,6 +105,14 @@ class Statistics:
         self._budget.rows = len(y) // 2
         torch.cuda.empty_cache()
         return False
+
+
+def _too_large(keys: Sequence[str], device: torch.device) -> RuntimeError:
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return RuntimeError(
+        f"the statistics of {keys[0]}{more} do not fit into the memory of {device}: keep rows "
+        "instead, storage='rows' (--storage), or take fewer sites, pools or groups"
+    )
 
 
 class TokenStatistics:
@@ -136,10 +150,9 @@ class TokenStatistics:
         """Add the tokens of `role`; hidden states are [tokens, d], of every sample of the batch."""
         chosen = layout.has(role).flatten()
         if key not in self._grams:
-            gram = self._grams[key] = Gram(
-                hidden.shape[1], self._y.shape[1], self._cells, device=hidden.device
-            )
+            gram = Gram(hidden.shape[1], self._y.shape[1], self._cells, device=hidden.device)
             gram.begin(_mean(hidden, chosen), tuple(self._y.mean(0).tolist()))
+            self._grams[key] = gram  # and not sooner: memory may have run out
         gram = self._grams[key]
         batch = self._batch(key, gram, layout, role, chosen)
         before = gram.count.clone()

@@ -57,6 +57,7 @@ class Rows(Mapping[str, torch.Tensor]):
     ) -> None:
         self._capacity = capacity
         self._stay = stay
+        self._pins = True
         self._dtype = dtype
         self._room = room
         self._store: dict[str, torch.Tensor] = {}
@@ -68,7 +69,8 @@ class Rows(Mapping[str, torch.Tensor]):
         self.aside = Aside()
         """Where rows are pooled and used on a GPU; joined when a batch is committed."""
         self.crowded = ""
-        """The device that had no room for more rows, which are kept on the CPU since."""
+        """What had no room for more rows, which are kept on the CPU, or there in memory that is not
+        pinned, since."""
         self.label = ""
         """Ends the keys of what is captured from now on: which prompt it was."""
 
@@ -156,7 +158,7 @@ class Rows(Mapping[str, torch.Tensor]):
         What is raised has the number of the sample, counted from the first row that is kept.
         """
         watched, self._watched = self._watched, []
-        for device in {w.signs.device for w in watched}:
+        for device in dict.fromkeys(w.signs.device for w in watched):  # as the model meets them
             here = [w for w in watched if w.signs.device == device]
             sound = torch.cat([w.signs for w in here]).isfinite().cpu()
             if sound.all():
@@ -182,9 +184,13 @@ class Rows(Mapping[str, torch.Tensor]):
                 return torch.empty(n, dim, dtype=self._dtype, device=device)
             except torch.OutOfMemoryError:
                 self._stay, self.crowded = False, str(device)
-        if self._room is None and device.type == "cuda":
-            # Only from pinned memory does a copy not wait.
-            return torch.empty(n, dim, dtype=self._dtype, pin_memory=True)
+        if self._room is None and device.type == "cuda" and self._pins:
+            # Only to pinned memory does a copy not wait.
+            try:
+                return torch.empty(n, dim, dtype=self._dtype, pin_memory=True)
+            except RuntimeError:  # CUDA's own: it is no OutOfMemoryError
+                self._pins = False
+                self.crowded = " and ".join(filter(None, (self.crowded, "pinned memory")))
         if self._room is None:
             return _ops.empty(n, dim, dtype=self._dtype)
         part, self._room = self._room.tensor_split([n * dim])

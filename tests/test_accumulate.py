@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from geofast.accumulate import Statistics
+from geofast import accumulate
+from geofast.accumulate import Statistics, TokenStatistics
 from geofast.batching import Budget
 from geofast.gram import Gram, update
+from geofast.models.layout import Layout
 from geofast.streams import Aside
 
 WIDTHS = {"a": 3, "b": 4}
@@ -58,3 +60,41 @@ def test_what_memory_never_takes_is_named(monkeypatch):
     rows = {key: torch.zeros(5, d) for key, d in WIDTHS.items()}
     with pytest.raises(RuntimeError, match="the statistics of a and 1 more do not fit into the"):
         Statistics(1, Budget(1), Aside()).add(rows, torch.zeros(5, 1), torch.zeros(5).long())
+
+
+def test_statistics_of_tokens_begin_again_where_memory_ran_out(monkeypatch):
+    """Before the shift of the first batch was known, which comes again in halves."""
+    left = [1]
+
+    def short(hidden, chosen):
+        if left:
+            raise torch.OutOfMemoryError(f"CUDA out of memory, {left.pop()}")
+        return mean(hidden, chosen)
+
+    mean = accumulate._mean
+    monkeypatch.setattr(accumulate, "_mean", short)
+    r = torch.Generator().manual_seed(0)
+    hidden, y = torch.randn(4, 5, 3, generator=r), torch.randn(4, 2, generator=r)
+    statistics, cell = TokenStatistics(2, grams := {}), torch.tensor([0, 1, 1, 0])
+    for some in ([0, 1, 2, 3], [0, 1], [2, 3]):
+        statistics.begin(some, y[some], cell[some])
+        layout = Layout(torch.full((len(some), 5), 255, dtype=torch.uint8), None)
+        try:
+            statistics.take("a", hidden[some].flatten(0, 1), layout, "all")
+        except torch.OutOfMemoryError:
+            statistics.fail()
+    of_token = cell.repeat_interleave(5)
+    whole = Gram(3, 2, 2).update(hidden.flatten(0, 1), y.repeat_interleave(5, 0), of_token)
+    assert grams["a"].count.tolist() == whole.count.tolist()
+    torch.testing.assert_close(grams["a"]._about(whole.shift), whole.matrix)
+
+
+def test_statistics_that_no_memory_has_room_for_are_named(monkeypatch):
+    def full(*_, device):
+        raise MemoryError
+
+    monkeypatch.setattr(accumulate, "Gram", full)
+    with pytest.raises(RuntimeError, match="the statistics of a do not fit into the memory of cpu"):
+        Statistics(1, Budget(1), Aside()).add(
+            {"a": torch.zeros(5, 3)}, torch.zeros(5, 1), torch.zeros(5).long()
+        )

@@ -126,6 +126,55 @@ def test_a_lack_of_tokens_is_told_after_the_pass(gpu):
     assert caught.value.sample == 2
 
 
+def test_a_pass_that_failed_blames_no_sample_of_the_next(gpu):
+    model = tiny.vit().to(DEVICE)
+    batch = batches("vit")[0]["pixel_values"]
+
+    def run(pixels):
+        model(pixel_values=pixels.to(DEVICE))
+
+    with torch.no_grad(), gf.capture(model, pool="mean") as rows:
+        run(batch)
+        broken = model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(torch.full_like(batch, torch.nan))
+        broken.remove()
+        run(batch)
+    assert rows.n == 6
+
+
+def test_samples_are_named_by_their_number_of_each_prompt_and_after_a_retreat(gpu):
+    model, good = tiny.vit().to(DEVICE), batches("vit")[0]["pixel_values"]
+    bad = good.index_fill(0, torch.tensor([1]), torch.nan)
+    with torch.no_grad(), gf.capture(model, "*.embed", "mean", rows=(rows := Rows())):
+
+        def run(*batches):
+            for pixels in batches:
+                model(pixel_values=pixels.to(DEVICE))
+
+        def fails(key, sample):
+            with pytest.raises(NonFiniteError, match=rf"^{key}: sample {sample} has") as caught:
+                rows.verify()
+            assert caught.value.sample == sample
+
+        run(good)
+        mark = rows.mark()
+        run(bad)
+        rows.rewind(mark)
+        run(good, bad, good)
+        fails("vision.embed/mean", 7)
+        rows.clear()
+        run(good, bad)
+        fails("vision.embed/mean", 4)
+        rows.clear()
+        run(good)
+        rows.label = "why"
+        run(bad)
+        rows.label = ""
+        run(bad)
+        fails("vision.embed/mean/why", 1)
+
+
 def test_rows_that_are_forgotten_are_not_looked_into(gpu):
     rows = Rows(stay=True)
     with pytest.raises(NonFiniteError):
@@ -134,6 +183,60 @@ def test_rows_that_are_forgotten_are_not_looked_into(gpu):
     rows.clear()
     far(gpu, "vit", rows)
     assert rows.n == 5
+
+
+@pytest.mark.parametrize("capacity", [3, 100])
+def test_a_device_that_fills_up_loses_nothing(gpu, monkeypatch, capacity):
+    """What it has stays there, unless it grows; the CPU takes the rest."""
+    expected, make, fits = near("vit"), torch.empty, 2
+
+    def empty(*shape, **options):
+        nonlocal fits
+        if options.get("device") == DEVICE and shape[0] >= capacity:
+            fits -= 1
+            if fits < 0:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    rows = Rows(capacity, stay=True)
+    far(gpu, "vit", rows)
+    assert rows.crowded == str(DEVICE)
+    assert [x.is_cpu for x in rows.values()] == [capacity == 3] * 2 + [True] * 4
+    for key, x in expected.items():
+        torch.testing.assert_close(rows[key].cpu(), x, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_stay_where_they_are_when_their_rows_move(gpu):
+    r = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 4, generator=r), torch.randn(30, 2, generator=r)
+    cell = torch.randint(3, (30,), generator=r)
+    statistics, expected = Statistics(3, Budget(1), Rows().aside), Gram(4, 2, 3)
+    for part, device in ((slice(15), DEVICE), (slice(15, 30), torch.device("cpu"))):
+        statistics.add({"a": x[part].to(device), "b": x[part]}, y[part], cell[part])
+        expected.update(x[part], y[part], cell[part])
+    for gram, device in zip(statistics.grams.values(), (DEVICE, torch.device("cpu")), strict=True):
+        assert gram.matrix.device == device
+        torch.testing.assert_close(gram.cpu().matrix, expected.matrix, rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_that_a_device_has_no_room_for_are_kept_on_the_cpu(gpu, monkeypatch):
+    def full(*args, device, **options):
+        if device == DEVICE:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Gram(*args, device=device, **options)
+
+    monkeypatch.setattr("geofast.accumulate.Gram", full)
+    x, y, cell = torch.randn(20, 4), torch.randn(20, 2), torch.zeros(20, dtype=torch.int64)
+    statistics = Statistics(1, budget := Budget(1), Rows().aside)
+    for part in (slice(8), slice(8, 20)):
+        statistics.add({"a": x[part].to(DEVICE)}, y[part], cell[part])
+    expected = Gram(4, 2).update(x, y)
+    about = statistics.grams["a"]._about(expected.shift)
+    torch.testing.assert_close(about, expected.matrix, rtol=1e-6, atol=1e-6)
+    assert budget.warnings == [
+        f"rows were kept on the CPU instead of {DEVICE} after out-of-memory; nothing was lost"
+    ]
 
 
 def test_statistics_are_added_to_without_waiting(gpu):

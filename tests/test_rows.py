@@ -1,9 +1,11 @@
 import errno
 import os
 import resource
+from functools import partial
 
 import pytest
 import torch
+from pretend import DEVICE, Pretend
 
 from geofast.rows import Rows, on_disk
 
@@ -122,3 +124,41 @@ def test_a_device_without_room_leaves_the_rows_to_the_cpu(monkeypatch):
     rows = Rows(stay=True)
     assert rows.reserve("a/last", 3, 2, torch.device("meta")).device.type == "cpu"
     assert rows.crowded == "meta"
+
+
+@pytest.mark.parametrize("crowded", ["", "cuda:0"])
+def test_where_no_memory_can_be_pinned_rows_are_kept_in_other_memory(monkeypatch, crowded):
+    tried, make = [], torch.empty
+
+    def full(*shape, **options):
+        if options.get("pin_memory") or options.get("device") == gpu:
+            tried.append(options)
+            raise (torch.OutOfMemoryError if "device" in options else RuntimeError)("CUDA error")
+        return make(*shape, **options)
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch, "empty", full)
+    rows = Rows(2, stay=bool(crowded))
+    x = torch.randn(5, 3)
+    for key in ("a/last", "b/last"):
+        for part in x.split(2):
+            rows.reserve(key, 3, len(part), gpu).copy_(part)
+            rows.commit({key: len(part)}, len(part))
+        assert torch.equal(rows[key], x)
+    assert rows.crowded == ("cuda:0 and pinned memory" if crowded else "pinned memory")
+    assert len(tried) == 1 + bool(crowded)  # and not at every site
+
+
+def test_the_first_site_that_is_unsound_is_named_on_whichever_device():
+    def blame(key, place, first):
+        return ValueError(key)
+
+    devices = (DEVICE, torch.device("cpu"))
+    with Pretend():
+        for order in (devices, devices[::-1]):
+            rows = Rows()
+            for device in order:
+                signs = torch.full((2,), torch.nan, device=device)
+                rows.watch(str(device), signs, partial(blame, str(device)))
+            with pytest.raises(ValueError, match=str(order[0])):
+                rows.verify()

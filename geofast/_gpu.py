@@ -38,17 +38,20 @@ def _triton(device: torch.device) -> tuple[ModuleType, ModuleType] | str:
     """Return the kernels in Triton (pool, gram), or why there are none for `device`."""
     try:
         from .kernels import gram, pool
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
+    except Exception as error:  # a Triton that is broken raises anything
+        return f"Triton cannot be imported ({_first_line(error)})"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the kernels are for compute capability 8.0 and newer; this is {major}.{minor}"
     try:
         _try(pool, device)
     except Exception as error:  # of Triton's, of the C compiler that it calls, or of the driver
-        first = (str(error).splitlines() or [""])[0]
-        return f"Triton cannot make a kernel here ({type(error).__name__}: {first})"
+        return f"Triton cannot make a kernel here ({_first_line(error)})"
     return pool, gram
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 def _try(kernels: ModuleType, device: torch.device) -> None:

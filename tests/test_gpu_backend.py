@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+import geofast
 from geofast import _gpu, _reference
 
 pytest.importorskip("triton")
@@ -38,6 +40,16 @@ def pooled() -> torch.Tensor:
     return out
 
 
+def summed() -> None:
+    x = torch.randn(20, 4, device=DEVICE)
+    shift, z = x.double().mean(0), torch.ones(20, 1, dtype=torch.float64, device=DEVICE)
+    order, offsets = torch.arange(20, device=DEVICE), torch.tensor([0, 20])
+    out, want = (torch.zeros(1, 5, 5, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    _gpu.grams([x], [shift], z, order, offsets, [out], products="float64")
+    _reference.gram(x, shift, z, order, offsets, want)
+    torch.testing.assert_close(out, want)
+
+
 def test_triton_serves_where_it_can() -> None:
     pooled()
     assert not isinstance(_gpu._triton(DEVICE), str)
@@ -57,26 +69,51 @@ def test_what_triton_lacks_is_told_and_torch_serves(monkeypatch: pytest.MonkeyPa
     )
 
 
-def test_an_old_gpu_is_served_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+@pytest.mark.parametrize("capability", [(6, 1), (7, 5)])
+def test_an_old_gpu_is_served_by_torch(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     pooled()
-    assert "8.0 and newer; this is 7.5" in _gpu.lacking(DEVICE)[0]
+    told = "8.0 and newer; this is {}.{}".format(*capability)
+    assert told in _gpu.lacking(DEVICE)[0]
+
+
+OTHERS = (
+    "cuda:0 has compute capability 12.0, and geofast._cuda was built for 80-real: no kernel image "
+    "is available for execution on the device (cudaErrorNoKernelImageForDevice)"
+)
+
+
+def test_a_gpu_that_the_build_has_no_code_for_is_served_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    extension = SimpleNamespace(unavailable=lambda _: OTHERS)
+    monkeypatch.setitem(sys.modules, "geofast._cuda", extension)
+    monkeypatch.setattr(geofast, "_cuda", extension, raising=False)
+    summed()
+    assert f"torch serves statistics: {OTHERS}" in _gpu.lacking(DEVICE)
 
 
 def test_without_triton_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "geofast.kernels", None)
     pooled()
-    assert "Triton cannot be imported" in _gpu.lacking(DEVICE)[0]
+    assert "Triton cannot be imported (ModuleNotFoundError: " in _gpu.lacking(DEVICE)[0]
+
+
+def test_a_broken_triton_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    monkeypatch.setitem(sys.modules, "geofast.kernels", Broken("geofast.kernels"))
+    pooled()
+    told = "torch serves pooling: Triton cannot be imported (RuntimeError: 0 active drivers ([])."
+    assert told in _gpu.lacking(DEVICE)[0]
 
 
 def test_without_the_extension_torch_serves_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "geofast._cuda", None)
     monkeypatch.delattr("geofast._cuda", raising=False)
-    x = torch.randn(20, 4, device=DEVICE)
-    shift, z = x.double().mean(0), torch.ones(20, 1, dtype=torch.float64, device=DEVICE)
-    order, offsets = torch.arange(20, device=DEVICE), torch.tensor([0, 20])
-    out, want = (torch.zeros(1, 5, 5, dtype=torch.float64, device=DEVICE) for _ in range(2))
-    _gpu.grams([x], [shift], z, order, offsets, [out], products="float64")
-    _reference.gram(x, shift, z, order, offsets, want)
-    torch.testing.assert_close(out, want)
+    summed()
     assert any("built without CUDA C++" in why for why in _gpu.lacking(DEVICE))

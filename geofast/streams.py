@@ -18,7 +18,7 @@ class Aside:
     """
 
     def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._sides: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
 
     def beside(self, *read: torch.Tensor) -> AbstractContextManager[None]:
         """Run what is inside after all that the device of `read` was given so far.
@@ -30,17 +30,26 @@ class Aside:
 
     @contextmanager
     def _fork(self, read: tuple[torch.Tensor, ...]) -> Iterator[None]:
+        # Every hook comes here. With Stream.wait_stream and torch.cuda.stream, which make an event
+        # each time and look for the device again and again, it would take the host twice as long.
         device = read[0].device
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        side = self._streams[device]
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            yield
+        if device not in self._sides:
+            self._sides[device] = torch.cuda.Stream(device), torch.cuda.Event()
+        side, event = self._sides[device]
+        with torch.cuda.device(device.index):
+            current = torch.cuda.current_stream(device.index)
+            event.record(current)
+            side.wait_event(event)
+            torch.cuda.set_stream(side)
+            try:
+                yield
+            finally:
+                torch.cuda.set_stream(current)
         for tensor in read:
             tensor.record_stream(side)
 
     def join(self) -> None:
         """Have whatever comes next on each GPU wait for what was run here."""
-        for device, side in self._streams.items():
-            torch.cuda.current_stream(device).wait_stream(side)
+        for device, (side, event) in self._sides.items():
+            event.record(side)
+            torch.cuda.current_stream(device.index).wait_event(event)

@@ -120,9 +120,10 @@ def test_a_probed_forward_in_a_graph(family, stay):
                 torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=1e-5)
 
 
-COMPILED = [
+COMPILED = [  # what torch warns of in compiling
     "ignore:.*torch.compiler.disable:UserWarning",
-    "ignore:.*TensorFloat32:UserWarning",  # inductor recommends it
+    "ignore:.*TensorFloat32:UserWarning",
+    "ignore:.*torch.jit:DeprecationWarning",
 ]
 
 

@@ -5,6 +5,9 @@ the host would wait for the device. An operator refuses to mix the two devices w
 tensors of no dimension are welcome in element-wise operators, and CPU indices may index a tensor on
 the device, which waits for their copy. A copy between the devices waits unless it is non_blocking.
 
+`gpu.allocated` is how many bytes of tensors there are on the device, what they share counted once,
+and `gpu.peak` the most since `reset_peak`. What a library takes inside of an operator is not seen.
+
 It cannot find a race between streams, a wait that CUDA libraries hide, a dtype or shape that only
 CUDA refuses, or a difference of CUDA's numbers. `x[mask] = 0.0` counts as a wait, which on CUDA is
 none. The device is called `meta`, because torch without CUDA makes no tensors that say `cuda`: code
@@ -13,6 +16,7 @@ that asks for the type `cuda` takes its other way here. Nothing of this is for a
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -80,7 +84,13 @@ class Pretend(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.syncs: list[str] = []
+        self.allocated = self.peak = 0
+        self._storages: set[int] = set()
         self._literals = _Literals()
+
+    def reset_peak(self) -> None:
+        """Have `peak` begin again, at what there is now."""
+        self.peak = self.allocated
 
     def __enter__(self) -> Pretend:
         self._literals.__enter__()
@@ -127,9 +137,24 @@ class Pretend(TorchDispatchMode):
         def wrap(x: Any) -> Any:
             if not there or not isinstance(x, torch.Tensor):
                 return x
-            return wrapped[id(x)] if id(x) in wrapped else Far(x)
+            if id(x) in wrapped:
+                return wrapped[id(x)]
+            self._allocate(x.untyped_storage())
+            return Far(x)
 
         return tree_map(wrap, out)
+
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._storages:  # of a view
+            return
+        self._storages.add(id(storage))
+        self.allocated += storage.nbytes()
+        self.peak = max(self.peak, self.allocated)
+        weakref.finalize(storage, self._free, id(storage), storage.nbytes())
+
+    def _free(self, which: int, nbytes: int) -> None:
+        self._storages.discard(which)
+        self.allocated -= nbytes
 
 
 class _Literals(TorchFunctionMode):

@@ -106,6 +106,38 @@ def test_the_rest_does_not_wait(gpu: Pretend) -> None:
     assert gpu.syncs == []
 
 
+def test_bytes_are_counted_while_they_are_held(gpu: Pretend) -> None:
+    x = there(10, 10)
+    assert gpu.allocated == gpu.peak == 400
+    views = [x[2:], x.mT, x.view(-1), x.expand(5, -1, -1), x.add_(1.0), x.to(gpu.device)]
+    assert gpu.allocated == gpu.peak == 400
+    y = (x + 1.0).double()  # what is between them goes
+    assert (gpu.allocated, gpu.peak) == (1200, 1600)
+    torch.add(y, 1.0, out=y)
+    assert len(x.cpu()) == 10
+    assert gpu.peak == 1600
+    del x
+    assert gpu.allocated == 1200  # views hold it
+    del views
+    assert (gpu.allocated, gpu.peak) == (800, 1600)
+    gpu.reset_peak()
+    assert gpu.peak == 800
+    z = y.new_empty(3)
+    assert (gpu.allocated, gpu.peak) == (824, 824)
+    del y, z
+    assert (gpu.allocated, gpu.peak) == (0, 824)
+
+
+def test_what_goes_inside_of_a_function_is_in_the_peak_alone(gpu: Pretend) -> None:
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        doubled = x.double()
+        return (doubled @ doubled.mT).sum()
+
+    found = norm(there(4, 8))
+    assert (gpu.allocated, found.dtype) == (8, torch.float64)
+    assert gpu.peak == 4 * 8 * (4 + 8) + 8 * 4 * 4 + 8
+
+
 def test_outside_there_is_no_device() -> None:
     with Pretend():
         x = there(2, 2)

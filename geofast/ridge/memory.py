@@ -12,6 +12,8 @@ from .loo import STEPS
 from .solution import Solution
 
 _SHARE = 0.7  # of a GPU's free memory, for layers that are solved at once
+_VECTORS = 8  # for a right side: itself, its solution, and those of Lanczos
+_PROBES = 6  # right sides beside the targets: the sign vectors that tell a trace
 
 Item = TypeVar("Item")
 
@@ -42,14 +44,20 @@ def in_parts(
 def bytes_of_statistics(
     dim: int, targets: int, folds: int, alphas: int, select: str, inner: bool
 ) -> int:
-    """Bytes that a layer takes while it is solved from statistics.
+    """Bytes that a layer takes at most while it is solved from statistics.
 
-    Each part's statistics, and its factor with the inverses of its blocks, twice; of a pair of
-    folds the factors, once.
+    Statistics of every part, of all rows, and of the pair of folds whose turn it is. Of each
+    training set two factors, at the start and the last, while one more is made; for a pair of folds
+    one is made for every alpha. All in float64, where a layer may end that began in float32. What a
+    library takes inside of an operation is not in it.
     """
-    factor = 8 * dim * (dim + min(dim, BLOCK))
-    pair = alphas if select == "folds" else 2 * inner  # so many of its factors at once
-    return folds * (8 * (dim + 1 + targets) ** 2 + 2 * factor) + pair * factor
+    statistics = (folds + 2) * (dim + 1 + targets) ** 2
+    factor = dim * (dim + min(dim, BLOCK))  # with the inverses of its blocks
+    # Before there are inverses, two strips of the matrix; and vectors for every right side.
+    made = dim * (dim + min(2 * dim, BLOCK) + _VECTORS * (targets + _PROBES))
+    by_pairs = select == "folds"
+    factors = max(alphas, folds) * made if by_pairs else folds * (2 * factor + made)
+    return 8 * (statistics + factors)
 
 
 def bytes_of_rows(
@@ -62,14 +70,17 @@ def bytes_of_rows(
     select: str,
     inner: bool,
 ) -> int:
-    """Bytes that a layer of rows [n, d] takes while it is solved from them.
+    """Bytes that a layer of rows [n, d] takes at most while it is solved from them.
 
-    What its statistics take, the rows once more, errors and predictions of every alpha, and
-    near-solutions.
+    What its statistics take, the rows once more, and each row's predictions and errors in every
+    fold. Leave-one-out also takes near-solutions, and those of each row, at every alpha.
     """
     found = bytes_of_statistics(dim, targets, folds, alphas, select, inner)
-    found += n * (dim * itemsize + 8 * folds * alphas * (4 * targets + 3))
-    return found + 8 * folds * targets * dim * (8 * alphas + STEPS + 4)
+    found += n * (dim * itemsize + 8 * folds * (5 * targets + 3))
+    if select == "loo":
+        found += 8 * folds * targets * dim * (4 * alphas + 2 * STEPS)
+        found += 8 * folds * alphas * n * (2 * targets + 2)
+    return found
 
 
 def _free(device: torch.device) -> int:

@@ -21,6 +21,7 @@ __all__ = [
     "cholesky",
     "factor",
     "gram",
+    "inverse_diagonal",
     "inverse_trace",
     "invert_blocks",
     "leverage",
@@ -228,11 +229,22 @@ def inverse_trace(
     inverses: torch.Tensor | None = None,
 ) -> None:
     """See `_reference.inverse_trace`; `inverses` as for `solve_lower`."""
+    out.copy_(inverse_diagonal(l, inverses=inverses).sum(1))
+
+
+def inverse_diagonal(
+    l: torch.Tensor,  # noqa: E741
+    *,
+    inverses: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the diagonal of (L L')^-1 for `l` [m, dim, dim]: float64 [m, dim]."""
     inverses = invert_blocks(l) if inverses is None else inverses
+    out = torch.empty(l.shape[:2], dtype=torch.float64, device=l.device)
     step = max(1, _BYTES // (l.itemsize * l.shape[1] ** 2))
     for i in range(0, len(l), step):
         whole = _whole_inverse(l[i : i + step], inverses[i : i + step])
-        out[i : i + step] = torch.linalg.vector_norm(whole, dim=(1, 2), dtype=out.dtype).square()
+        out[i : i + step] = torch.linalg.vector_norm(whole, dim=1, dtype=out.dtype).square()
+    return out
 
 
 def _whole_inverse(l: torch.Tensor, inverses: torch.Tensor) -> torch.Tensor:  # noqa: E741

@@ -141,3 +141,14 @@ def test_all_rows(gpu: Pretend) -> None:
 def test_two_strips_are_a_block() -> None:
     """So that the bytes of a factor that is made count them as one."""
     assert 2 * _device._STRIP == _device.BLOCK
+
+
+@pytest.mark.parametrize("select", ["loo", "gcv", "folds"])
+def test_fewer_rows_than_features(gpu: Pretend, select: Select) -> None:
+    n = 200
+    xs, y = layers(gpu, n, noise=True)
+    gpu.reset_peak()
+    before = gpu.allocated
+    found = cross_validate_many(xs, y, torch.arange(n) % 3, select=select, inner=True)
+    each = memory.bytes_of_wide_rows(n, WIDTH, 4, TARGETS, 3, ALPHAS)
+    check(gpu, before, found, each)

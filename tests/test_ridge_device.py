@@ -248,6 +248,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
         yield gpu
 
 
+@pytest.fixture(params=["float32", "float64"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors that begin in float32, and those of a GPU with tensor cores for float64."""
+    if request.param == "float64":
+        module = import_module("geofast.ridge.solve")
+        monkeypatch.setattr(module, "_precisions", lambda *_: [torch.float64])
+
+
 def moved(gram: gf.Gram) -> gf.Gram:
     there = gf.Gram(gram.dim, gram.targets, gram.cells, device=Pretend.device)
     assert gram.shift is not None
@@ -258,8 +266,11 @@ def moved(gram: gf.Gram) -> gf.Gram:
 
 def assert_same(found: gf.Solution, want: gf.Solution, tolerance: float = 1e-7) -> None:
     assert all(t.is_cpu for t in vars(found).values() if isinstance(t, torch.Tensor))
-    # How far float32 serves is not quite the same for the core and for a library.
-    mine, theirs = (re.sub(r"float\d+, ", "", one.method) for one in (found, want))
+    # How far float32 serves is not quite the same for the core and for a library, and a grid of
+    # penalties takes the CPU eigenvectors.
+    mine, theirs = (
+        re.sub(r"float\d+, |eigenvectors|Cholesky", "", one.method) for one in (found, want)
+    )
     assert mine == theirs
     assert torch.equal(found.alpha, want.alpha)
     for name in ("coef", "intercept", "r2", "mse", "predictions", "inner_r2"):
@@ -279,6 +290,7 @@ def grams(d: int = 40) -> list[gf.Gram]:
     return [gf.Gram(d, 2, 5).update(x, y, FOLD) for x, y in layers]
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("select", ["gcv", "folds"])
 @pytest.mark.parametrize("blocks", [True, False])
 def test_statistics_of_many_layers(
@@ -341,7 +353,7 @@ def test_a_layer_that_fails_costs_no_other(gpu: Pretend) -> None:
     for i in (0, 2, 4):
         one = found[i]
         assert isinstance(one, gf.Solution)
-        assert "Cholesky in float64, refined" in one.method
+        assert f"Cholesky in float{64 if i == 2 else 32}, refined" in one.method
         assert_same(one, gf.solve(here[i]), 1e-5)
     hopeless = torch.zeros_like(here[0].matrix)
     hopeless[:] = here[0].matrix
@@ -371,7 +383,7 @@ def test_layers_are_taken_in_parts_when_memory_is_short(
 
     monkeypatch.setattr(module, "_solve_layers", limited)
     monkeypatch.setattr(memory, "_SHARE", 0.5)
-    each = 5 * 8 * (43 * 43 + 2 * 2 * 40 * 40)  # statistics, and twice a factor and its inverse
+    each = memory.bytes_of_statistics(40, 2, 5, len(gf.ALPHAS), "gcv", False)
     monkeypatch.setattr(memory, "_free", lambda _: 2 * room * each)
     parts = solve_many(there)
     assert tried == sizes
@@ -379,6 +391,18 @@ def test_layers_are_taken_in_parts_when_memory_is_short(
         assert isinstance(one, gf.Solution)
         assert isinstance(other, gf.Solution)
         assert_same(one, other, 1e-12)
+
+
+@pytest.mark.parametrize(("capability", "first"), [((9, 0), "float64"), ((8, 6), "float32")])
+def test_factors_begin_in_the_precision_that_a_gpu_is_quick_at(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], first: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    precisions = import_module("geofast.ridge.solve")._precisions
+    tried = precisions(1024, torch.device("cuda"))
+    assert tried[0] == getattr(torch, first)
+    assert tried[-1] == torch.float64
+    assert precisions(256, torch.device("cuda")) == [torch.float64]
 
 
 def test_layers_that_differ_are_refused(gpu: Pretend) -> None:
@@ -410,6 +434,46 @@ def test_rows(
         torch.testing.assert_close(errors, fold_errors(x, y, fold), rtol=near, atol=0)
     else:
         assert_same(gf.fit(there, y, select=select), gf.fit(x, y, select=select), near)
+
+
+@pytest.mark.parametrize("select", ["loo", "gcv", "folds"])
+def test_fewer_rows_than_features_of_many_layers(gpu: Pretend, select: Select) -> None:
+    """One layer has a NaN, and folds differ in size."""
+    some, y = tables(5, n=60, d=90)
+    fold = torch.arange(60) % 4
+    fold[:9] = 0
+    some[1] = some[1].clone()
+    some[1][7, 5] = torch.nan
+    there = [x.to(gpu.device) for x in some]
+    found = cross_validate_many(there, y, fold, select=select, inner=True)
+    assert "feature 5 of row 7 is nan" in str(found[1])
+    for i in (0, 2, 3, 4):
+        one = found[i]
+        assert isinstance(one, gf.Solution)
+        assert "Cholesky of X X'" in one.method
+        assert_same(one, gf.cross_validate(some[i], y, fold, select=select, inner=True), 1e-6)
+    if select == "folds":
+        return
+    for x, one in zip(some[3:], fit_many(there[3:], y, select=select), strict=True):
+        assert isinstance(one, gf.Solution)
+        assert one.r2 is None
+        assert_same(one, gf.fit(x, y, select=select), 1e-6)
+    # Every row twice, and so large that float64 knows nothing of the penalties: no factor.
+    huge = [1e9 * x[torch.arange(60) // 2] for x in there[2:4]]
+    for one in cross_validate_many(huge, y, fold, select=select):
+        assert isinstance(one, gf.Solution)
+        assert "eigenvectors of X X'" in one.method
+        assert one.r2 is not None
+        assert one.r2.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [100, 150, 260, 400])
+def test_statistics_of_hardly_more_rows_than_features_or_fewer(gpu: Pretend, n: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 288, generator=generator) * torch.logspace(2, 0, 288)
+    y = (x[:, :2] + 200 * torch.randn(n, 2, generator=generator)).double()
+    gram = gf.Gram(288, 2, 5).update(x, y, torch.arange(n) % 5)
+    assert_same(gf.solve(moved(gram)), gf.solve(gram), 1e-6)
 
 
 def test_bad_rows_on_a_device(gpu: Pretend) -> None:
@@ -445,6 +509,7 @@ def solved_near(
         return [gf.cross_validate(x, *rest, **options) for x in some]
 
 
+@pytest.mark.usefixtures("precision")
 @pytest.mark.parametrize("blocks", [True, False])
 @pytest.mark.parametrize("select", ["loo", "gcv", "folds"])
 def test_rows_of_many_layers(

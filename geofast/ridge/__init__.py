@@ -19,11 +19,11 @@ once). Solutions are refined against the
 float64 residual of the rows themselves (or of the float64 statistics), so their error does not
 depend on the factor's precision; where float32 fails, float64 is used and the result says so.
 
-M training sets are treated at once: those of all folds and, on a GPU, of many layers, whose factors
-are float64 there. Whatever is
-large stays on the device of the rows or the statistics. What decides (alphas, curves, which sets
-are done) is on the CPU, so the host waits for the device a few times, however many layers there
-are; solutions come back on the CPU.
+M training sets are treated at once: those of all folds and, on a GPU, of many layers. Its factors
+are float64 where its tensor cores multiply in it. With fewer rows than features (`wide`) X X' takes
+the place of X'X. Whatever is large stays on the device of the rows or the statistics. What decides
+(alphas, curves, which sets are done) is on the CPU, so the host waits for the device a few times,
+however many layers there are; solutions come back on the CPU.
 """
 
 from .solution import ALPHAS, Select, Solution

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _ops
+from .._device import inverse_diagonal
 
 if TYPE_CHECKING:
     from .training import Training
@@ -74,6 +75,10 @@ class Factor:
         trace = torch.empty(len(self), dtype=torch.float64, device=self.lower.device)
         _ops.backend(trace.device).inverse_trace(self.lower, trace, **self._extra)
         return trace
+
+    def inverse_diagonal(self) -> torch.Tensor:
+        """Diagonal of (L L')^-1, where no backend of the CPU is needed: float64 [M, d]."""
+        return inverse_diagonal(self.lower, **self._extra)
 
     def leverage(self, x: torch.Tensor, center: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """||L^-1 (x[rows] - center)||^2 of the only matrix: float64 [len(rows)]."""

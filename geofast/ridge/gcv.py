@@ -85,15 +85,32 @@ def settle_ties(
 
 
 def _exact(train: Training, alphas: torch.Tensor, dtype: torch.dtype) -> Minimum:
+    curve = _spectral(train, alphas) if train.device.type == "cpu" else _factored(train, alphas)
+    pole = least(curve)
+    return Minimum(pole, train.factor(alphas[pole], dtype), curve, torch.zeros_like(curve))
+
+
+def _factored(train: Training, alphas: torch.Tensor) -> torch.Tensor:
+    """GCV at all alphas [M, A], by a factor for each: a GPU's eigenvectors take far longer.
+
+    Infinite where there is no factor in float64, and so no solution.
+    """
+    curve = torch.empty(len(train), len(alphas), dtype=torch.float64)
+    for a, alpha in enumerate(alphas.repeat(len(train), 1).unbind(1)):
+        factor, info = Factor.of(train.matrix(alpha, torch.float64))
+        curve[:, a] = _exact_at(train, alpha, factor).masked_fill(info.cpu() != 0, torch.inf)
+    return curve
+
+
+def _spectral(train: Training, alphas: torch.Tensor) -> torch.Tensor:
+    """GCV at all alphas [M, A], by eigenvectors."""
     zero, grid = torch.zeros(len(train), dtype=torch.float64), _ops.send(alphas, train.device)
     values, vectors = torch.linalg.eigh(train.matrix(zero, torch.float64))
     values = values.clamp_min(0)[:, None]
     rotated = (train.b @ vectors).square()  # [M, k, d]
     inverse = 1.0 / (values + grid[:, None])  # [M, A, d]
     explained = torch.einsum("mkd,mad->mka", rotated, inverse * (1.0 + grid[:, None] * inverse))
-    curve = _gcv_value(train, train.yy[..., None] - explained, (values * inverse).sum(-1)).cpu()
-    pole = least(curve)
-    return Minimum(pole, train.factor(alphas[pole], dtype), curve, torch.zeros_like(curve))
+    return _gcv_value(train, train.yy[..., None] - explained, (values * inverse).sum(-1)).cpu()
 
 
 def _walk(

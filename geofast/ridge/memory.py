@@ -83,6 +83,18 @@ def bytes_of_rows(
     return found
 
 
+def bytes_of_wide_rows(
+    n: int, dim: int, itemsize: int, targets: int, folds: int, alphas: int
+) -> int:
+    """Bytes that a layer of fewer rows than features [n, d] takes at most while it is solved.
+
+    The rows once more, and in float64 about their mean; X X', that of every part twice, with the
+    inverses of its blocks; and dual coefficients of every alpha, twice.
+    """
+    parts = folds * n * (2 * n + min(n, BLOCK) + 2 * alphas * targets)
+    return n * dim * (itemsize + 8) + 8 * (n * n + parts)
+
+
 def _free(device: torch.device) -> int:
     if device.type != "cuda":
         return 1 << 30

@@ -14,7 +14,7 @@ from .gcv import least_gcv, settle_ties
 from .inner import inner_at, inner_folds, path
 from .loo import select_loo
 from .loo_of_all import select_loo_of_all
-from .memory import bytes_of_rows, bytes_of_statistics, in_parts
+from .memory import bytes_of_rows, bytes_of_statistics, bytes_of_wide_rows, in_parts
 from .refine import refine
 from .scores import score_held_out, score_rows, scores_on
 from .solution import ALPHAS, Select, Solution, least, penalties
@@ -27,7 +27,9 @@ from .training import (
     is_small,
     training_sets,
 )
-from .wide import inner_products, solve_wide, wide_scores
+from .wide import solve_wide, wide_fold_errors
+
+_FLOAT64_CORES = {(8, 0), (9, 0), (10, 0)}  # compute capabilities of A100, H100 and H200, B200
 
 
 def solve(
@@ -212,8 +214,7 @@ def cross_validate(
         return _or_raise(_solve_tables([x], y, fold, folds, alphas, select, inner))
     rows = _rows(x, y, fold, folds)
     if rows.are_wide:
-        _check_finite(x, "feature")
-        return solve_wide(rows, alphas, select, inner)
+        return _or_raise(_solve_wide(rows, alphas, select, inner))
     return _solve_rows(rows, y.shape[1], alphas, select, inner, scored=True)
 
 
@@ -290,7 +291,9 @@ def _of_tables(
 
     memory = None
     if _is_large_elsewhere(x):
-        each = bytes_of_rows(n, d, x.itemsize, k, folds, len(alphas), select, inner)
+        shape = n, d, x.itemsize, k, folds, len(alphas)
+        wide = _rows(x, y, fold, folds).are_wide
+        each = bytes_of_wide_rows(*shape) if wide else bytes_of_rows(*shape, select, inner)
         memory = x.device, each
     return in_parts(tables, memory, solved)
 
@@ -319,10 +322,10 @@ def _solve_tables(
     """Solve rows of one shape that are on a GPU, all at once."""
     _check_rows(tables[0], y)
     device, k = tables[0].device, y.shape[1]
-    first = _rows(tables[0], y, fold, folds)
-    if first.are_wide:
-        return [_solve_wide_table(replace(first, x=x), alphas, select, inner) for x in tables]
-    rows = replace(first, x=tables[0][None] if len(tables) == 1 else torch.stack([*tables]))
+    rows = _rows(tables[0], y, fold, folds)
+    rows = replace(rows, x=tables[0][None] if len(tables) == 1 else torch.stack([*tables]))
+    if rows.are_wide:
+        return _solve_wide(rows, alphas, select, inner)
     p = rows.x.shape[2] + 1 + k
     matrix = torch.empty(len(tables), folds, p, p, dtype=torch.float64, device=device)
     grams = [Gram(p - 1 - k, k, folds, out=out, device=device) for out in matrix]
@@ -338,15 +341,25 @@ def _solve_tables(
     return _solve_others(found, stats, rows, k, penalties(alphas), select, inner)
 
 
-def _solve_wide_table(
+def _solve_wide(
     rows: TrainingRows, alphas: Sequence[float], select: str, inner: bool
-) -> Solution | ValueError:
-    try:
-        _check_finite(rows.x, "feature")
-        found = solve_wide(rows, alphas, select, inner)
-    except ValueError as error:
-        return error
-    return found if rows.folds > 1 else replace(found, r2=None, mse=None, predictions=None)
+) -> list[Solution | ValueError]:
+    """Solve every layer of rows [L, n, d], or the only one of rows [n, d], that have n < d."""
+    rows = replace(rows, x=rows.x if rows.x.ndim == 3 else rows.x[None])
+    found = dict[int, Solution | ValueError]()
+    for i in (~rows.x.isfinite().all(2).all(1)).nonzero()[:, 0].tolist():
+        try:
+            _check_finite(rows.x[i], "feature")
+        except ValueError as error:
+            found[i] = error
+    left = [i for i in range(len(rows.x)) if i not in found]
+    if left:
+        some = rows[torch.tensor(left)] if found else rows
+        try:
+            found |= zip(left, solve_wide(some, alphas, select, inner), strict=True)
+        except ValueError as error:  # of the targets, which all layers have in common
+            found |= dict.fromkeys(left, error)
+    return [found[i] for i in range(len(rows.x))]
 
 
 def fit_many(
@@ -376,8 +389,7 @@ def fit(
         return _or_raise(_solve_tables([x], y, nowhere, 1, alphas, select, False))
     rows = _rows(x, y, nowhere, 1)
     if rows.are_wide:
-        _check_finite(x, "feature")
-        return replace(solve_wide(rows, alphas, select, False), r2=None, mse=None, predictions=None)
+        return _or_raise(_solve_wide(rows, alphas, select, False))
     found = _solve_rows(rows, y.shape[1], alphas, select, False, scored=False)
     return replace(found, predictions=None)
 
@@ -392,13 +404,9 @@ def fold_errors(
     _check_rows(x, y)
     grid, folds = torch.as_tensor(alphas, dtype=torch.float64), _count_folds(fold, len(x))
     rows = _rows(x, y, fold, folds)
-    out = torch.empty(folds, len(grid), dtype=torch.float64)
     if rows.are_wide:
-        kernel, fold = inner_products(rows.x.double()), rows.fold
-        for f in range(folds):
-            score = wide_scores(kernel, rows.y, fold != f, [fold == f], _ops.send(grid, x.device))
-            out[f] = score[0][1].mean(-1)
-        return out
+        return wide_fold_errors(replace(rows, x=rows.x[None]), grid)[0].cpu()
+    out = torch.empty(folds, len(grid), dtype=torch.float64)
     stats = Statistics.of([totals(_gram(rows, "float64"))])
     for f in range(folds):
         one = _sets(replace(stats, held=stats.held[:, f : f + 1]), y.shape[1])
@@ -510,11 +518,11 @@ def _not_positive(alphas: Sequence[float]) -> str:
 def _precisions(dim: int, device: torch.device) -> list[torch.dtype]:
     """Return the precisions of factors to try, one after the other.
 
-    Of many features float32 takes the CPU half the time. The tensor cores of an A100, H100 or B200
-    multiply in float64 as fast as its other cores do in float32, so that there is nothing to win.
+    Of many features float32 takes half the time or, on most GPUs, a fraction of it. Where tensor
+    cores multiply in float64, they do it as fast as the other cores do in float32.
     """
-    quick = device.type == "cpu" and not is_small(dim)
-    return [torch.float32, torch.float64] if quick else [torch.float64]
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) in _FLOAT64_CORES
+    return [torch.float64] if fast or is_small(dim) else [torch.float32, torch.float64]
 
 
 def _solve_in(

@@ -12,7 +12,6 @@ from ..gram import Totals
 from .factor import Factor
 
 _SMALL = 256  # up to so many features, float64 and whole spectra cost no more than the quick way
-_WIDE_ROWS = 1000  # up to here X X' takes a moment whatever the width
 
 
 @dataclass(frozen=True)
@@ -173,6 +172,5 @@ class TrainingRows:
 
     @property
     def are_wide(self) -> bool:
-        """Whether X X' is the cheaper way: its eigenvectors cost as much as 40 factors of X'X."""
-        n, d = int(self.training.sum(0).min()), self.x.shape[-1]
-        return n < d and (n <= _WIDE_ROWS or 3 * n < d)
+        """Whether X X' is the cheaper way: some training part has fewer rows than features."""
+        return int(self.training.sum(0).min()) < self.x.shape[-1]

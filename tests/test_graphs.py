@@ -187,7 +187,6 @@ def on_device(x, roles, jobs):
     _reference.pool(x.near, roles.near, [(op, bit, out.near) for op, bit, out in jobs])
 
 
-@pytest.mark.xfail(strict=True, reason="models/layout.py makes roles on the CPU and sends them")
 @pytest.mark.parametrize("family", POOLS)
 def test_an_emulated_forward_is_sent_nothing_that_the_model_is_not(family, monkeypatch):
     real = _ops.backend

@@ -43,12 +43,11 @@ class Layout:
     @cached_property
     def sample(self) -> torch.Tensor:
         """Which sample each token is of: int64 [sequences * tokens], where the roles are."""
-        everyone = torch.arange(self.samples)
         if self.starts is None:
-            of_sequence = send(everyone, self.roles.device)[:, None]
+            of_sequence = torch.arange(self.samples, device=self.roles.device)[:, None]
             return of_sequence.expand(-1, self.roles.shape[1]).reshape(-1)
         lengths = torch.tensor(self.starts).diff()
-        return send(everyone.repeat_interleave(lengths), self.roles.device)
+        return send(torch.arange(self.samples).repeat_interleave(lengths), self.roles.device)
 
     def has(self, role: str) -> torch.Tensor:
         """Which tokens have `role`: bool [sequences, tokens]."""
@@ -180,21 +179,22 @@ def _roles(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> torch.
     sequences, length, _ = tokens.shape
     if site.is_vector:
         return torch.full((sequences, 1), 255, dtype=torch.uint8, device=tokens.device)
-    bits = torch.full((length,), 1 << role_bit(tower.tokens) | 1, dtype=torch.uint8)
+    # Made where they are needed: a CUDA graph is sent nothing.
+    other = 1 << role_bit(tower.tokens) | 1
+    roles = torch.full((sequences, length), other, dtype=torch.uint8, device=tokens.device)
     prefix = _prefix(site, tower, length, call)
     suffix = tower.suffix if len(prefix) + len(tower.suffix) < length else ()
     for i, role in [*enumerate(prefix), *enumerate(suffix, start=-len(suffix))]:
-        bits[i] = 1 << role_bit(role) | 1
-    roles = send(bits, tokens.device).repeat(sequences, 1)
+        roles[:, i] = 1 << role_bit(role) | 1
     if tower.name == "projector" and (places := token_places(call.given)) is not None:
         roles[:, torch.cat(places)[:, 0] < 0] = 1
     ids = call.given.get("input_ids")
     if tower.image_token is not None:
         if isinstance(ids, torch.Tensor) and ids.shape == roles.shape:
             ids = send(ids, roles.device)
-            marks = torch.tensor(tower.image_marks, dtype=ids.dtype)
-            roles[torch.isin(ids, send(marks, ids.device))] = 1
-            roles[ids == tower.image_token] = 1 << role_bit("image") | 1
+            for mark in tower.image_marks:
+                roles.masked_fill_(ids == mark, 1)
+            roles.masked_fill_(ids == tower.image_token, 1 << role_bit("image") | 1)
         else:
             roles[:] = 1  # of embeddings alone nobody can tell text from image
     mask = _mask(tower, roles, call)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
 from pretend import Pretend
 from synthetic import rows
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import geofast as gf
 from geofast import _device
@@ -136,6 +139,34 @@ def test_all_rows(gpu: Pretend) -> None:
     found = fit_many(xs, y, select="loo")
     each = memory.bytes_of_rows(450, WIDTH, 4, TARGETS, 1, ALPHAS, "loo", False)
     check(gpu, before, found, each)
+
+
+class Held(TorchDispatchMode):
+    """Counts bytes on the CPU as the pretended GPU does its own; views tell of what was there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = Pretend()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.count._allocate(x.untyped_storage())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("n", "select"), [(450, "gcv"), (400, "gcv"), (450, "folds"), (450, "loo"), (200, "loo")]
+)
+def test_on_the_cpu(n: int, select: Select) -> None:
+    (x, y), fold = rows(n, WIDTH, TARGETS), torch.arange(n) % 3
+    with Held() as held:
+        gf.cross_validate(x, y, fold, select=select, inner=True)
+    most = memory.bytes_on_cpu(n, WIDTH, TARGETS, 3, ALPHAS, select, rows=True)
+    if n - n // 3 < WIDTH:
+        most = memory.bytes_of_wide_rows(n, WIDTH, 4, TARGETS, 3, ALPHAS)
+    assert 0.4 * most < held.count.peak - x.nbytes < most
 
 
 def test_two_strips_are_a_block() -> None:

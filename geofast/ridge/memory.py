@@ -30,8 +30,7 @@ def in_parts(
     found, most = list[Solution | ValueError](), len(layers)
     while len(found) < len(layers):
         left = layers[len(found) :]
-        fit = 1 if memory is None else max(1, int(_SHARE * _free(memory[0])) // memory[1])
-        most = min(most, -(-len(left) // -(-len(left) // fit)))  # parts of about one size
+        most = 1 if memory is None else min(most, at_once(len(left), _free(memory[0]), memory[1]))
         try:
             found += solved(left[:most])
         except torch.OutOfMemoryError:
@@ -39,6 +38,12 @@ def in_parts(
                 raise
             most //= 2
     return found
+
+
+def at_once(layers: int, free: int, each: int) -> int:
+    """How many of so many layers are solved at once, in parts of about one size."""
+    fit = max(1, int(_SHARE * free) // each)
+    return -(-layers // -(-layers // fit))
 
 
 def bytes_of_statistics(
@@ -76,11 +81,14 @@ def bytes_of_rows(
     fold. Leave-one-out also takes near-solutions, and those of each row, at every alpha.
     """
     found = bytes_of_statistics(dim, targets, folds, alphas, select, inner)
-    found += n * (dim * itemsize + 8 * folds * (5 * targets + 3))
+    return found + n * dim * itemsize + _of_each_row(n, dim, targets, folds, alphas, select)
+
+
+def _of_each_row(n: int, dim: int, targets: int, folds: int, alphas: int, select: str) -> int:
+    found = n * (5 * targets + 3)
     if select == "loo":
-        found += 8 * folds * targets * dim * (4 * alphas + 2 * STEPS)
-        found += 8 * folds * alphas * n * (2 * targets + 2)
-    return found
+        found += dim * targets * (4 * alphas + 2 * STEPS) + n * alphas * (2 * targets + 2)
+    return 8 * folds * found
 
 
 def bytes_of_wide_rows(
@@ -93,6 +101,24 @@ def bytes_of_wide_rows(
     """
     parts = folds * n * (2 * n + min(n, BLOCK) + 2 * alphas * targets)
     return n * dim * (itemsize + 8) + 8 * (n * n + parts)
+
+
+def bytes_on_cpu(
+    n: int, dim: int, targets: int, folds: int, alphas: int, select: str, *, rows: bool
+) -> int:
+    """Bytes that a layer takes at most while the CPU solves it, from `rows` or from statistics.
+
+    Statistics of every part, of all rows, and of the pair of folds whose turn it is. A matrix of
+    each training set and its eigenvectors, which is more than three factors in float32; or of a
+    pair of folds a factor in float64 for every alpha. With fewer rows than features in a training
+    part, `bytes_of_wide_rows`.
+    """
+    statistics = (folds + 2) * (dim + 1 + targets) ** 2
+    vectors = dim * _VECTORS * (targets + _PROBES)
+    by_pairs = select == "folds"
+    sets, matrices = (max(alphas, folds), 1) if by_pairs else (folds, 2)
+    found = 8 * (statistics + sets * (matrices * dim**2 + vectors))
+    return found + (_of_each_row(n, dim, targets, folds, alphas, select) if rows else 0)
 
 
 def _free(device: torch.device) -> int:

@@ -46,7 +46,8 @@ def pool(
         bits, outs = [bit for _, bit, _ in jobs], [out for _, _, out in jobs]
         _compiled_pool(x, roles, operations, bits, outs, None if starts is None else list(starts))
         return False
-    ops = _reference if jobs[0][2].dtype == torch.float64 else backend(x.device)
+    wide = torch.float64 in (x.dtype, jobs[0][2].dtype)
+    ops = _reference if wide else backend(x.device)
     if starts is None:
         return ops.pool(x, roles, jobs) is True
     if hasattr(ops, "pool_packed"):
@@ -165,11 +166,12 @@ kept = _Kept()
 
 def describe(device: torch.device) -> str:
     """Say in words what serves `device`, and why nothing better does."""
-    if device.type == "cpu":
-        return f"C++ core ({_core.detected_isa()}, {torch.get_num_threads()} threads)"
-    if device.type != "cuda":
-        return f"torch on {device} (geofast has no kernels for it)"
     from . import _gpu
 
+    if device.type == "cpu":
+        core = f"C++ core ({_core.detected_isa()}, {torch.get_num_threads()} threads)"
+        return core if (why := _gpu.absent()) is None else f"{core}; no GPU: {why}"
+    if device.type != "cuda":
+        return f"torch on {device} (geofast has no kernels for it)"
     name = torch.cuda.get_device_name(device)
     return "; ".join([f"kernels on {device}, {name}", *_gpu.lacking(device)])

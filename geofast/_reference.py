@@ -38,13 +38,12 @@ def pool(
 
 
 def _token(x: torch.Tensor, has: torch.Tensor, op: str) -> torch.Tensor:
-    out = torch.full_like(x.new_empty(x.shape[0], x.shape[2]), torch.nan, dtype=torch.float64)
-    samples = has.any(1).nonzero()[:, 0]
-    if samples.numel():
-        has = has[samples].byte()
-        at = has.argmax(1) if op == "first" else has.shape[1] - 1 - has.flip(1).argmax(1)
-        out[samples] = x[samples, at].double()
-    return out
+    if x.shape[1] == 0:
+        return x.new_full((x.shape[0], x.shape[2]), torch.nan)
+    there = has.byte()
+    at = there.argmax(1) if op == "first" else has.shape[1] - 1 - there.flip(1).argmax(1)
+    taken = x[torch.arange(len(x), device=x.device), at]
+    return torch.where(has.any(1, keepdim=True), taken, torch.nan)
 
 
 def _extreme(x: torch.Tensor, has: torch.Tensor, op: str) -> torch.Tensor:

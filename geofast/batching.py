@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 # measured: it makes 127 such images a batch, and shrinks where memory is too small.
 _TOKENS = {"cpu": 1024, "cuda": 32768}
 _MOST = 1024  # samples, however short: more gain nothing, and their rows wait in memory
-_NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_NO_MEMORY = (  # the second is CUDA's, Triton's and our kernels'
+    "DefaultCPUAllocator: can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Budget:
         if self.rows:
             told += [f"statistics were added to by at most {self.rows} rows at once"]
         if self.crowded:
-            told += [f"rows were kept on the CPU instead of {self.crowded}"]
+            told += [f"rows or statistics were kept on the CPU instead of {self.crowded}"]
         return [f"{one} after out-of-memory; nothing was lost" for one in told]
 
 

@@ -157,12 +157,12 @@ class _Pass:
                 skipped += batch.skipped
                 pending += self._feed(batch, rows, statistics.tokens)
                 if rows.unverified >= _FLUSH:
-                    self._verify(rows, pending)
+                    verify(rows, self.samples, pending)
                 if not of_rows and rows.n >= _FLUSH:
                     kept += pending
                     self._flush(rows, statistics, pending)
                 bar.update(len(batch.index) + len(batch.skipped))
-            self._verify(rows, pending)
+            verify(rows, self.samples, pending)
         self.budget.crowded = rows.crowded or self.budget.crowded
         kept += pending
         if not of_rows:
@@ -209,14 +209,6 @@ class _Pass:
         rows.rewind(mark)
         torch.cuda.empty_cache()
         return False
-
-    def _verify(self, rows: Rows, pending: Sequence[int]) -> None:
-        """Have the rows of samples `pending` looked into, if they have not been yet."""
-        try:
-            rows.verify()
-        except (NonFiniteError, NoTokenError) as error:
-            add_sentence(error, f"That is {self.samples.where(pending[error.sample])}.")
-            raise
 
     def _flush(self, rows: Rows, statistics: Statistics, pending: list[int]) -> None:
         """Add the rows of samples `pending` to the statistics, and forget both."""
@@ -268,6 +260,21 @@ def forward(
         rows.label = label
 
 
+def verify(rows: Rows, samples: Samples, index: Sequence[int] | NDArray[np.int64]) -> None:
+    """Have the rows of the samples at `index` looked into, if they have not been yet.
+
+    Raises
+    ------
+    FloatingPointError, ValueError
+        As `capture` does, with the sample named.
+    """
+    try:
+        rows.verify()
+    except (NonFiniteError, NoTokenError) as error:
+        add_sentence(error, f"That is {samples.where(index[error.sample])}.")
+        raise
+
+
 @dataclass(frozen=True)
 class Example:
     """What one sample showed of those to come."""
@@ -298,6 +305,7 @@ def try_one(
     ran = up_to(model, model.sites(sites))
     with capture(model, sites, pool) as rows, shapes_of(model, ran) as shapes:
         forward(model, samples, index, example, rows)
+        verify(rows, samples, index)
     widths = tuple(rows[key].shape[1] for key in rows)
     return Example(widths, token_count(shapes), numbers(example[0]))
 

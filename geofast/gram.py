@@ -241,6 +241,8 @@ class Batch:
         offsets = torch.searchsorted(cell[order], ends)
         about = y - _ops.send(torch.tensor(target_shift, dtype=torch.float64), y.device)
         z = torch.cat([y.new_ones(len(y), 1), about], 1)
+        if device.type == "cpu":
+            offsets = offsets.cpu()  # as z and order; a GPU's kernels fetch them
         return cls(_ops.send(z, device), _ops.send(order, device), offsets)
 
     def add(self, grams: Sequence[Gram], rows: Sequence[torch.Tensor]) -> None:

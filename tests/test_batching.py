@@ -15,6 +15,9 @@ from geofast.models.inputs import text_collate
 
 NO_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory"),
+    "no allocator of torch's": RuntimeError("CUDA error: out of memory"),
+    "triton": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
     "python": MemoryError(),
 }

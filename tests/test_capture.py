@@ -475,6 +475,10 @@ def test_blocks_that_return_lists():
     message = "vision.layers.0 is a dict in this model, not a tensor"
     with gf.capture(blocks), pytest.raises(ValueError, match=message):
         blocks(torch.randn(3, 5, 8))
+    Dictionary.forward = lambda self, x: ()
+    message = "vision.layers.0 is a tuple in this model, not a tensor"
+    with gf.capture(blocks), pytest.raises(ValueError, match=message):
+        blocks(torch.randn(3, 5, 8))
 
 
 @pytest.mark.parametrize("pool", ["mean", "each"])
@@ -604,3 +608,11 @@ def test_nothing_with_a_token_axis_outlives_the_hooks():
         assert len(states) == 4
         assert not any(state() is not None for state in states)
     assert len(rows) == 5
+
+
+def test_a_float64_model_is_read_in_float64():
+    model, ids = tiny.llama().double(), torch.arange(12).view(2, 6) + 2
+    with gf.capture(model, "lm.layers.*", ["last", "mean"]) as rows, torch.no_grad():
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert torch.equal(rows["lm.layers.0/last"], states[1][:, -1].float())
+    assert torch.equal(rows["lm.layers.0/mean"], states[1].mean(1).float())

@@ -2,10 +2,12 @@
 
 from types import SimpleNamespace
 
+import families
 import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from pretend import DEVICE, Pretend
 
 import geofast as gf
@@ -14,7 +16,7 @@ from geofast.accumulate import Statistics
 from geofast.batching import Budget, Lengths
 from geofast.capture import NonFiniteError, NoTokenError
 from geofast.data import from_arrays
-from geofast.extract import Storage, extract
+from geofast.extract import Storage, extract, try_one
 from geofast.gram import Gram
 from geofast.models.inputs import text_collate
 from geofast.models.model import Model
@@ -235,7 +237,8 @@ def test_statistics_that_a_device_has_no_room_for_are_kept_on_the_cpu(gpu, monke
     about = statistics.grams["a"]._about(expected.shift)
     torch.testing.assert_close(about, expected.matrix, rtol=1e-6, atol=1e-6)
     assert budget.warnings == [
-        f"rows were kept on the CPU instead of {DEVICE} after out-of-memory; nothing was lost"
+        f"rows or statistics were kept on the CPU instead of {DEVICE} after out-of-memory; "
+        "nothing was lost"
     ]
 
 
@@ -355,3 +358,55 @@ def test_the_sample_with_an_activation_that_is_not_finite_is_named(gpu):
     message = "lm.embed/last: sample .* has NaN.* That is arrays, id id37"
     with pytest.raises(NonFiniteError, match=message):
         extracted(model, "gram", stay=True)
+
+
+def test_the_sample_that_is_tried_first_is_named(gpu):
+    """It is the longest, and not the first of the data."""
+    model, texts = language(DEVICE), ["w1", "w2 w3 w4"]
+    with torch.no_grad():
+        model.module.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
+    lengths = {"": Lengths(np.array([1, 3]))}
+    names = from_arrays(texts, np.arange(2.0), np.arange(2.0), id=["short", "long"])
+    with pytest.raises(NonFiniteError, match=r"lm.layers.1/last: .* That is arrays, id long\."):
+        try_one(model, {"": names}, lengths, None, "last")
+
+
+@pytest.mark.parametrize("family", [families.llava, families.llava_next, families.internvl])
+def test_images_and_their_tiles_inside_a_language_model_are_not_waited_for(gpu, family, tmp_path):
+    r = np.random.default_rng(0)
+    pixels = (r.integers(0, 255, (*size, 3), dtype=np.uint8) for size in ((40, 40), (30, 64)))
+    images = [*map(Image.fromarray, pixels)]
+    model = gf.load(families.save(family, tmp_path)).asking(["w1 w2", "w3 w4 w5 w6"])
+    pools = {"vision": ["mean:patch", "max"], "projector": "mean", "lm": ["last", "mean:image"]}
+    batch, found, waits = model.prepare(images), [], []
+    for device in (torch.device("cpu"), DEVICE):
+        model.module.to(device)
+        there, rows = model.to_device(batch), Rows(stay=True)
+        gpu.syncs.clear()
+        model.forward(there)
+        waits.append([*gpu.syncs])
+        with gf.capture(model, pool=pools, rows=rows):
+            gpu.syncs.clear()
+            model.forward(there, lambda i, rows=rows: setattr(rows, "label", str(i)))
+            assert gpu.syncs == waits[-1]
+        found.append(dict(rows))
+    for key, expected in found[0].items():
+        torch.testing.assert_close(found[1][key].cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [5, 0])
+def test_torch_pools_without_waiting_where_no_kernel_serves(gpu, tokens):
+    r = torch.Generator().manual_seed(0)
+    x = torch.randn(4, tokens, 8, generator=r)
+    roles = torch.randint(2, (4, tokens), generator=r, dtype=torch.uint8)
+    roles[0] = 0
+    found = []
+    for device in (torch.device("cpu"), DEVICE):
+        there = x.to(device), roles.to(device)
+        out = {op: torch.empty(4, 8, device=device) for op in ("first", "last", "mean", "max")}
+        gpu.syncs.clear()
+        _reference.pool(*there, [(op, 0, rows) for op, rows in out.items()])
+        assert gpu.syncs == []
+        found.append({op: rows.cpu() for op, rows in out.items()})
+    for op, expected in found[0].items():
+        torch.testing.assert_close(found[1][op], expected, equal_nan=True)

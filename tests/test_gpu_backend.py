@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import geofast
-from geofast import _gpu, _reference
+from geofast import _gpu, _ops, _reference
+from geofast.models.load import default_device
 
 pytest.importorskip("triton")
 
@@ -79,6 +81,7 @@ def test_an_old_gpu_is_served_by_torch(
     assert told in _gpu.lacking(DEVICE)[0]
 
 
+OLD = "the NVIDIA driver is for CUDA 11.4, and geofast was built with CUDA 13.0: update the driver"
 OTHERS = (
     "cuda:0 has compute capability 12.0, and geofast._cuda was built for 80-real: no kernel image "
     "is available for execution on the device (cudaErrorNoKernelImageForDevice)"
@@ -117,3 +120,30 @@ def test_without_the_extension_torch_serves_statistics(monkeypatch: pytest.Monke
     monkeypatch.delattr("geofast._cuda", raising=False)
     summed()
     assert any("built without CUDA C++" in why for why in _gpu.lacking(DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "extension", "why"),
+    [
+        (None, None, "is built without CUDA"),
+        ("13.0", "no NVIDIA driver", "no NVIDIA driver"),
+        ("13.0", OLD, OLD),
+        ("13.0", None, "for CUDA 13.0, finds none"),
+    ],
+)
+def test_why_no_gpu_serves_is_told(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, extension: str | None, why: str
+) -> None:
+    found = SimpleNamespace(unavailable=lambda: extension)
+    monkeypatch.setitem(sys.modules, "geofast._cuda", found)
+    monkeypatch.setattr(geofast, "_cuda", found, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = _ops.describe(torch.device("cpu"))
+    assert told.startswith("C++ core (")
+    assert "; no GPU: " in told
+    assert told.endswith(why)
+    with pytest.raises(RuntimeError, match=rf"no GPU for device='cuda': .*{re.escape(why)}; leave"):
+        default_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "no GPU" not in _ops.describe(torch.device("cpu"))

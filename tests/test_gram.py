@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretend import Pretend
 from safetensors.torch import save_file
 from synthetic import KINDS, rows
 
@@ -212,3 +213,16 @@ def test_a_file_of_several_sites_names_them(tmp_path):
         gf.Gram.load(path)
     (name, last) = [*grams.items()][-1]
     assert torch.equal(statistics.load(path)[name].matrix, last.matrix)
+
+
+@pytest.mark.parametrize("where", ["xyc", "xy", "xc", "x", "yc", "y", "c", ""])
+def test_targets_and_cells_may_be_on_another_device_than_the_rows(where):
+    r = np.random.default_rng(0)
+    x, y = (torch.from_numpy(r.normal(size=(20, d))) for d in (3, 2))
+    cell = torch.arange(20) % 4
+    with Pretend() as gpu:
+        on = {name: gpu.device if name in where else torch.device("cpu") for name in "xyc"}
+        gram = gf.Gram(3, 2, 4, device=on["x"])
+        gram.update(x.to(on["x"]), y.to(on["y"]), cell.to(on["c"]))
+        matrix = gram.matrix.cpu()
+    torch.testing.assert_close(matrix, gf.Gram(3, 2, 4).update(x, y, cell).matrix)

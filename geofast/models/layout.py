@@ -8,6 +8,7 @@ sample is not a sequence, with the place where it begins.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,11 +169,11 @@ def lay_out(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> Layou
 
 
 def _starts(site: Site, shares: torch.Tensor, total: int) -> tuple[int, ...]:
-    ends = shares.cumsum(0).cpu() * total
-    whole = int(shares.sum())
-    if bool((ends % whole).any()):
-        raise ValueError(f"{site.name}: {total} tokens cannot be shared out by {shares.tolist()}")
-    return (0, *(ends // whole).tolist())
+    counts = shares.tolist()  # once: where they are on a GPU, the host waits for them
+    whole, ends = sum(counts), [total * end for end in itertools.accumulate(counts)]
+    if any(end % whole for end in ends):
+        raise ValueError(f"{site.name}: {total} tokens cannot be shared out by {counts}")
+    return (0, *(end // whole for end in ends))
 
 
 def _roles(site: Site, tower: Tower, tokens: torch.Tensor, call: Call) -> torch.Tensor:

@@ -155,8 +155,11 @@ class Model:
         return self.to_device(self.collate(ready))
 
     def to_device(self, batch: Batch) -> dict[str, Any]:
-        """Move a batch to the model; floating-point inputs take its dtype."""
-        return {key: self._moved(value) for key, value in batch.items()}
+        """Move a batch to the model; floating-point inputs take its dtype.
+
+        `tiles` are for us alone, who need to know them before a GPU could tell.
+        """
+        return {k: value if k == "tiles" else self._moved(value) for k, value in batch.items()}
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -59,7 +59,7 @@ class Site:
         )
 
     def _tensor(self, value: Any) -> torch.Tensor:
-        hidden = value[0] if isinstance(value, tuple | list) else value
+        hidden = value[0] if isinstance(value, tuple | list) and value else value
         if not isinstance(hidden, torch.Tensor):
             msg = f"{self.name} is a {type(hidden).__name__} in this model, not a tensor"
             raise ValueError(msg)

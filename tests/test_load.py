@@ -52,7 +52,9 @@ def names(model):
 def lm(tmp_path_factory):
     """The folder of a tiny language model."""
     folder = tmp_path_factory.mktemp("models") / "lm"
-    tiny.llama().save_pretrained(folder)
+    # On CPUs with AVX-512, bitsandbytes 0.50 reads 4-bit weights wrongly whose width is no multiple
+    # of 64.
+    tiny.llama(width=64).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return folder
 
@@ -95,7 +97,7 @@ def test_the_device_map_that_accelerate_makes(lm, plain):
 
 def test_a_module_that_is_offloaded_already(plain):
     accelerate = pytest.importorskip("accelerate")
-    module = tiny.llama()
+    module = tiny.llama(width=64)
     accelerate.cpu_offload(module, torch.device("cpu"))
     assert all(p.is_meta for p in module.parameters())
     model = gf.load(module, processor=tiny.tokenizer())
@@ -262,7 +264,8 @@ def test_weights_that_bitsandbytes_has_quantised(
 ):
     from transformers import AutoModelForCausalLM
 
-    more = {"bnb_4bit_compute_dtype": torch.float16} if number == 4 else {}
+    more = {"bnb_4bit_compute_dtype": torch.float16, "bnb_4bit_quant_type": "nf4"}
+    more = more if number == 4 else {}
     AutoModelForCausalLM.from_pretrained(
         lm, quantization_config=bits(number, **more), dtype=torch.float16
     ).save_pretrained(tmp_path)
@@ -458,8 +461,8 @@ def another(folder, **changes):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = dict(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=64, vocab_size=100, max_position_embeddings=64,
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=128, vocab_size=100, max_position_embeddings=64,
     )  # fmt: skip
     LlamaForCausalLM(LlamaConfig(**small | changes)).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -559,7 +562,7 @@ def test_an_adapter_runs_in_the_models_dtype(lm, adapter):
             {"num_hidden_layers": 2},
             r"6 tensors are in one and not in the other, the first .*layers.2",
         ),
-        ({"hidden_size": 64}, r"size mismatch for .*lora_A"),
+        ({"hidden_size": 32}, r"size mismatch for .*lora_A"),
     ],
 )
 def test_an_adapter_for_another_model(lm, adapter, tmp_path, changes, message):

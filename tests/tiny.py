@@ -29,13 +29,13 @@ def clip_vision():
     ).eval()
 
 
-def llama(layers=3):
+def llama(layers=3, width=32):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
-        intermediate_size=64, vocab_size=100, max_position_embeddings=64,
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=2 * width, vocab_size=100, max_position_embeddings=64,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 

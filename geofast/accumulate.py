@@ -53,10 +53,10 @@ class Statistics:
                 self.grams[key] = self._new(key, x, y.shape[1])
             keys[self.grams[key].matrix.device].append(key)
         for device, here in keys.items():
-            # Rows or statistics are on the CPU where their device had no room for them.
-            part = {key: rows[key].to(device) for key in here}
             try:
-                with self._aside.beside(*part.values()):
+                with self._aside.beside(device):  # and rows are kept until it is joined
+                    # They or statistics are on the CPU where their device had no room for them.
+                    part = {key: rows[key].to(device) for key in here}
                     self._add(part, y, cell)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):

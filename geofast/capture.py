@@ -260,7 +260,7 @@ class Recorder:
         keys = [rows.key(site.name, p.name) for p in pools]
         widths = [p.width(dim) for p in pools]
         room = [rows.reserve(k, w, batch, where) for k, w in zip(keys, widths, strict=True)]
-        with rows.aside.beside(tokens, layout.roles):
+        with rows.aside.beside(where, tokens, layout.roles):
             out = [r if r.device == where else torch.empty_like(r, device=where) for r in room]
             sound = pool(tokens, layout.roles, pools, out, layout.starts)
             for key, r, o in zip(keys, room, out, strict=True):
@@ -275,7 +275,7 @@ class Recorder:
         ((_, role),), rows, dim = p.parts, self._rows, tokens.shape[-1]
         key = rows.key(site.name, p.name)
         hidden, count = tokens.reshape(-1, dim), 0
-        with rows.aside.beside(tokens, hidden, layout.roles, layout.sample):
+        with rows.aside.beside(tokens.device, tokens, hidden, layout.roles, layout.sample):
             means = torch.empty(layout.samples, dim, device=tokens.device)
             if not pool(tokens, layout.roles, parse_pools(f"mean:{role}"), [means], layout.starts):
                 self._check(key, means, partial(NonFiniteError, key, tokens.dtype))

@@ -18,38 +18,50 @@ class Aside:
     """
 
     def __init__(self) -> None:
-        self._sides: dict[torch.device, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+        self._sides: dict[torch.device, _Side] = {}
 
-    def beside(self, *read: torch.Tensor) -> AbstractContextManager[None]:
-        """Run what is inside after all that the device of `read` was given so far.
+    def beside(self, device: torch.device, *read: torch.Tensor) -> AbstractContextManager[None]:
+        """Run what is inside after all that `device` was given so far.
 
-        The tensors that are read there must be named: the memory of others may be given away
-        before it is their turn.
+        Tensors that are read there must be named, unless they are kept until the next `join`: the
+        memory of others may be given away before it is their turn. They are kept until work is run
+        here again, and what comes after that on the current stream waits until they were read. So
+        no more than one layer's are kept, in a CUDA graph too.
         """
-        return self._fork(read) if read[0].device.type == "cuda" else _NOTHING
+        return self._fork(device, read) if device.type == "cuda" else _NOTHING
 
     @contextmanager
-    def _fork(self, read: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    def _fork(self, device: torch.device, read: tuple[torch.Tensor, ...]) -> Iterator[None]:
         # Every hook comes here. With Stream.wait_stream and torch.cuda.stream, which make an event
         # each time and look for the device again and again, it would take the host twice as long.
-        device = read[0].device
-        if device not in self._sides:
-            self._sides[device] = torch.cuda.Stream(device), torch.cuda.Event()
-        side, event = self._sides[device]
+        side = self._sides.get(device) or self._sides.setdefault(device, _Side(device))
         with torch.cuda.device(device.index):
             current = torch.cuda.current_stream(device.index)
-            event.record(current)
-            side.wait_event(event)
-            torch.cuda.set_stream(side)
+            if side.read and not (read and read[0] is side.read[0]):  # more of a layer may come
+                current.wait_event(side.done)
+                side.read = ()
+            side.forked.record(current)
+            side.stream.wait_event(side.forked)
+            torch.cuda.set_stream(side.stream)
             try:
                 yield
             finally:
                 torch.cuda.set_stream(current)
-        for tensor in read:
-            tensor.record_stream(side)
+                side.done.record(side.stream)
+                side.read += read
 
     def join(self) -> None:
         """Have whatever comes next on each GPU wait for what was run here."""
-        for device, (side, event) in self._sides.items():
-            event.record(side)
-            torch.cuda.current_stream(device.index).wait_event(event)
+        for device, side in self._sides.items():
+            side.done.record(side.stream)
+            torch.cuda.current_stream(device.index).wait_event(side.done)
+            side.read = ()
+
+
+class _Side:
+    """The stream of one GPU, and what it is reading."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.forked, self.done = torch.cuda.Event(), torch.cuda.Event()
+        self.read: tuple[torch.Tensor, ...] = ()

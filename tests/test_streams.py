@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,11 +55,7 @@ class Cuda:
 
 
 class Tensor:
-    def __init__(self, index):
-        self.device, self.used_on = torch.device("cuda", index), []
-
-    def record_stream(self, stream):
-        self.used_on.append(stream)
+    """Something that can be told to be gone."""
 
 
 @pytest.fixture
@@ -72,47 +68,80 @@ def cuda(monkeypatch):
     return made
 
 
+def on(index):
+    return torch.device("cuda", index)
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_work_beside_waits_for_what_came_before_and_is_joined(cuda, index):
     aside, (first, second) = Aside(), cuda.current
     model = cuda.current[index]
-    tensors = [Tensor(index), Tensor(index)]
     for layer in range(3):
         model.work.append(f"layer {layer}")
-        with aside.beside(*tensors):
+        with aside.beside(on(index)):
             assert cuda.at == index
+            side = cuda.current[index]
+            assert side is not model
             cuda.launch(f"pool {layer}")
         assert (cuda.at, cuda.current) == (0, [first, second])
-    (side,) = set(tensors[0].used_on)
-    assert [t.used_on for t in tensors] == [[side] * 3] * 2
-    assert side is not model
     assert side.work[::2] == [("wait", model, layer + 1) for layer in range(3)]
     assert side.work[1::2] == [f"pool {layer}" for layer in range(3)]
     aside.join()
     assert model.work == ["layer 0", "layer 1", "layer 2", ("wait", side, 6)]
 
 
+def test_what_is_read_beside_is_kept_until_the_model_waits_for_it(cuda):
+    """It waits a layer later, and for nothing that was run since."""
+    aside, model = Aside(), cuda.current[0]
+    layers = [Tensor() for _ in range(3)]
+    alive = [weakref.ref(layer) for layer in layers]
+    for number in range(3):
+        model.work.append(f"layer {number}")
+        layer = layers.pop(0)
+        for part in ("pool", "each"):
+            with aside.beside(on(0), layer):
+                side = cuda.current[0]
+                cuda.launch(f"{part} {number}")
+        del layer
+        assert [ref() is not None for ref in alive[: number + 1]] == [False] * number + [True]
+    # Every part waits for the layer, so a layer takes four places there.
+    waits = ["layer 0", "layer 1", ("wait", side, 4), "layer 2", ("wait", side, 8)]
+    assert model.work == waits
+    with aside.beside(on(0)):  # statistics, which read nothing that goes away
+        cuda.launch("flush")
+    assert model.work == [*waits, ("wait", side, 12)]
+    assert alive[2]() is None
+    model.work.append("layer 3")
+    with aside.beside(on(0), Tensor()):
+        pass
+    assert model.work[-1] == "layer 3"
+    aside.join()
+    assert model.work[-1] == ("wait", side, len(side.work))
+    aside.join()
+    assert aside._sides[on(0)].read == ()
+
+
 def test_every_device_has_a_stream_of_its_own(cuda):
-    aside, tensors = Aside(), [Tensor(0), Tensor(1)]
-    for tensor in tensors * 2:
-        with aside.beside(tensor):
+    aside, met = Aside(), [set(), set()]
+    for index in (0, 1, 0, 1):
+        with aside.beside(on(index), Tensor()):
+            met[index].add(cuda.current[index])
             cuda.launch("pool")
-    streams = [set(tensor.used_on) for tensor in tensors]
-    assert [[s.index for s in some] for some in streams] == [[0], [1]]
+    assert [[stream.index for stream in some] for some in met] == [[0], [1]]
     aside.join()
     assert [stream.work[-1][0] for stream in cuda.current] == ["wait", "wait"]
 
 
 def test_an_exception_leaves_the_streams_as_they_were(cuda):
     before = [*cuda.current]
-    with pytest.raises(KeyError), Aside().beside(Tensor(1)):
+    with pytest.raises(KeyError), Aside().beside(on(1), Tensor()):
         raise KeyError
     assert (cuda.at, cuda.current) == (0, before)
 
 
 def test_on_the_cpu_there_is_nothing_beside(cuda):
     aside = Aside()
-    with aside.beside(SimpleNamespace(device=torch.device("cpu"))):
+    with aside.beside(torch.device("cpu"), Tensor()):
         cuda.launch("pool")
     aside.join()
     assert cuda.current[0].work == ["pool"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +24,46 @@ from .models.describe import site_range
 from .models.load import Loading, default_device
 from .models.location import of_places
 from .models.skeleton import has_skeleton, skeleton, weight_bytes
-from .plan import Plan, Task, check_disk, make_plan, readable, with_cells
+from .plan import Plan, Task, bytes_beside, check_disk, make_plan, readable, with_cells
 from .pooling import Pool
 from .report.text import fill
 from .request import Options, Request
 from .ridge import ALPHAS, Select
+from .ridge.memory import (
+    at_once,
+    bytes_of_rows,
+    bytes_of_statistics,
+    bytes_of_wide_rows,
+    bytes_on_cpu,
+)
+from .ridge.training import is_small
 from .speed import multiply_rate, pool_seconds, solve_rate, solve_work
 from .survey import Survey, survey, token_count, up_to
 
 _NARROWEST = 44  # column of sites
+
+
+@dataclass(frozen=True)
+class Solving:
+    """Memory of the layers that take most of it while they are solved."""
+
+    device: str
+    layer: int
+    """Bytes that one takes at most, beside its rows or statistics."""
+    at_once: int
+    """How many are solved at once."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of them."""
+        return self.at_once * self.layer
+
+    def __str__(self) -> str:
+        where = "CPU" if self.device == "cpu" else "GPU"
+        each = f"{readable(self.layer)} a layer, at most, on the {where}"
+        if self.at_once == 1:
+            return f"{each}, one after the other"
+        return f"{each}, {self.at_once} at once: {readable(self.size)}"
 
 
 @dataclass(frozen=True)
@@ -62,6 +95,9 @@ class Forecast:
     """Bytes of all tensors that are alive at once in the largest batch, the weights apart."""
     storage: Plan
     """Where pooled rows go, and how many bytes they or the statistics take."""
+    probing: int
+    """Bytes that probing takes beside the model on a GPU, at most; 0 on the CPU."""
+    solving: Solving
     flops: float
     """Operations of all forward passes."""
     seconds: dict[str, float]
@@ -78,10 +114,14 @@ class Forecast:
     def __str__(self) -> str:
         weights = ", ".join(f"{readable(n)} of {name}" for name, n in self.weights.items())
         kept = "statistics" if self.storage.kind == "gram" else "rows"
-        where = "on disk" if self.storage.on_disk else "in memory"
+        where = "on the GPU" if self.storage.stay else "in memory"
+        where = "on disk" if self.storage.on_disk else where
         loaded = "; planned from the loaded model"
         twin = ", half of it the twin's" if self.twin else ""
         waiting = f"{readable(self.storage.waiting)}, at most, that wait to be added to them"
+        beside = f"{readable(self.probing)} on the GPU beside the model, at most"
+        if self.storage.pinned:
+            beside += f"; {readable(self.storage.pinned)} of pinned memory for rows"
         return "\n".join(
             [
                 f"{self.model} on {self.device} in {self.dtype}{loaded if self.loaded else ''}",
@@ -93,6 +133,8 @@ class Forecast:
                 f"         activations  {readable(self.activations)}, most at once in a batch",
                 f"         {kept:12} {readable(self.storage.size)} {where}{twin}",
                 *([f"         rows         {waiting}"] if self.storage.waiting else []),
+                *([f"         probing      {beside}"] if self.probing else []),
+                f"         solving      {self.solving}",
                 f"time     forward      {_time(self.seconds['forward'])} "
                 f"({_operations(self.flops / self.samples)} a sample)",
                 f"         probing      {_time(self.seconds['pool'])} of pooling and "
@@ -227,17 +269,21 @@ def _forecast(
     lengths = asked.lengths or lengths_like(example, len(samples))
     budget = Budget.of(where, options["batch_size"])
     cells, _ = with_cells(asked.tasks)
+    weights, waiting = weight_bytes(model.module), rows_at_once(budget, lengths)
+    to_load = 0 if model.device.type == where.type else sum(weights.values())
     kept = make_plan(
         model, asked.inputs, example.widths, targets=len(asked.targets),
         cells=int(cells.max()) + 1, storage=asked.storage, select=options["select"],
-        passes=asked.passes, waiting=rows_at_once(budget, lengths),
-        gpus=[where] if where.type == "cuda" else [],
+        passes=asked.passes, waiting=waiting, gpus=[where] if where.type == "cuda" else [],
+        weights=to_load,
     )  # fmt: skip
     check_disk(kept, scratch)
     batch = min(budget.fit(example.tokens), len(samples))
+    probing = 0
+    if where.type == "cuda":
+        probing = _beside(model, asked, kept, batch, waiting, seen, example, pools)
     if progress:
         print("measuring how fast this machine is ...", file=sys.stderr, flush=True)
-    weights = weight_bytes(model.module).items()
     return Forecast(
         model=model.name,
         loaded=model.device.type != "meta",
@@ -251,13 +297,68 @@ def _forecast(
         tokens=budget.tokens,
         batches=budget.sentence(lengths.values()),
         twin=asked.passes > 1,
-        weights={_name(kind): asked.passes * n for kind, n in weights},
+        weights={_name(kind): asked.passes * n for kind, n in weights.items()},
         activations=seen.peak * batch,
         storage=kept,
+        probing=probing,
+        solving=_memory_of_solving(asked, kept, example.widths, where, to_load),
         flops=asked.passes * _flops(seen, example, lengths),
         seconds=_seconds(model, asked, where, batch, kept, seen, example, pools, lengths),
         how=seen.how,
     )
+
+
+def _beside(
+    model: Model,
+    asked: Request,
+    kept: Plan,
+    batch: int,
+    waiting: int,
+    seen: Survey,
+    example: Example,
+    pools: Mapping[str, tuple[Pool, ...]],
+) -> int:
+    """Bytes that probing takes beside the model during the pass."""
+    towers = [(_tower(site, pools), *shape) for site, shape in seen.shapes.items()]
+    layouts = {(tower, count) for tower, count, _ in towers}
+    tokens = sum(count for _, count in layouts)
+    roles = sum(len({role for p in pools[t] for _, role in p.parts}) for t, _ in layouts)
+    rows = max(sum(p.width(width) for p in pools[tower]) for tower, _, width in towers)
+    each = asked.storage == "each"
+    state = max(count * width for _, count, width in towers) * model.dtype.itemsize
+    return bytes_beside(
+        batch=batch, tokens=tokens, state=state, rows=rows, travel=not kept.stay,
+        unseen=waiting * (len(example.widths) + roles),
+        added=2 * batch * tokens if each else waiting * (kept.kind == "gram" and kept.stay),
+        targets=len(asked.targets),
+    )  # fmt: skip
+
+
+def _memory_of_solving(
+    asked: Request, kept: Plan, widths: Sequence[int], where: torch.device, to_load: int
+) -> Solving:
+    """What solving takes, and where."""
+    select = asked.options["select"] or ("loo" if kept.kind == "rows" else "gcv")
+    targets, alphas, free = len(asked.targets), len(asked.alphas), 0
+    if kept.stay:
+        free = max(0, torch.cuda.mem_get_info(where)[0] - to_load - kept.size)
+    found = []
+    for width, task in product(Counter(widths).items(), asked.tasks):
+        (dim, count), sizes = width, torch.bincount(task.fold[task.fold >= 0])
+        n, on_gpu = int(sizes.sum()), kept.stay and not is_small(dim)
+        shape = targets, task.folds, alphas
+        if kept.kind == "rows" and n - int(sizes.max()) < dim:
+            each = bytes_of_wide_rows(n, dim, 4, *shape)
+        elif not on_gpu:
+            each = bytes_on_cpu(n, dim, *shape, select, rows=kept.kind == "rows")
+        elif kept.kind == "rows":
+            each = bytes_of_rows(n, dim, 4, *shape, select, task.folds >= 3)
+        else:
+            each = bytes_of_statistics(dim, *shape, select, task.folds >= 3)
+        layers = count * len(asked.inputs) * asked.passes
+        many = at_once(layers, free, each) if on_gpu else 1
+        found.append(Solving(str(where) if on_gpu else "cpu", each, many))
+    return max(found, key=lambda one: one.size)
 
 
 def _tokens(lengths: Mapping[str, Lengths]) -> int:

@@ -157,6 +157,9 @@ class Plan:
     """Bytes of the rows or statistics that the run's folder will hold."""
     waiting: int
     """Bytes of the rows, at most, that wait to be added to statistics, where those are."""
+    pinned: int
+    """Bytes of the pinned memory that takes rows from a GPU, a power of two for each site and pool;
+    0 where none do."""
     stay: bool
     """Whether rows or statistics live on the device of their layer until they are solved."""
     sentence: str
@@ -174,6 +177,7 @@ def make_plan(
     passes: int,
     waiting: int,
     gpus: Sequence[torch.device],
+    weights: int = 0,
 ) -> Plan:
     """Choose where pooled rows go, from their widths at every site and pool.
 
@@ -181,7 +185,7 @@ def make_plan(
     rows give kilometres, MAE, Spearman and leave-one-out. `passes` models leave rows or statistics,
     the one that is probed and its twin; `gpus` are those of the layers. `storage` may also be
     `each`, for tokens, whose rows nobody keeps. `waiting` is how many rows of a site are added to
-    statistics at once.
+    statistics at once, and `weights` the bytes that are not on the GPUs yet.
 
     Raises
     ------
@@ -218,6 +222,7 @@ def make_plan(
         why += f"; warning: statistics take more than {_MEMORY_SHARE:.0%} of the machine's memory"
     # Layers are spread evenly over the GPUs, and the fullest of them decides.
     free = min((torch.cuda.mem_get_info(gpu)[0] for gpu in gpus), default=0)
+    free = max(0, free - weights // max(1, len(gpus)))
     on_gpus = as_grams + 4 * waiting * sum(widths) if kind == "gram" else as_rows
     stay = not on_disk and 0 < on_gpus <= _GPU_SHARE * free * len(gpus)
     if gpus and not stay and not on_disk:
@@ -234,7 +239,12 @@ def make_plan(
     size = as_grams if kind == "gram" else as_rows
     kept, buffer = 0 if on_disk else size // passes, 4 * waiting * sum(widths)
     waiting_bytes = buffer if kind == "gram" else 0
-    return Plan(kind, on_disk, floats, size, kept, waiting_bytes, stay, sentence)
+    pinned = 0
+    if gpus and not stay and not on_disk:
+        n = waiting if kind == "gram" else len(samples)
+        blocks = sum(1 << (4 * n * width - 1).bit_length() for width in widths)  # as torch does
+        pinned = blocks * (1 if kind == "gram" else len(inputs) * passes)
+    return Plan(kind, on_disk, floats, size, kept, waiting_bytes, pinned, stay, sentence)
 
 
 def check_disk(plan: Plan, scratch: str | Path | None) -> None:
@@ -248,6 +258,39 @@ def check_disk(plan: Plan, scratch: str | Path | None) -> None:
     needed = (plan.size if plan.on_disk else 0) + (plan.kept if scratch else 0)
     if needed:
         check_space(Path(scratch or tempfile.gettempdir()), needed)
+
+
+def bytes_beside(
+    *,
+    batch: int,
+    tokens: int,
+    state: int,
+    rows: int,
+    travel: bool,
+    unseen: int,
+    added: int,
+    targets: int,
+) -> int:
+    """Bytes that probing takes at most beside a model on a GPU, during the pass.
+
+    Rows or statistics that are kept are not in it, nor what the allocator rounds up.
+
+    Parameters
+    ----------
+    batch, tokens
+        Samples of a batch, and tokens of a sample in all towers: a byte of roles each.
+    state
+        Bytes of a sample's hidden state at the largest site: one is kept until the next is read.
+    rows
+        Numbers that a site leaves of a sample: looked into, and pooled there if they `travel`.
+    unseen
+        Rows of all sites, and samples for each role, that were not looked into yet: a float32 each,
+        and thrice as much when they are.
+    added, targets
+        Rows of a site that are added to statistics at once: ones, targets and an order.
+    """
+    pooled = 4 * batch * rows * (2 if travel else 1)
+    return batch * (tokens + state) + pooled + 16 * unseen + 8 * added * (targets + 2)
 
 
 def gpus_of(model: Model) -> list[torch.device]:

@@ -16,10 +16,22 @@ from PIL import Image
 import geofast as gf
 from geofast.cli import main
 from geofast.data import from_arrays
+from geofast.extract import Example
+from geofast.forecast import _beside, _memory_of_solving
 from geofast.models.inputs import text_collate
 from geofast.models.skeleton import has_skeleton, skeleton, weight_bytes
+from geofast.plan import make_plan
+from geofast.pooling import parse_pools
+from geofast.request import Request
+from geofast.ridge.memory import (
+    at_once,
+    bytes_of_rows,
+    bytes_of_statistics,
+    bytes_of_wide_rows,
+    bytes_on_cpu,
+)
 from geofast.speed import solve_rate, solve_work
-from geofast.survey import estimate, survey, token_count
+from geofast.survey import Survey, estimate, survey, token_count
 
 # PaliGemma's processor hands numpy what it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -32,6 +44,12 @@ ALL = (
     *families.VISION_FAMILIES, *families.COMPARING_FAMILIES, *families.TALKING_FAMILIES,
     *families.LANGUAGE_FAMILIES,
 )  # fmt: skip
+
+OPTIONS = {
+    "sites": None, "pool": "last", "prompts": None, "split": gf.KFold(5), "group": None,
+    "alphas": gf.ALPHAS, "select": None, "targets": ("latitude", "longitude"), "baselines": None,
+    "controls": (), "batch_size": None, "workers": None, "strict": False,
+}  # fmt: skip
 
 
 def name_of(family):
@@ -196,6 +214,71 @@ def test_what_is_printed(tmp_path):
     assert "activations" in text
     assert f"{told.share:.1%} of the time" in text
     assert 0 < told.share < 1
+    assert told.probing == 0  # which is of a GPU
+    assert "probing      under 1 MB" not in text
+    assert "solving      under 1 MB a layer, at most, on the CPU, one after the other" in text
+
+
+def of_gpu(monkeypatch, free, storage="rows", width=1024, samples=2000):
+    """Return what is said of probing a text model's 24 sites on a GPU, from rows that stay."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 0))
+    module = tiny.llama()
+    model = gf.load(module, prepare=text_collate(tiny.tokenizer(), module.base_model))
+    asked = Request.of(words(samples), {**OPTIONS, "storage": storage}, location=False)
+    seen = Survey({f"lm.layers.{i}": (10, width) for i in range(24)}, 0.0, 0, "")
+    example = Example((width,) * 24, 10, 0)
+    kept = make_plan(
+        model, asked.inputs, example.widths, targets=2, cells=5, storage=storage, select=None,
+        passes=1, waiting=2048 + 64, gpus=["cuda:0"],
+    )  # fmt: skip
+    assert kept.stay
+    pools = {"lm": parse_pools("last")}
+    beside = _beside(model, asked, kept, 64, 2048 + 64, seen, example, pools)
+    return kept, beside, _memory_of_solving(asked, kept, example.widths, "cuda:0", 0)
+
+
+@pytest.mark.parametrize("storage", ["rows", "gram"])
+def test_memory_of_a_gpu(monkeypatch, storage):
+    kept, probing, solving = of_gpu(monkeypatch, 20 << 30, storage)
+    state = 64 * 10 * 1024 * 4
+    added = 8 * (2048 + 64) * 4 if storage == "gram" else 0
+    assert probing == state + 64 * 10 + 4 * 64 * 1024 + 16 * 25 * (2048 + 64) + added
+    shape = 2, 5, len(gf.ALPHAS)
+    each = bytes_of_rows(2000, 1024, 4, *shape, "loo", True)
+    if storage == "gram":
+        each = bytes_of_statistics(1024, *shape, "gcv", True)
+    assert (solving.device, solving.layer) == ("cuda:0", each)
+    assert solving.at_once == at_once(24, (20 << 30) - kept.size, each) == 24
+    assert (
+        f"a layer, at most, on the GPU, 24 at once: {solving.size / 2**30:.1f} GB" in f"{solving}"
+    )
+    few = of_gpu(monkeypatch, kept.size + (4 << 30), storage)[-1]
+    assert few.at_once < 24
+    assert few.size < 0.7 * (4 << 30)
+
+
+def test_where_a_gpu_leaves_solving_to_the_cpu(monkeypatch):
+    """What has few features; with fewer rows than features, X X' is what is solved."""
+    solving = of_gpu(monkeypatch, 20 << 30, width=200)[-1]
+    assert (solving.device, solving.at_once) == ("cpu", 1)
+    assert solving.layer == bytes_on_cpu(2000, 200, 2, 5, len(gf.ALPHAS), "loo", rows=True)
+    wide = of_gpu(monkeypatch, 20 << 30, samples=1000)[-1]
+    assert wide.layer == bytes_of_wide_rows(1000, 1024, 4, 2, 5, len(gf.ALPHAS))
+
+
+def test_what_is_printed_of_a_gpu_fits_100_columns(tmp_path, monkeypatch):
+    told = gf.plan(save(families.vit, tmp_path), photos())
+    kept, probing, solving = of_gpu(monkeypatch, 20 << 30)
+    kept = dataclasses.replace(kept, pinned=300 << 30)
+    told = dataclasses.replace(told, storage=kept, probing=probing, solving=solving)
+    lines = str(told).splitlines()
+    assert max(map(len, lines)) <= 100
+    memory = "\n".join(lines)
+    assert re.search(r"rows +188 MB on the GPU", memory)
+    assert re.search(
+        r"probing +4 MB on the GPU beside the model, at most; 300.0 GB of pinned", memory
+    )
+    assert re.search(r"solving +\d+ MB a layer, at most, on the GPU, 24 at once: [\d.]+ GB", memory)
 
 
 def test_what_is_printed_fits_100_columns(tmp_path):

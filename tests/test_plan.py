@@ -1,5 +1,6 @@
 """Which cross-validations a probe does, and what it leaves out."""
 
+from functools import partialmethod
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -8,22 +9,34 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from pretend import Pretend
 
 import geofast as gf
+from geofast import _ops, _reference
+from geofast.capture import Recorder
 from geofast.data import from_arrays
-from geofast.plan import check_disk, make_plan, make_tasks, with_cells, without_skipped
+from geofast.plan import (
+    bytes_beside,
+    check_disk,
+    make_plan,
+    make_tasks,
+    with_cells,
+    without_skipped,
+)
+from geofast.rows import Rows
 
 TARGETS = ("latitude", "longitude")
 KFOLD = gf.KFold()
 
 
-def plan_of(storage, memory, monkeypatch, n=2, cells=5, passes=1, gpus=0):
+def plan_of(storage, memory, monkeypatch, n=2, cells=5, passes=1, gpus=0, weights=0):
     monkeypatch.setattr(import_module("geofast.plan"), "_memory", lambda: memory)
     model = gf.load(tiny.dinov2(), prepare=lambda _: {})
     samples = from_arrays([np.zeros((28, 28, 3), np.uint8)] * n, np.zeros(n), np.zeros(n))
     return make_plan(
         model, {"": samples}, [32] * 3, targets=2, cells=cells, storage=storage, select=None,
         passes=passes, waiting=10, gpus=["cuda:0", "cuda:1"][:gpus],
+        weights=weights,
     )  # fmt: skip
 
 
@@ -59,12 +72,60 @@ def test_statistics_lie_on_gpus_that_have_room(monkeypatch):
     assert not plan_of("rows", 4 * ROWS - 4, monkeypatch, gpus=1).stay  # on disk
     assert not plan_of("rows", 4 * GRAMS, monkeypatch).stay
     assert plan_of("gram", 4 * GRAMS, monkeypatch, gpus=2).stay
+    assert plan_of("gram", 4 * GRAMS, monkeypatch, gpus=2, weights=1).stay  # half a byte each
+    assert not plan_of("gram", 4 * GRAMS, monkeypatch, gpus=2, weights=4).stay
     free["cuda:1"] -= 2
     assert not plan_of("gram", 4 * GRAMS, monkeypatch, gpus=2).stay
+    assert plan.pinned == 0
     free["cuda:0"] -= 2
     plan = plan_of("gram", 4 * GRAMS, monkeypatch, gpus=1)
     assert not plan.stay
+    assert plan.pinned == 3 * 2048  # a power of two for the ten rows of every site, 1,280 bytes
+    free["cuda:0"] = 0
+    assert plan_of("rows", 4 * GRAMS, monkeypatch, gpus=1, passes=2).pinned == 2 * 3 * 256
+    assert plan_of("rows", 4 * GRAMS, monkeypatch, passes=2).pinned == 0
     assert "on the CPU, because more than 50% of the under 1 MB that are free on" in plan.sentence
+
+
+@pytest.mark.parametrize("stay", [True, False])
+@pytest.mark.parametrize(("family", "passes"), [("llama", 1), ("dinov2", 30)])
+def test_what_probing_holds_beside_a_model(family, passes, stay, monkeypatch):
+    """On a pretended GPU, by a pool that allocates nothing, as the kernels do."""
+
+    def pool(x, roles, jobs):
+        _reference.pool(x.near, roles.near, [(op, bit, out.near) for op, bit, out in jobs])
+
+    def count(recorder, run, *args):
+        before = gpu.allocated
+        gpu.reset_peak()
+        run(recorder, *args)
+        taken.append(held[0] + gpu.peak - before)
+        held[0] += gpu.allocated - before
+
+    real, there = _ops.backend, SimpleNamespace(pool=pool)
+    monkeypatch.setattr(_ops, "backend", lambda d: there if d == Pretend.device else real(d))
+    held, taken = [0], []
+    for name in ("_start", "_read"):
+        monkeypatch.setattr(Recorder, name, partialmethod(count, getattr(Recorder, name)))
+    batch = 6
+    given = torch.zeros(batch, 40, dtype=torch.int64)
+    given = torch.zeros(batch, 3, 28, 28) if family == "dinov2" else given
+    with Pretend() as gpu, torch.no_grad():
+        model, given = getattr(tiny, family)().to(gpu.device), given.to(gpu.device)
+        with gf.capture(model, pool="mean+max", rows=Rows(99 * batch, stay=stay)) as rows:
+            model(given)  # makes room for rows
+            rows.verify()
+            held[0] = 0
+            taken.clear()
+            for _ in range(passes):
+                model(given)
+            count(rows, Rows.verify)
+    tokens = 40 if family == "llama" else 5
+    most = bytes_beside(
+        batch=batch, tokens=tokens, state=0, rows=2 * 32, travel=not stay,
+        unseen=passes * batch * (len(rows) + 1), added=0, targets=2,
+    )  # fmt: skip
+    assert most / 2 < max(taken) < most
 
 
 def test_the_disk_must_have_room_for_rows_and_run(monkeypatch, tmp_path):

@@ -323,7 +323,7 @@ def _beside(
     layouts = {(tower, count) for tower, count, _ in towers}
     tokens = sum(count for _, count in layouts)
     roles = sum(len({role for p in pools[t] for _, role in p.parts}) for t, _ in layouts)
-    rows = max(sum(p.width(width) for p in pools[tower]) for tower, _, width in towers)
+    rows = sum(p.width(width) for tower, _, width in towers for p in pools[tower])
     each = asked.storage == "each"
     state = max(count * width for _, count, width in towers) * model.dtype.itemsize
     return bytes_beside(

@@ -282,14 +282,15 @@ def bytes_beside(
     state
         Bytes of a sample's hidden state at the largest site: one is kept until the next is read.
     rows
-        Numbers that a site leaves of a sample: looked into, and pooled there if they `travel`.
+        Numbers that all sites leave of a sample. When a pass ends they are looked into together,
+        which takes them twice; where they `travel` to the CPU, they are pooled beside.
     unseen
         Rows of all sites, and samples for each role, that were not looked into yet: a float32 each,
         and thrice as much when they are.
     added, targets
         Rows of a site that are added to statistics at once: ones, targets and an order.
     """
-    pooled = 4 * batch * rows * (2 if travel else 1)
+    pooled = 4 * batch * rows * (3 if travel else 2)
     return batch * (tokens + state) + pooled + 16 * unseen + 8 * added * (targets + 2)
 
 

@@ -242,7 +242,7 @@ def test_memory_of_a_gpu(monkeypatch, storage):
     kept, probing, solving = of_gpu(monkeypatch, 20 << 30, storage)
     state = 64 * 10 * 1024 * 4
     added = 8 * (2048 + 64) * 4 if storage == "gram" else 0
-    assert probing == state + 64 * 10 + 4 * 64 * 1024 + 16 * 25 * (2048 + 64) + added
+    assert probing == state + 64 * 10 + 2 * 4 * 64 * 24 * 1024 + 16 * 25 * (2048 + 64) + added
     shape = 2, 5, len(gf.ALPHAS)
     each = bytes_of_rows(2000, 1024, 4, *shape, "loo", True)
     if storage == "gram":
@@ -276,7 +276,7 @@ def test_what_is_printed_of_a_gpu_fits_100_columns(tmp_path, monkeypatch):
     memory = "\n".join(lines)
     assert re.search(r"rows +188 MB on the GPU", memory)
     assert re.search(
-        r"probing +4 MB on the GPU beside the model, at most; 300.0 GB of pinned", memory
+        r"probing +15 MB on the GPU beside the model, at most; 300.0 GB of pinned", memory
     )
     assert re.search(r"solving +\d+ MB a layer, at most, on the GPU, 24 at once: [\d.]+ GB", memory)
 

@@ -122,7 +122,7 @@ def test_what_probing_holds_beside_a_model(family, passes, stay, monkeypatch):
             count(rows, Rows.verify)
     tokens = 40 if family == "llama" else 5
     most = bytes_beside(
-        batch=batch, tokens=tokens, state=0, rows=2 * 32, travel=not stay,
+        batch=batch, tokens=tokens, state=0, rows=len(rows) * 2 * 32, travel=not stay,
         unseen=passes * batch * (len(rows) + 1), added=0, targets=2,
     )  # fmt: skip
     assert most / 2 < max(taken) < most

@@ -19,6 +19,7 @@ from .models import Model, Site, Stage, Tower, find_towers, match_sites
 from .models.layout import Call, Layout, as_tokens, lay_out
 from .pooling import ROLES, Pool, parse_pools, pool
 from .rows import Blame, Rows
+from .streams import capturing
 
 Pools = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
@@ -63,6 +64,11 @@ def capture(
     (in a vision tower, the `pixel_attention_mask`) that the model, or a module between it and the
     blocks, is called with; tiles and packed patches come back to the images that they are of (see
     `models.layout`). The model is as it was when the block ends, after an exception too.
+
+    A CUDA graph can be made of a pass inside the block, once another has made room for its rows.
+    Each replay writes to the rows of that pass: take them away before the next, and look yourself
+    for values that are not finite. Of `each`, and of images that a model packs or cuts into tiles,
+    no graph can be made.
 
     Parameters
     ----------
@@ -235,8 +241,7 @@ class Recorder:
         self._seen.add(site.name)
         # Here and not when the model is done: a forward pass may stop at the deepest site.
         if len(self._seen) == len(self._sites):
-            for one in self._unlooked:  # a pass that failed has nobody to blame
-                self._rows.watch(*one)
+            self._watch()  # a pass that failed has nobody to blame
             self._rows.commit(self._counts, batch)
             self._passed = True
 
@@ -310,11 +315,30 @@ class Recorder:
         On a GPU nobody waits for them here.
         """
         if not values.is_cpu:
-            self._unlooked.append((key, (values * 0).sum(1), blame))
+            self._unlooked.append((key, values, blame))
             return
         bad = (~values.isfinite().all(1)).nonzero()
         if len(bad):
             raise blame(int(bad[0]), None)
+
+    def _watch(self) -> None:
+        """Have what was not looked at be looked at later: by a few launches, for all sites at once.
+
+        In a CUDA graph they would tell of its replays, and nobody would ask.
+        """
+        alike: dict[Any, list[int]] = {}
+        for i, (_, values, _) in enumerate(self._unlooked):
+            if not capturing(values.device):
+                alike.setdefault((values.device, values.dtype, values.shape), []).append(i)
+        signs: dict[int, torch.Tensor] = {}
+        for (device, *_), some in alike.items():
+            with self._rows.aside.beside(device):
+                together = torch.stack([self._unlooked[i][1] for i in some])
+                signs |= zip(some, (together * 0).sum(2).unbind(), strict=True)
+        for i in sorted(signs):  # as the model meets them
+            key, _, blame = self._unlooked[i]
+            self._rows.watch(key, signs[i], blame)
+        self._unlooked.clear()
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         missed = [s.name for s in self._sites if s.name not in self._seen]

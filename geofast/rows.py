@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from . import _ops
-from .streams import Aside
+from .streams import Aside, capturing
 
 if TYPE_CHECKING:
     from .models.layout import Layout
@@ -116,8 +116,8 @@ class Rows(Mapping[str, torch.Tensor]):
             if self._room is not None:
                 msg = f"rows on disk cannot grow: {need} rows came where {fit} fit"
                 raise ValueError(msg)
-            self.aside.join()
             grown = self._allocate(max(2 * fit, need), dim, device)
+            self.aside.join()
             grown[:n] = store[:n]
             store = self._store[key] = grown
         return store[n:need]
@@ -179,6 +179,10 @@ class Rows(Mapping[str, torch.Tensor]):
     # Rows made inside a forward pass are written to after it, which inference tensors forbid.
     @torch.inference_mode(False)
     def _allocate(self, n: int, dim: int, device: torch.device) -> torch.Tensor:
+        if capturing(device):
+            msg = f"there is no room for {n} rows of width {dim}, and inside a CUDA graph none can "
+            msg += "be made: run the model once before, and let "
+            raise RuntimeError(f"{msg}rows=gf.Rows(capacity=...) have room for that pass and this")
         if self._stay and device.type != "cpu":
             try:
                 return torch.empty(n, dim, dtype=self._dtype, device=device)

@@ -10,6 +10,12 @@ import torch
 _NOTHING = nullcontext()
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what `device` is given goes into a CUDA graph."""
+    made = device.type == "cuda" and torch.cuda.is_initialized()
+    return made and torch.cuda.is_current_stream_capturing()
+
+
 class Aside:
     """A stream beside the current one on every GPU that is met; on the CPU nothing of the kind.
 

@@ -1,5 +1,6 @@
 """What the engine does around a GPU's operations, on a device that is pretended."""
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import families
@@ -410,3 +411,15 @@ def test_torch_pools_without_waiting_where_no_kernel_serves(gpu, tokens):
         found.append({op: rows.cpu() for op, rows in out.items()})
     for op, expected in found[0].items():
         torch.testing.assert_close(found[1][op], expected, equal_nan=True)
+
+
+def test_in_a_cuda_graph_nobody_looks_for_what_is_not_finite(gpu, monkeypatch):
+    model, rows = tiny.vit().to(DEVICE), Rows(stay=True)
+    asked = {"vision.layers.*": 2, "vision.embed": 1}
+    for graph in (False, True):
+        module = import_module("geofast.capture")
+        monkeypatch.setattr(module, "capturing", lambda _, graph=graph: graph)
+        for site, count in asked.items():
+            with torch.no_grad(), gf.capture(model, site, ["cls", "mean"], rows=rows):
+                model(**{k: v.to(DEVICE) for k, v in next(iter(batches("vit"))).items()})
+                assert len(rows._watched) == (0 if graph else 2 * count + 2)  # and two roles

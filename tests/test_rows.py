@@ -162,3 +162,15 @@ def test_the_first_site_that_is_unsound_is_named_on_whichever_device():
                 rows.watch(str(device), signs, partial(blame, str(device)))
             with pytest.raises(ValueError, match=str(order[0])):
                 rows.verify()
+
+
+def test_inside_a_cuda_graph_no_room_is_made(monkeypatch):
+    rows, made = Rows(4), partial(pytest.raises, RuntimeError, match="inside a CUDA graph none can")
+    rows.reserve("a", 8, 3)
+    rows.commit({"a": 3}, 3)
+    monkeypatch.setattr("geofast.rows.capturing", lambda _: True)
+    with made():
+        rows.reserve("b", 8, 1)
+    with made():
+        rows.reserve("a", 8, 2)
+    assert rows.reserve("a", 8, 1).shape == (1, 8)

@@ -352,9 +352,9 @@ def _memory_of_solving(
         elif not on_gpu:
             each = bytes_on_cpu(n, dim, *shape, select, rows=kept.kind == "rows")
         elif kept.kind == "rows":
-            each = bytes_of_rows(n, dim, 4, *shape, select, task.folds >= 3)
+            each = bytes_of_rows(n, dim, 4, *shape, select)
         else:
-            each = bytes_of_statistics(dim, *shape, select, task.folds >= 3)
+            each = bytes_of_statistics(dim, *shape, select)
         layers = count * len(asked.inputs) * asked.passes
         many = at_once(layers, free, each) if on_gpu else 1
         found.append(Solving(str(where) if on_gpu else "cpu", each, many))

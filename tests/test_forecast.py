@@ -244,9 +244,9 @@ def test_memory_of_a_gpu(monkeypatch, storage):
     added = 8 * (2048 + 64) * 4 if storage == "gram" else 0
     assert probing == state + 64 * 10 + 2 * 4 * 64 * 24 * 1024 + 16 * 25 * (2048 + 64) + added
     shape = 2, 5, len(gf.ALPHAS)
-    each = bytes_of_rows(2000, 1024, 4, *shape, "loo", True)
+    each = bytes_of_rows(2000, 1024, 4, *shape, "loo")
     if storage == "gram":
-        each = bytes_of_statistics(1024, *shape, "gcv", True)
+        each = bytes_of_statistics(1024, *shape, "gcv")
     assert (solving.device, solving.layer) == ("cuda:0", each)
     assert solving.at_once == at_once(24, (20 << 30) - kept.size, each) == 24
     assert (

@@ -74,7 +74,7 @@ def of_statistics(gpu: Pretend, n: int, select: str, *, inner: bool) -> None:
     gpu.reset_peak()
     before = gpu.allocated
     found = solve_many(grams, folds=torch.arange(6) % 3, select=select, inner=inner)
-    each = memory.bytes_of_statistics(WIDTH, TARGETS, 3, ALPHAS, select, inner)
+    each = memory.bytes_of_statistics(WIDTH, TARGETS, 3, ALPHAS, select)
     check(gpu, before, found, each)
 
 
@@ -83,7 +83,7 @@ def of_rows(gpu: Pretend, n: int, select: Select, *, inner: bool) -> None:
     gpu.reset_peak()
     before = gpu.allocated
     found = cross_validate_many(xs, y, torch.arange(n) % 3, select=select, inner=inner)
-    each = memory.bytes_of_rows(n, WIDTH, 4, TARGETS, 3, ALPHAS, select, inner)
+    each = memory.bytes_of_rows(n, WIDTH, 4, TARGETS, 3, ALPHAS, select)
     check(gpu, before, found, each)
 
 
@@ -117,7 +117,7 @@ def test_many_rows(gpu: Pretend, monkeypatch: pytest.MonkeyPatch, select: Select
     gpu.reset_peak()
     before = gpu.allocated
     found = cross_validate_many(xs, y, torch.arange(n) % 3, select=select)
-    each = memory.bytes_of_rows(n, width, 4, TARGETS, 3, ALPHAS, select, False)
+    each = memory.bytes_of_rows(n, width, 4, TARGETS, 3, ALPHAS, select)
     check(gpu, before, found, each)
 
 
@@ -128,7 +128,7 @@ def test_rows_of_a_group(gpu: Pretend) -> None:
     gpu.reset_peak()
     before = gpu.allocated
     found = cross_validate_many(xs, y, fold, select="gcv")
-    each = memory.bytes_of_rows(n // 2, WIDTH, 4, TARGETS, 3, ALPHAS, "gcv", False)
+    each = memory.bytes_of_rows(n // 2, WIDTH, 4, TARGETS, 3, ALPHAS, "gcv")
     check(gpu, before, found, each)
 
 
@@ -137,7 +137,7 @@ def test_all_rows(gpu: Pretend) -> None:
     gpu.reset_peak()
     before = gpu.allocated
     found = fit_many(xs, y, select="loo")
-    each = memory.bytes_of_rows(450, WIDTH, 4, TARGETS, 1, ALPHAS, "loo", False)
+    each = memory.bytes_of_rows(450, WIDTH, 4, TARGETS, 1, ALPHAS, "loo")
     check(gpu, before, found, each)
 
 

@@ -383,7 +383,7 @@ def test_layers_are_taken_in_parts_when_memory_is_short(
 
     monkeypatch.setattr(module, "_solve_layers", limited)
     monkeypatch.setattr(memory, "_SHARE", 0.5)
-    each = memory.bytes_of_statistics(40, 2, 5, len(gf.ALPHAS), "gcv", False)
+    each = memory.bytes_of_statistics(40, 2, 5, len(gf.ALPHAS), "gcv")
     monkeypatch.setattr(memory, "_free", lambda _: 2 * room * each)
     parts = solve_many(there)
     assert tried == sizes

@@ -46,9 +46,7 @@ def at_once(layers: int, free: int, each: int) -> int:
     return -(-layers // -(-layers // fit))
 
 
-def bytes_of_statistics(
-    dim: int, targets: int, folds: int, alphas: int, select: str, inner: bool
-) -> int:
+def bytes_of_statistics(dim: int, targets: int, folds: int, alphas: int, select: str) -> int:
     """Bytes that a layer takes at most while it is solved from statistics.
 
     Statistics of every part, of all rows, and of the pair of folds whose turn it is. Of each
@@ -73,14 +71,13 @@ def bytes_of_rows(
     folds: int,
     alphas: int,
     select: str,
-    inner: bool,
 ) -> int:
     """Bytes that a layer of rows [n, d] takes at most while it is solved from them.
 
     What its statistics take, the rows once more, and each row's predictions and errors in every
     fold. Leave-one-out also takes near-solutions, and those of each row, at every alpha.
     """
-    found = bytes_of_statistics(dim, targets, folds, alphas, select, inner)
+    found = bytes_of_statistics(dim, targets, folds, alphas, select)
     return found + n * dim * itemsize + _of_each_row(n, dim, targets, folds, alphas, select)
 
 

@@ -103,7 +103,7 @@ def solve_many(
         return []
     device, dim = grams[0].matrix.device, grams[0].dim
     parts = grams[0].cells if folds is None else int(folds.max()) + 1
-    each = bytes_of_statistics(dim, grams[0].targets, parts, len(grid), select, inner)
+    each = bytes_of_statistics(dim, grams[0].targets, parts, len(grid), select)
     return in_parts(
         grams,
         None if device.type == "cpu" or is_small(dim) else (device, each),
@@ -293,7 +293,7 @@ def _of_tables(
     if _is_large_elsewhere(x):
         shape = n, d, x.itemsize, k, folds, len(alphas)
         wide = _rows(x, y, fold, folds).are_wide
-        each = bytes_of_wide_rows(*shape) if wide else bytes_of_rows(*shape, select, inner)
+        each = bytes_of_wide_rows(*shape) if wide else bytes_of_rows(*shape, select)
         memory = x.device, each
     return in_parts(tables, memory, solved)
 

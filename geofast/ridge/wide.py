@@ -136,7 +136,7 @@ class _Parts:
 
     def predict(self, dual: torch.Tensor) -> torch.Tensor:
         """Predictions for all rows: [L, n, S, k]."""
-        fitted = dual @ self.kernel[:, None]  # [L, S, k, n]
+        fitted = (dual.flatten(1, 2) @ self.kernel).view_as(dual)  # [L, S, k, n]
         return (fitted + (self.y_mean - self.offset(dual))[..., None]).permute(0, 3, 1, 2)
 
     def _of_all_rows(self, u: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ Importing it needs no GPU. What a machine lacks, `lacking` says, and torch's ope
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -69,20 +68,6 @@ def _cuda(device: torch.device) -> Any:
     except ImportError as error:
         return f"geofast was built without CUDA C++ ({error})"
     return extension.unavailable(device.index or 0) or extension
-
-
-def absent() -> str | None:
-    """Return why torch can use no GPU; None where it can."""
-    if torch.cuda.is_available():
-        return None
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    why = None
-    with suppress(ImportError):
-        from . import _cuda as extension
-
-        why = extension.unavailable()
-    return why or f"torch {torch.__version__}, for CUDA {torch.version.cuda}, finds none"
 
 
 def lacking(device: torch.device) -> list[str]:

@@ -11,6 +11,7 @@ import itertools
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 
@@ -164,14 +165,28 @@ class _Kept(threading.local):
 kept = _Kept()
 
 
+def no_gpu() -> str | None:
+    """Return why torch can use no GPU; None where it can."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    why = None
+    with suppress(ImportError):
+        from . import _cuda as extension
+
+        why = extension.unavailable()
+    return why or f"torch {torch.__version__}, for CUDA {torch.version.cuda}, finds none"
+
+
 def describe(device: torch.device) -> str:
     """Say in words what serves `device`, and why nothing better does."""
-    from . import _gpu
-
     if device.type == "cpu":
         core = f"C++ core ({_core.detected_isa()}, {torch.get_num_threads()} threads)"
-        return core if (why := _gpu.absent()) is None else f"{core}; no GPU: {why}"
+        return core if (why := no_gpu()) is None else f"{core}; no GPU: {why}"
     if device.type != "cuda":
         return f"torch on {device} (geofast has no kernels for it)"
+    from . import _gpu
+
     name = torch.cuda.get_device_name(device)
     return "; ".join([f"kernels on {device}, {name}", *_gpu.lacking(device)])

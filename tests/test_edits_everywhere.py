@@ -48,6 +48,9 @@ def _quantised(folder, **bits):
         folder, quantization_config=transformers.BitsAndBytesConfig(**bits), dtype=torch.float16
     )
     assert {"Linear4bit", "Linear8bitLt"} & {type(m).__name__ for m in module.modules()}
+    for part in module.modules():
+        # On CPUs with bfloat16 in AVX-512 it packs weights in blocks of 64, and these are narrower.
+        part.support_avx512bf16_for_cpu = False
     return gf.load(module, processor=transformers.AutoProcessor.from_pretrained(folder))
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from .._gpu import absent
+from .._ops import no_gpu
 from . import zoo
 from .adapters import Adapter, base_of, find_adapter, put_on, refuse_one_inside, wears_one
 from .assemble import assemble
@@ -186,7 +186,7 @@ def default_device(device: str | torch.device | None) -> torch.device:
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if where.type == "cuda" and not torch.cuda.is_available():
-        msg = f"there is no GPU for device={str(where)!r}: {absent()}; leave device= (--device) out"
+        msg = f"there is no GPU for device={str(where)!r}: {no_gpu()}; leave device= (--device) out"
         raise RuntimeError(msg)
     return where
 

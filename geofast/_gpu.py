@@ -77,9 +77,9 @@ def lacking(device: torch.device) -> list[str]:
 
 
 def pool(x: torch.Tensor, roles: torch.Tensor, jobs: Jobs) -> None:
-    """As `_reference.pool`, in one read of `x` and with sums in float32; float64 is torch's."""
+    """As `_reference.pool`, in one read of `x` and with sums in float32."""
     kernels = _triton(x.device)
-    if isinstance(kernels, str) or x.dtype == torch.float64:
+    if isinstance(kernels, str):
         _reference.pool(x, roles, jobs)
     else:
         kernels[0].pool(x, roles, jobs)
@@ -88,7 +88,7 @@ def pool(x: torch.Tensor, roles: torch.Tensor, jobs: Jobs) -> None:
 def pool_packed(x: torch.Tensor, roles: torch.Tensor, jobs: Jobs, starts: Sequence[int]) -> None:
     """As `_ops.pool` with `starts`, in one read of `x`."""
     kernels = _triton(x.device)
-    if isinstance(kernels, str) or x.dtype == torch.float64:
+    if isinstance(kernels, str):
         pool_by_sample(_reference, x, roles, jobs, starts)
     else:
         ends = x.reshape(1, -1, x.shape[-1])

@@ -35,7 +35,7 @@ def pool(
     jobs: Sequence[tuple[str, int, torch.Tensor]],
     starts: Sequence[int] | None = None,
 ) -> bool:
-    """Do what the backend's `pool` does; with float64 rows, what the reference does.
+    """Do what the backend's `pool` does; in float64, what the reference does.
 
     Returns True when all that was written is known to be finite; others need not know.
 

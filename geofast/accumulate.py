@@ -55,9 +55,7 @@ class Statistics:
         for device, here in keys.items():
             try:
                 with self._aside.beside(device):  # and rows are kept until it is joined
-                    # They or statistics are on the CPU where their device had no room for them.
-                    part = {key: rows[key].to(device) for key in here}
-                    self._add(part, y, cell)
+                    self._add({key: rows[key] for key in here}, y, cell)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -76,7 +74,7 @@ class Statistics:
         return self._new(key, x[:0].cpu(), targets)
 
     def _add(self, rows: Mapping[str, torch.Tensor], y: torch.Tensor, cell: torch.Tensor) -> None:
-        """Add rows of one device, fewer at a time where memory runs out."""
+        """Add rows to statistics of one device, fewer at a time where memory runs out."""
         grams, done = [self.grams[key] for key in rows], 0
         while done < len(y):
             part = slice(done, done + (self._budget.rows or len(y)))
@@ -95,7 +93,9 @@ class Statistics:
     ) -> bool:
         """Try to add; where memory runs out, halve the budget and return False."""
         try:
-            update(grams, xs, y, cell)
+            # Rows or statistics are on the CPU where their device had no room for them.
+            where = grams[0].matrix.device
+            update(grams, [x.to(where) for x in xs], y, cell)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error) or len(y) == 1:
                 raise

@@ -83,7 +83,8 @@ class Budget:
         if self.rows:
             told += [f"statistics were added to by at most {self.rows} rows at once"]
         if self.crowded:
-            told += [f"rows or statistics were kept on the CPU instead of {self.crowded}"]
+            room = f"the CPU's ordinary memory instead of {self.crowded}"
+            told += [f"rows or statistics were kept in {room}"]
         return [f"{one} after out-of-memory; nothing was lost" for one in told]
 
 

@@ -195,6 +195,7 @@ class Recorder:
         hooks.callback(self._body.register_forward_hook(_untraced(self._finish)).remove)
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._rows.aside.settle()
         self._call = Call(_arguments(module, args, kwargs))
         self._layouts.clear()
         self._seen.clear()
@@ -249,7 +250,8 @@ class Recorder:
         """Have a GPU's model wait where it may write over what is being read beside it.
 
         Falcon adds what its attention returns to what its MLP returned, in place. The blocks of
-        others return what they were given, changed: the first pass tells, and overlaps nothing.
+        others return what they were given, changed: the first pass tells, and overlaps nothing. A
+        block that changes what it was given and returns something else is not noticed.
         """
         self._overwrites |= hidden is self._last()
         self._last = weakref.ref(hidden)

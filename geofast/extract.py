@@ -163,7 +163,8 @@ class _Pass:
                     self._flush(rows, statistics, pending)
                 bar.update(len(batch.index) + len(batch.skipped))
             verify(rows, self.samples, pending)
-        self.budget.crowded = rows.crowded or self.budget.crowded
+        crowded = dict.fromkeys(filter(None, (self.budget.crowded, rows.crowded)))
+        self.budget.crowded = " and ".join(crowded)
         kept += pending
         if not of_rows:
             if pending:
@@ -207,6 +208,7 @@ class _Pass:
             return True
         # Not inside of `except`: the error holds the tensors of the pass until it is gone.
         rows.rewind(mark)
+        rows.aside.settle()
         torch.cuda.empty_cache()
         return False
 

@@ -347,7 +347,7 @@ def _memory_of_solving(
         (dim, count), sizes = width, torch.bincount(task.fold[task.fold >= 0])
         n, on_gpu = int(sizes.sum()), kept.stay and not is_small(dim)
         shape = targets, task.folds, alphas
-        if kept.kind == "rows" and n - int(sizes.max()) < dim:
+        if kept.kind == "rows" and n - int(sizes.min()) < dim:
             each = bytes_of_wide_rows(n, dim, 4, *shape)
         elif not on_gpu:
             each = bytes_on_cpu(n, dim, *shape, select, rows=kept.kind == "rows")

@@ -118,6 +118,8 @@ class Rows(Mapping[str, torch.Tensor]):
                 raise ValueError(msg)
             grown = self._allocate(max(2 * fit, need), dim, device)
             self.aside.join()
+            if store.is_cpu:
+                self.aside.wait()  # rows may be on their way to it
             grown[:n] = store[:n]
             store = self._store[key] = grown
         return store[n:need]

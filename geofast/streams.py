@@ -44,8 +44,9 @@ class Aside:
         with torch.cuda.device(device.index):
             current = torch.cuda.current_stream(device.index)
             if side.read and not (read and read[0] is side.read[0]):  # more of a layer may come
+                read_before, side.read = side.read, ()
                 current.wait_event(side.done)
-                side.read = ()
+                del read_before  # not before the wait
             side.forked.record(current)
             side.stream.wait_event(side.forked)
             torch.cuda.set_stream(side.stream)
@@ -56,12 +57,22 @@ class Aside:
                 side.done.record(side.stream)
                 side.read += read
 
+    def settle(self) -> None:
+        """Join if something is kept: what a pass that failed left."""
+        if any(side.read for side in self._sides.values()):
+            self.join()
+
     def join(self) -> None:
         """Have whatever comes next on each GPU wait for what was run here."""
         for device, side in self._sides.items():
             side.done.record(side.stream)
             torch.cuda.current_stream(device.index).wait_event(side.done)
             side.read = ()
+
+    def wait(self) -> None:
+        """Have the host wait for what was run here."""
+        for side in self._sides.values():
+            side.stream.synchronize()
 
 
 class _Side:

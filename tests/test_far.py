@@ -238,8 +238,8 @@ def test_statistics_that_a_device_has_no_room_for_are_kept_on_the_cpu(gpu, monke
     about = statistics.grams["a"]._about(expected.shift)
     torch.testing.assert_close(about, expected.matrix, rtol=1e-6, atol=1e-6)
     assert budget.warnings == [
-        f"rows or statistics were kept on the CPU instead of {DEVICE} after out-of-memory; "
-        "nothing was lost"
+        f"rows or statistics were kept in the CPU's ordinary memory instead of {DEVICE} after "
+        "out-of-memory; nothing was lost"
     ]
 
 

@@ -127,6 +127,39 @@ def test_fewer_rows_than_features(kind, shape):
     assert_same(gf.cross_validate(x, y, fold), study(x, y, fold))
 
 
+def test_a_held_out_row_far_out():
+    """What rounding leaves of the sum of dual coefficients, it would multiply by its square."""
+    x, y = rows(60, 90)
+    x[0] *= 1e5
+    fold = folds_of(60)
+    found = gf.cross_validate(x, y, fold)
+    assert "X X'" in found.method
+    held = study(x, y, fold)[2]
+    np.testing.assert_allclose(found.predictions[0], held[0], rtol=1e-6)
+
+
+def test_fewer_rows_than_features_of_large_scale():
+    """From penalties next to nothing, where hardly anything is free, to those that noise needs."""
+    x, _ = rows(60, 90)
+    y = torch.from_numpy(np.random.default_rng(0).standard_normal((60, 2)))
+    x, fold, alphas = x * 1e6, folds_of(60), np.logspace(-1, 14, 16)
+    found = gf.cross_validate(x, y, fold, alphas)
+    expected = [
+        SklearnRidgeCV(alphas=alphas).fit(x[fold != f].double(), y[fold != f]).alpha_
+        for f in range(5)
+    ]
+    np.testing.assert_allclose(found.alpha, expected)
+
+
+def test_rows_of_some_parts_alone_are_fewer_than_features():
+    x, y = rows(300, 90)
+    fold = torch.zeros(300, dtype=torch.int64)
+    fold[-60:] = torch.arange(60) % 4 + 1
+    found = gf.cross_validate(x, y, fold)
+    assert "X X'" not in found.method
+    assert_same(found, study(x, y, fold))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fewer_rows_than_features_through_the_gram(kind):
     x, y = rows(100, 90, kind=kind)

@@ -164,6 +164,17 @@ def test_the_first_site_that_is_unsound_is_named_on_whichever_device():
                 rows.verify()
 
 
+def test_rows_on_their_way_to_the_host_are_waited_for_before_they_move(monkeypatch):
+    rows, asked = Rows(2), []
+    monkeypatch.setattr(rows.aside, "join", lambda: asked.append("join"))
+    monkeypatch.setattr(rows.aside, "wait", lambda: asked.append("wait"))
+    rows.reserve("a", 8, 2)
+    rows.commit({"a": 2}, 2)
+    asked.clear()
+    rows.reserve("a", 8, 1)
+    assert asked == ["join", "wait"]
+
+
 def test_inside_a_cuda_graph_no_room_is_made(monkeypatch):
     rows, made = Rows(4), partial(pytest.raises, RuntimeError, match="inside a CUDA graph none can")
     rows.reserve("a", 8, 3)

@@ -21,9 +21,6 @@ class Stream:
     def wait_event(self, event):
         self.work.append(("wait", *event.recorded))
 
-    def wait_stream(self, other):
-        self.work.append(("wait", other, len(other.work)))
-
 
 class Event:
     def record(self, stream):
@@ -145,3 +142,17 @@ def test_on_the_cpu_there_is_nothing_beside(cuda):
         cuda.launch("pool")
     aside.join()
     assert cuda.current[0].work == ["pool"]
+
+
+def test_what_a_pass_that_failed_left_is_let_go(cuda):
+    aside, tensor = Aside(), Tensor()
+    left, model = weakref.ref(tensor), cuda.current[0]
+    with pytest.raises(KeyError), aside.beside(on(0), tensor):
+        raise KeyError
+    del tensor
+    assert left() is not None
+    aside.settle()
+    assert left() is None
+    waits = len(model.work)
+    aside.settle()
+    assert len(model.work) == waits == 1

@@ -172,5 +172,5 @@ class TrainingRows:
 
     @property
     def are_wide(self) -> bool:
-        """Whether X X' is the cheaper way: some training part has fewer rows than features."""
-        return int(self.training.sum(0).min()) < self.x.shape[-1]
+        """Whether X X' is the cheaper way: every training part has fewer rows than features."""
+        return int(self.training.sum(0).max()) < self.x.shape[-1]

@@ -2,8 +2,9 @@
 
 With K = X X' about the mean of the training rows, u = (K + alpha I)^-1 (y - mean) are the dual
 coefficients: the solution is w = X'u, the training errors are alpha u, and the leave-one-out errors
-are u_i over (K + alpha I)^-1_ii - 1 / (n alpha). A single penalty takes a Cholesky factor. A whole
-grid of them takes the CPU less time by eigenvectors; a GPU is quicker at as many factors.
+are u_i over what (K + alpha I)^-1_ii has beside the direction of ones. A single penalty takes a
+Cholesky factor. A whole grid of them takes the CPU less time by eigenvectors; a GPU is quicker at
+as many factors.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .factor import Factor
 from .scores import fold_r2, r2_score
 from .solution import Solution, least, penalties
 from .training import TrainingRows, refuse_constant
+
+_TINY = torch.finfo(torch.float64).tiny
 
 
 def solve_wide(
@@ -155,12 +158,16 @@ class _Parts:
             if not info.any():
                 u = factor.solve(target.flatten(0, 1)).view_as(target)
                 found = factor.inverse_diagonal() if diagonal else u.new_empty(0)
-                return u, found.view(*alpha.shape, -1)
+                return self._balanced(u), found.view(*alpha.shape, -1)
             self.by_spectrum = True  # too badly scaled for a factor, at the penalties to come too
         values, vectors = self._spectrum
         inverse = 1.0 / (values + alpha[..., None])
         u = (target @ vectors * inverse[:, :, None]) @ vectors.mT
-        return u, (vectors.square() @ inverse[..., None])[..., 0]
+        return self._balanced(u), (vectors.square() @ inverse[..., None])[..., 0]
+
+    def _balanced(self, u: torch.Tensor) -> torch.Tensor:
+        """Dual coefficients add up to 0: what rounding leaves, a row far out would multiply."""
+        return u - (u.sum(-1) / self.n[:, None])[..., None] * self.there[:, None]
 
     @cached_property
     def _spectrum(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,11 +181,11 @@ class _Parts:
         error, free = alpha * u, alpha * diagonal * self.there
         ones = alpha / (self.level + alpha)  # what the direction of ones has of `free`
         if select == "gcv":
-            left = (free.sum(-1) - ones).clamp_min(1e-9 * self.n)
+            left = (free.sum(-1) - ones).clamp_min(_TINY)
             gcv: torch.Tensor = self.n * error.square().sum((2, 3)) / left.square()
             return gcv
         # Where a part has no row, the error is 0 and anything else may be.
-        left = (free - (ones / self.n)[..., None]).clamp_min(1e-12)
+        left = (free - (ones / self.n)[..., None]).clamp_min(_TINY)
         loo: torch.Tensor = (error / left[:, :, None]).square().mean(2).sum(-1) / self.n
         return loo
 

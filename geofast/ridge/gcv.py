@@ -15,7 +15,7 @@ from .training import Training, is_small, subset
 _STEPS = 10  # Lanczos steps: a neighbouring alpha is exact to 1e-8, one three decades off to 10 %
 _PROBES = 6  # random sign vectors for the trace
 _SCOUT = (8, 2)  # steps and sign vectors where only the place of the minimum is asked for
-_FEW_ROWS = 1.1  # times the features: below, whole spectra in float64
+_FEW_ROWS = 1.1  # times the features: below, whole spectra, or on a GPU a factor of every alpha
 _TIE = 1e-3  # closer than this and the errors of the estimate: exact traces decide
 
 

@@ -15,7 +15,7 @@ _WORK = {"cpu": 4e9, "cuda": 4e12}  # operations of the matrix product that is t
 _ROOM = 1 << 22  # numbers that are pooled at once
 _WIDEST = 2048  # of the product: wider ones run as fast, and take longer to set up
 _ROWS = 1024  # of the first regression that is timed
-_ENOUGH = 0.25  # seconds after which nothing is repeated or enlarged
+_ENOUGH = 0.25  # seconds after which nothing is repeated once more or enlarged
 _FOLDS = 5
 
 
@@ -94,15 +94,15 @@ def solve_work(samples: int, width: int, folds: int) -> float:
 
 
 def _least(device: torch.device, run: Callable[[], object], times: int = 4) -> float:
-    """Return the least time of a few runs, of a long one alone; the first also warms up."""
+    """Return the least time of a few runs; two at least, as the first also warms up."""
     least, began = float("inf"), time.perf_counter()
-    for _ in range(times):
+    for i in range(times):
         start = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         now = time.perf_counter()
         least = min(least, now - start)
-        if now - began > _ENOUGH:
+        if i and now - began > _ENOUGH:
             break
     return least

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import math
 import re
 import time
 
@@ -334,6 +335,21 @@ def test_planning_takes_no_longer_than_what_it_plans(tmp_path):
     assert many.seconds["solve"] > gf.plan(folder, data, split=gf.KFold(5)).seconds["solve"]
 
 
+def assert_near(seconds, *stages):
+    """Hold what is told to what it took: within a factor of four, least against least.
+
+    A shared machine stands still for seconds now and then, and what was timed then says nothing:
+    both are timed again, up to eight times. The least only comes nearer to an idle machine's.
+    """
+    told, took = dict.fromkeys(stages, math.inf), dict.fromkeys(stages, math.inf)
+    for _ in range(8):
+        for least, now in zip((told, took), seconds(), strict=True):
+            least.update({stage: min(least[stage], now[stage]) for stage in stages})
+        if all(0.25 < told[stage] / took[stage] < 4 for stage in stages):
+            return
+    raise AssertionError(f"told {told}, took {took}")
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize(("samples", "width", "select"), [(800, 96, "loo"), (4000, 256, "gcv")])
 def test_solving_is_told_from_a_smaller_size(samples, width, select):
@@ -341,13 +357,15 @@ def test_solving_is_told_from_a_smaller_size(samples, width, select):
     x = torch.randn(samples, width, generator=generator)
     y = (x[:, :2] + torch.randn(samples, 2, generator=generator)).double()
     fold = torch.arange(samples) % 5
-    told = solve_work(samples, width, 5) / solve_rate(samples, width, 2, 5, gf.ALPHAS, select)
-    took = []
-    for _ in range(3):
+
+    def seconds() -> tuple[dict[str, float], dict[str, float]]:
+        rate = solve_rate(samples, width, 2, 5, gf.ALPHAS, select)
         start = time.perf_counter()
         gf.cross_validate(x, y, fold, select=select, inner=True)
-        took.append(time.perf_counter() - start)
-    assert 1 / 4 < told / min(took) < 4
+        took = time.perf_counter() - start
+        return {"solve": solve_work(samples, width, 5) / rate}, {"solve": took}
+
+    assert_near(seconds, "solve")
 
 
 def test_little_is_not_told_in_many_digits(tmp_path):
@@ -443,7 +461,6 @@ def test_plan_and_probe_take_the_same():
 
 @pytest.mark.alone
 def test_the_prediction_is_near_a_run(tmp_path):
-    """Within a factor of four, on a machine that may be busy, once the process is warm."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     config = Dinov2Config(hidden_size=192, num_hidden_layers=6, num_attention_heads=3)
@@ -453,10 +470,12 @@ def test_the_prediction_is_near_a_run(tmp_path):
     data = photos(60, (224, 224))
     options = dict(split=gf.KFold(5), pool=["cls", "mean:patch"])
     gf.probe(tmp_path, data.take(range(10)), check=False, workers=0, **options)
-    seconds = gf.probe(tmp_path, data, check=False, workers=0, **options).info["seconds"]
-    told = gf.plan(tmp_path, data, **options).seconds
-    for stage in ("forward", "solve"):
-        assert 0.25 < told[stage] / seconds[stage] < 4, (stage, told, seconds)
+
+    def seconds() -> tuple[dict[str, float], dict[str, float]]:
+        run = gf.probe(tmp_path, data, check=False, workers=0, **options)
+        return gf.plan(tmp_path, data, **options).seconds, run.info["seconds"]
+
+    assert_near(seconds, "forward", "solve")
 
 
 def test_the_command(tmp_path, capsys):

@@ -80,8 +80,12 @@ def main(arguments=None):
     for name in chosen(options.only):
         part = PARTS[name]
         left = end - time.monotonic() - GRACE
-        if left < part.least:
-            found["parts"][name] = left_out(left)
+        if found["parts"].get("install", {}).get("state") == "failed":
+            found["parts"][name] = left_out("geofast is not installed")
+        elif left < part.least:
+            found["parts"][name] = left_out(
+                f"{max(left, 0):.0f} s are left of the time for all parts (--seconds)"
+            )
         else:
             found["parts"][name] = timed(name, min(left, part.most), options, out)
         print(report.text_of(name, found["parts"][name]), flush=True)
@@ -120,9 +124,9 @@ def chosen(only):
     return [name for name in PARTS if name in asked]
 
 
-def left_out(left):
-    note = f"left out: {max(left, 0):.0f} s are left of the time for all parts (--seconds)"
-    return {"state": "left out", "seconds": 0.0, "tables": {}, "notes": [note], "errors": []}
+def left_out(why):
+    empty = {"tables": {}, "notes": [f"left out: {why}"], "errors": []}
+    return {"state": "left out", "seconds": 0.0, **empty}
 
 
 def timed(name, seconds, options, out):
@@ -136,7 +140,7 @@ def timed(name, seconds, options, out):
                 options.folder = install.install(run)
             elif name == "tests":
                 checks.main(run, checks.environment(options.folder))
-            elif options.dry:
+            elif options.dry and options.folder is None:
                 with run.case(name):
                     main_of(name)(run)
             else:
@@ -160,17 +164,11 @@ def apart(name, run, options, out):
 
 
 def command_of(name, seconds, options, out, events):
-    quick = ["--quick"] if options.quick else []
-    command = [sys.executable, str(Path(__file__).resolve()), "--part", name, *quick]
+    flags = [f"--{flag}" for flag in ("quick", "dry") if getattr(options, flag)]
     return [
-        *command,
-        "--seconds",
-        f"{seconds:.1f}",
-        "--out",
-        str(out.resolve()),
-        "--events",
-        str(events),
-    ]
+        sys.executable, str(Path(__file__).resolve()), "--part", name, *flags,
+        "--seconds", f"{seconds:.1f}", "--out", str(out.resolve()), "--events", str(events),
+    ]  # fmt: skip
 
 
 def child(options):

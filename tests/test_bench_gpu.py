@@ -240,6 +240,31 @@ def test_a_part_of_its_own_process_is_given_what_it_reads(gpu, tmp_path):
         assert callable(gpu.main_of(name))
 
 
+def test_a_dry_run_where_geofast_is_not_installed_installs_it(gpu, monkeypatch, tmp_path):
+    """Its parts are processes then, which are told that they are dry."""
+    ran = []
+
+    def call(command, seconds, *, env, **_):
+        ran.append((gpu.parser().parse_args(command[2:]), env["PYTHONPATH"].split(":")[0]))
+        return 0, ""
+
+    monkeypatch.setattr(gpu.install, "install", lambda run: tmp_path)
+    monkeypatch.setattr(gpu.process, "call", call)
+    assert gpu.main(["--dry", "--only", "gram", "--out", str(tmp_path / "o.json")]) == 0
+    assert [(o.part, o.dry, at) for o, at in ran] == [
+        (name, True, str(tmp_path)) for name in ("ceilings", "gram")
+    ]
+
+
+def test_nothing_is_measured_where_the_install_failed(gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu.install, "install", lambda run: run.error("no compiler"))
+    out = tmp_path / "o.json"
+    assert gpu.main(["--dry", "--only", "gram", "--out", str(out)]) == 1
+    states = {name: one["state"] for name, one in json.loads(out.read_text())["parts"].items()}
+    assert states == {"install": "failed", "ceilings": "left out", "gram": "left out"}
+    assert "left out: geofast is not installed" in capsys.readouterr().out
+
+
 def test_a_gpu_test_that_skips_or_is_interpreted_is_a_failure(new_run, tmp_path):
     checks, run = part("checks"), new_run()
     xml = """<testsuites><testsuite>

@@ -34,9 +34,6 @@ def install(run):
     if (folder / "done").exists():
         run.note(f"this geofast was installed before, in {folder}")
         return folder
-    if run.dry:
-        run.note(f"a dry run installs nothing; this geofast would go to {folder}")
-        return None
     with tempfile.TemporaryDirectory(prefix="geofast-source-") as copied:
         source = Path(copied, "geofast")
         shutil.copytree(ROOT, source, ignore=LEFT_OUT)

@@ -111,10 +111,16 @@ def test_vision_sites_are_the_hidden_states(load, images, family):
         torch.testing.assert_close(rows[name], state.mean(1), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("looks", ["taken", "not taken"])
 @pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
-def test_one_look_at_an_image_serves_every_prompt(load, images, family):
-    """Rows of an LM equal those of a whole forward pass for each prompt, its own look included."""
+def test_one_look_at_an_image_serves_every_prompt(load, images, family, looks, monkeypatch):
+    """Rows of an LM equal those of a whole forward pass for each prompt, its own look included.
+
+    Not taken: as with transformers before 5.18.
+    """
     model = load(family)
+    if looks == "not taken":
+        monkeypatch.setattr("geofast.models.model.takes_looks", lambda _: False)
     rows = read(model, images)
     calls = []
     blocks = next(t for t in model.towers if t.name == "vision").blocks
@@ -137,19 +143,27 @@ def test_one_look_at_an_image_serves_every_prompt(load, images, family):
         assert_close(mine, {k: expected[k] for k in expected})
 
 
+def test_a_model_that_looks_again_by_itself_is_refused(load, images, monkeypatch):
+    model = load(families.llava)
+    monkeypatch.setattr("geofast.models.model.takes_looks", lambda _: False)
+    look = type(model.body).get_image_features
+    monkeypatch.setattr(
+        type(model.body), "forward", lambda self, **given: look(self, given["pixel_values"])
+    )
+    msg = "LlavaModel called its get_image_features 0 times, not once"
+    with pytest.raises(RuntimeError, match=msg):
+        model.forward(model.prepare(images))
+    assert "get_image_features" not in vars(model.body)
+
+
 @pytest.mark.parametrize("family", [families.llava, families.gemma3], ids=name_of)
 def test_the_towers_layers_do_not_stay_beside_the_language_model(load, images, family):
-    model, kept = load(family), []
+    model = load(family)
     whole = model.body.get_image_features(
         **{k: v for k, v in model.prepare(images)["image"].items() if k != "tiles"}
     )
     assert (whole.hidden_states is not None) == (family is families.llava)
-    with model.body.register_forward_pre_hook(
-        lambda _module, _args, given: kept.append(given["mm_encoder_outputs"]["image"]),
-        with_kwargs=True,
-    ):
-        model.forward(model.prepare(images))
-    (seen,) = kept
+    seen = model.look(model.prepare(images))
     assert seen.hidden_states is None
     for got, want in zip(seen.pooler_output, whole.pooler_output, strict=True):
         torch.testing.assert_close(got, want)

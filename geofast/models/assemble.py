@@ -118,11 +118,14 @@ class _Method(nn.Module):
         super().__init__()
         self.model = model
         self.name = name
-        self.takes = tuple(inspect.signature(getattr(model, name)).parameters)
+        takes = inspect.signature(getattr(model, name)).parameters
+        self.takes = {*takes, "output_hidden_states", "return_dict"}
+        if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            # LLaVA's does not name its image_sizes before transformers 5.18.
+            self.takes |= {*inspect.signature(model.forward).parameters}
 
     def forward(self, **given: Any) -> Any:
-        takes = (*self.takes, "output_hidden_states", "return_dict")
-        return getattr(self.model, self.name)(**{k: v for k, v in given.items() if k in takes})
+        return getattr(self.model, self.name)(**{k: v for k, v in given.items() if k in self.takes})
 
 
 def _comparing(

@@ -186,8 +186,9 @@ class Model:
             for stage in more:
                 for i, prompt in enumerate(batch["prompts"]):
                     before(i)
-                    with suppress(_ReachedError):
-                        _run(stage.body, prompt, mm_encoder_outputs={"image": seen})
+                    handing = _handing(stage.body, batch["image"], seen)
+                    with handing as images, suppress(_ReachedError):
+                        _run(stage.body, {**prompt, **images})
 
     @torch.inference_mode()
     def look(self, batch: Batch) -> Any:
@@ -279,17 +280,64 @@ def _look(first: Stage, batch: Batch) -> Any:
     seen = _run(first.body, batch["image"])
     if getattr(seen, "hidden_states", None) is not None:
         # LLaVA's tower returns every layer, of which it reads one. The language model takes the
-        # features; all layers of a batch need not stay in memory beside it.
+        # features; all layers of a batch need not stay in memory beside it. Mistral 3's features
+        # are no field of what it returns before transformers 5.18, and are not copied with it.
+        features = seen.pooler_output
         seen = replace(seen, hidden_states=None)
+        seen.pooler_output = features
     return seen
 
 
-def _run(body: nn.Module, batch: Batch, **more: Any) -> Any:
+def takes_looks(module: nn.Module) -> bool:
+    """Tell whether a module takes images that were looked at before.
+
+    Those of transformers do since 5.18, though not all of them (BLIP-2 does not in 5.23).
+    """
+    return "mm_encoder_outputs" in inspect.signature(module.forward).parameters
+
+
+@contextmanager
+def _handing(body: Any, images: Batch, seen: Any) -> Iterator[Batch]:
+    """Give the arguments of a call in which `seen` is what images were found to be.
+
+    A module that takes no such thing is given the images, and inside the block its own
+    `get_image_features`, which its forward pass calls, returns `seen`.
+    """
+    if takes_looks(body):
+        yield {"mm_encoder_outputs": {"image": seen}}
+        return
+    asked = 0
+
+    def look_again(*_: Any, **__: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return seen
+
+    body.get_image_features = look_again  # on the instance, before its class's
+    try:
+        yield as_taken(images)
+    finally:
+        del body.get_image_features
+    if asked != 1:
+        raise RuntimeError(
+            f"the forward pass of {type(body).__name__} called its get_image_features {asked} "
+            "times, not once: geofast cannot tell what its language model was shown of an image. "
+            "transformers 5.18 or newer may help; else probe one tower of it, as a module of its "
+            "own with prepare="
+        )
+
+
+def as_taken(images: Batch) -> dict[str, Any]:
+    """Return what a module takes of images: `tiles` are for us alone."""
+    return {k: v for k, v in images.items() if k != "tiles"}
+
+
+def _run(body: nn.Module, batch: Batch) -> Any:
     takes = inspect.signature(body.forward).parameters
     # LLaVA's hands what it does not know on to its language model.
     hands_on = hasattr(body, "get_image_features") and "kwargs" in takes
     takes_cache = "use_cache" in takes or hands_on
-    return body(**batch, **more, **({"use_cache": False} if takes_cache else {}))
+    return body(**batch, **({"use_cache": False} if takes_cache else {}))
 
 
 def headless(module: nn.Module) -> nn.Module:

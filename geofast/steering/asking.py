@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..models import Model
-from ..models.model import evaluating
+from ..models.model import as_taken, evaluating, takes_looks
 from .apply import Job, edited, fitting, watching
 from .edit import Edit
 
@@ -111,7 +111,8 @@ def run(model: Model, arguments: dict[str, Any], **options: Any) -> Any:
 def prompt_of(model: Model, inputs: Sequence[Any]) -> dict[str, Any]:
     """Return what the module's own `generate` takes: padded on the left, images looked at already.
 
-    An edit in a vision tower or a projector must therefore be in force when this is called.
+    An edit in a vision tower or a projector must therefore be in force when this is called. A
+    module that takes no images that were looked at before is given the images, and looks itself.
 
     Raises
     ------
@@ -126,16 +127,19 @@ def prompt_of(model: Model, inputs: Sequence[Any]) -> dict[str, Any]:
     batch = model.prepare(inputs)
     if "prompts" not in batch:
         return _to_left(batch)
-    if not takes_looks(model):
-        msg = f"{type(model.module).__name__} takes no images that were looked at before: run "
+    if not takes_images(model):
+        msg = f"{type(model.module).__name__} takes images by names of its own: run "
         raise ValueError(msg + "model.module.generate inside model.edited(edits)")
     (prompt,) = batch["prompts"]
-    return {**_to_left(prompt), "mm_encoder_outputs": {"image": model.look(batch)}}
+    if takes_looks(model.module):
+        return {**_to_left(prompt), "mm_encoder_outputs": {"image": model.look(batch)}}
+    return {**_to_left(prompt), **as_taken(batch["image"])}
 
 
-def takes_looks(model: Model) -> bool:
-    """Tell whether the module's `generate` takes images that were looked at before."""
-    return "mm_encoder_outputs" in inspect.signature(model.module.forward).parameters
+def takes_images(model: Model) -> bool:
+    """Tell whether the module's `generate` takes images, looked at before or not."""
+    takes = inspect.signature(model.module.forward).parameters
+    return takes_looks(model.module) or "pixel_values" in takes
 
 
 def can_generate(model: Model) -> bool:

@@ -18,7 +18,7 @@ from .asking import (
     require_several,
     require_tokenizer,
     run,
-    takes_looks,
+    takes_images,
 )
 from .edit import EDIT_ROLES, Edit, require_role, several
 
@@ -89,7 +89,7 @@ def states(
     kept: dict[str, list[torch.Tensor]] = {site.name: [] for site in wanted}
     phase = "both" if steps else "prompt"
     speaks = len(ahead) < len(wanted) and (
-        steps > 0 or (can_generate(model) and (takes_looks(model) or not model.prompts))
+        steps > 0 or (can_generate(model) and (takes_images(model) or not model.prompts))
     )
     for start in range(0, len(inputs), batch_size):
         some = inputs[start : start + batch_size]

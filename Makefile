@@ -10,8 +10,10 @@ BIN    := $(VENV)/bin
 # The constraints are the versions that the tests passed with; without a GPU they also keep the
 # gigabytes of CUDA packages away.
 CONSTRAINTS := -c $(if $(shell command -v nvidia-smi 2>/dev/null),constraints.txt,constraints-cpu.txt)
-PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS)
+INSTALL     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP         := $(INSTALL) $(CONSTRAINTS)
 ZOO         := $(abspath $(VENV))/zoo
+OLDEST      := $(abspath $(VENV))/oldest
 # Two processes of one thread each; what is timed runs by itself after them.
 PYTEST      := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not alone"
 ALONE       := $(BIN)/pytest -m alone
@@ -23,12 +25,13 @@ SOURCES     := $(shell find csrc geofast kernels -name '*.cpp' -o -name '*.cu' -
 demo: $(VENV)/.demo
 	$(BIN)/geofast demo satellite --out runs/satellite --overwrite
 
-# Twice: as `make demo` installs geofast, and beside open_clip, timm and torchvision, whose presence
-# makes transformers take other processors.
-test: $(VENV)/.dev $(VENV)/.zoo
+# Three times: as `make demo` installs geofast; beside open_clip, timm and torchvision, whose presence
+# makes transformers take other processors; and with the oldest transformers that geofast takes.
+test: $(VENV)/.dev $(VENV)/.zoo $(VENV)/.oldest
 	$(PYTEST)
 	$(ALONE)
 	PYTHONPATH="$(ZOO)" $(PYTEST) $(foreach part,zoo families doctor roles edits_everywhere,tests/test_$(part).py)
+	PYTHONPATH="$(OLDEST):$(ZOO)" $(PYTEST) -m oldest $(foreach part,families edits_everywhere,tests/test_$(part).py)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -61,6 +64,12 @@ $(VENV)/.zoo: constraints-zoo.txt | $(BIN)/python
 	@echo "Installing open_clip, timm and torchvision into $(ZOO), for tests alone"
 	rm -rf "$(ZOO)"
 	$(PIP) --no-deps --target "$(ZOO)" -r constraints-zoo.txt $(OR_SAY_WHY)
+	touch $@
+
+$(VENV)/.oldest: constraints-oldest.txt | $(BIN)/python
+	@echo "Installing the oldest transformers that geofast takes into $(OLDEST), for tests alone"
+	rm -rf "$(OLDEST)"
+	$(INSTALL) --no-deps --target "$(OLDEST)" -r constraints-oldest.txt $(OR_SAY_WHY)
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python $(SOURCES)

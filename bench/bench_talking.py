@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import geofast as gf
+from geofast.models.model import handing
 from geofast.rows import Rows
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -99,10 +100,9 @@ def stacked(model, batch):
         batch["image"]["pixel_values"], output_hidden_states=True, return_dict=True
     )
     vision = [torch.stack([h[:, 0], h[:, 1:].mean(1)]) for h in seen.hidden_states]
-    text = model.body(
-        **batch["prompts"][0], mm_encoder_outputs={"image": seen}, use_cache=False,
-        output_hidden_states=True,
-    )  # fmt: skip
+    with handing(model.body, batch["image"], seen) as images:
+        given = {**batch["prompts"][0], **images}
+        text = model.body(**given, use_cache=False, output_hidden_states=True)
     between = torch.stack([features.mean(0) for features in seen.pooler_output])
     return torch.stack(vision), between, torch.stack([h[:, -1] for h in text.hidden_states])
 

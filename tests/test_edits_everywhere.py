@@ -12,8 +12,7 @@ import transformers
 from PIL import Image
 
 import geofast as gf
-from geofast.steering.asking import ask, looks_ahead
-from geofast.steering.generation import prompt_of
+from geofast.steering.asking import ask, looks_ahead, prompt_of, run
 from geofast.steering.scoring import forced
 
 # ------ ways to run a model that talks about images
@@ -84,11 +83,12 @@ SPEAKING = [
     for family, kind in VIEWS
     if family in (*families.TALKING_FAMILIES, *families.LANGUAGE_FAMILIES, *WAYS)
     and family not in ENCODERS
-    and (family, kind) != (families.phi4_multimodal, "image")  # it takes no images looked at before
+    and (family, kind) != (families.phi4_multimodal, "image")  # its names of images are others
 ]
-# PaliGemma's processor hands numpy what it deprecates, and bitsandbytes is full of it.
+# PaliGemma's processor hands numpy what it deprecates, InternVL's of transformers 5.17 does, and
+# bitsandbytes is full of it.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array(_wrap)?__ (implem|must):DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
 ]
 
@@ -155,10 +155,10 @@ def every_token(model, inputs, names):
 
 def logits(model, inputs, edits=()):
     """Logits of every step of greedy generation."""
-    with model.edited(edits), torch.no_grad():
-        made = model.module.generate(
-            **prompt_of(model, inputs), max_new_tokens=STEPS, min_new_tokens=STEPS,
-            do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+    with model.edited(edits):
+        made = run(
+            model, prompt_of(model, inputs), max_new_tokens=STEPS, min_new_tokens=STEPS,
+            pad_token_id=0, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
     return torch.stack(made.logits)
 
@@ -246,6 +246,7 @@ def test_prompts_read_once_for_all_arms_say_what_they_say_when_each_is_read(case
     assert looks_ahead(model, inputs[0]) == (family in (families.paligemma, families.paligemma2))
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("case", SPEAKING, ids=name_of, indirect=True)
 def test_generation_to_the_last_bit(case):
     model, inputs, own = case
@@ -259,6 +260,23 @@ def test_generation_to_the_last_bit(case):
         theirs = gf.states(model, inputs, spoken, steps=STEPS - 1)
     assert torch.equal(theirs.at[spoken], steps.at[spoken][[1, 2, 0]])
     assert not torch.equal(logits(model, inputs, [moved]), bare)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize(
+    "case", [c for c in SPEAKING if c[1] == "image"], ids=name_of, indirect=True
+)
+def test_a_module_that_takes_images_alone_generates_the_same(case, monkeypatch):
+    """As with transformers before 5.18."""
+    model, inputs, own = case
+    arms = [[], [gf.patch(states).take([1, 2, 0]) for states in own.values()]]
+    expected = [logits(model, inputs, edits) for edits in arms]
+    monkeypatch.setattr("geofast.steering.asking.takes_looks", lambda _: False)
+    for edits, those in zip(arms, expected, strict=True):
+        assert torch.equal(logits(model, inputs, edits), those)
+    assert "get_image_features" not in vars(model.body)
+    with pytest.raises(ValueError, match=r"gives one answer about an image: leave num_beams="):
+        model.generate(inputs, num_beams=2)
 
 
 # ------ models that run in other ways

@@ -1,6 +1,7 @@
 """Every model family under one vocabulary, from tiny random checkpoints and real processors."""
 
 import json
+import re
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +22,8 @@ POOLS = {
 }  # fmt: skip
 PROMPTS = ["w1 w2", "w3 w4 w5 w6", ""]
 ALL = (*families.VISION_FAMILIES, *families.COMPARING_FAMILIES, *families.TALKING_FAMILIES)
-# PaliGemma's processor hands numpy what it deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+# PaliGemma's processor hands numpy what it deprecates, and InternVL's of transformers 5.17.
+pytestmark = pytest.mark.filterwarnings("ignore:__array(_wrap)?__ (implem|must):DeprecationWarning")
 
 
 def name_of(family):
@@ -94,6 +95,7 @@ def hidden_states_of(model, batch):
     return model.body(**batch, output_hidden_states=True, return_dict=True).hidden_states
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("family", families.VISION_FAMILIES, ids=name_of)
 def test_vision_sites_are_the_hidden_states(load, images, family):
     model = load(family)
@@ -111,6 +113,7 @@ def test_vision_sites_are_the_hidden_states(load, images, family):
         torch.testing.assert_close(rows[name], state.mean(1), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("looks", ["taken", "not taken"])
 @pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
 def test_one_look_at_an_image_serves_every_prompt(load, images, family, looks, monkeypatch):
@@ -143,6 +146,11 @@ def test_one_look_at_an_image_serves_every_prompt(load, images, family, looks, m
         assert_close(mine, {k: expected[k] for k in expected})
 
 
+def test_the_oldest_transformers_that_is_let_in_is_tested():
+    (lowest,) = re.findall(r'"transformers>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert f"\ntransformers=={lowest}.0\n" in (ROOT / "constraints-oldest.txt").read_text()
+
+
 def test_a_model_that_looks_again_by_itself_is_refused(load, images, monkeypatch):
     model = load(families.llava)
     monkeypatch.setattr("geofast.models.model.takes_looks", lambda _: False)
@@ -156,6 +164,7 @@ def test_a_model_that_looks_again_by_itself_is_refused(load, images, monkeypatch
     assert "get_image_features" not in vars(model.body)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("family", [families.llava, families.gemma3], ids=name_of)
 def test_the_towers_layers_do_not_stay_beside_the_language_model(load, images, family):
     model = load(family)
@@ -180,6 +189,7 @@ def test_no_cache_is_built(load, images, family):
     assert caches == [None, None]
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
 def test_language_sites_are_the_hidden_states(load, images, family):
     """But for the last, which transformers gives after the final norm."""
@@ -196,6 +206,7 @@ def test_language_sites_are_the_hidden_states(load, images, family):
         torch.testing.assert_close(rows[key], mean, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("family", families.TALKING_FAMILIES, ids=name_of)
 def test_image_tokens_are_the_processors(load, images, family):
     """The mean over the image tokens of the embedding is that of the projector's output."""

@@ -92,8 +92,8 @@ def test_a_gpu_that_the_build_has_no_code_for_is_served_by_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     extension = SimpleNamespace(unavailable=lambda _: OTHERS)
-    monkeypatch.setitem(sys.modules, "geofast._cuda", extension)
     monkeypatch.setattr(geofast, "_cuda", extension, raising=False)
+    monkeypatch.setitem(sys.modules, "geofast._cuda", extension)
     summed()
     assert f"torch serves statistics: {OTHERS}" in _gpu.lacking(DEVICE)
 
@@ -135,8 +135,8 @@ def test_why_no_gpu_serves_is_told(
     monkeypatch: pytest.MonkeyPatch, cuda: str | None, extension: str | None, why: str
 ) -> None:
     found = SimpleNamespace(unavailable=lambda: extension)
-    monkeypatch.setitem(sys.modules, "geofast._cuda", found)
     monkeypatch.setattr(geofast, "_cuda", found, raising=False)
+    monkeypatch.setitem(sys.modules, "geofast._cuda", found)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = _ops.describe(torch.device("cpu"))

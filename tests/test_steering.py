@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import geofast as gf
-from geofast.steering.generation import prompt_of
+from geofast.steering.asking import prompt_of, run
 
 STEPS = 5
 SOURCES = ["w1 w2 w3 w4 w5", "w6", "w7 w8 w9"]
@@ -98,11 +98,11 @@ def ids_of(model, text):
 
 def fast(model, inputs, edits, steps=STEPS, copies=1, **options):
     """Tokens and logits of one batch with a cache."""
-    with model.edited(edits, copies), torch.no_grad():
+    with model.edited(edits, copies):
         arguments = prompt_of(model, inputs)
-        made = model.module.generate(
-            **arguments, max_new_tokens=steps, output_logits=True, return_dict_in_generate=True,
-            pad_token_id=0, **{"do_sample": False, **options},
+        made = run(
+            model, arguments, max_new_tokens=steps, output_logits=True,
+            return_dict_in_generate=True, pad_token_id=0, **options,
         )  # fmt: skip
     logits = torch.stack(made.logits, 1)
     return made.sequences[:, arguments["input_ids"].shape[1] :], logits

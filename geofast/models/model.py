@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -186,8 +187,8 @@ class Model:
             for stage in more:
                 for i, prompt in enumerate(batch["prompts"]):
                     before(i)
-                    handing = _handing(stage.body, batch["image"], seen)
-                    with handing as images, suppress(_ReachedError):
+                    shown = handing(stage.body, batch["image"], seen)
+                    with shown as images, suppress(_ReachedError):
                         _run(stage.body, {**prompt, **images})
 
     @torch.inference_mode()
@@ -297,27 +298,40 @@ def takes_looks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _handing(body: Any, images: Batch, seen: Any) -> Iterator[Batch]:
-    """Give the arguments of a call in which `seen` is what images were found to be.
-
-    A module that takes no such thing is given the images, and inside the block its own
-    `get_image_features`, which its forward pass calls, returns `seen`.
-    """
+def handing(body: nn.Module, images: Batch, seen: Any) -> Iterator[Batch]:
+    """Give the arguments of a call in which `seen` is what images were found to be."""
     if takes_looks(body):
         yield {"mm_encoder_outputs": {"image": seen}}
         return
+    with looked_at(body, seen):
+        yield as_taken(images)
+
+
+@contextmanager
+def looked_at(body: Any, seen: Any) -> Iterator[None]:
+    """Hand `seen` to a module that takes images alone: its own `get_image_features` returns it.
+
+    Raises
+    ------
+    RuntimeError
+        When one run inside the block did not ask it for the images once.
+    """
     asked = 0
 
+    @wraps(body.get_image_features)  # whose parameters transformers' `generate` may look up
     def look_again(*_: Any, **__: Any) -> Any:
         nonlocal asked
         asked += 1
         return seen
 
-    body.get_image_features = look_again  # on the instance, before its class's
+    own = vars(body).get("get_image_features")  # of this module, not of its class
+    body.get_image_features = look_again
     try:
-        yield as_taken(images)
+        yield
     finally:
         del body.get_image_features
+        if own is not None:
+            body.get_image_features = own
     if asked != 1:
         raise RuntimeError(
             f"the forward pass of {type(body).__name__} called its get_image_features {asked} "

@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..models import Model
-from ..models.model import as_taken, evaluating, takes_looks
+from ..models.model import as_taken, evaluating, looked_at, takes_looks
 from .apply import Job, edited, fitting, watching
 from .edit import Edit
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 20}
+_LOOKS = "mm_encoder_outputs"  # as transformers calls images that were looked at
 
 Prompt = Callable[[], dict[str, Any]]
-"""Makes, at every call anew, what the module's `generate` takes to answer some rows."""
+"""Makes, at every call anew, what `run` takes to answer some rows."""
 
 Answer = Callable[[int, list[int], Prompt], None]
 """Given the number of an arm, rows and their prompt."""
@@ -104,15 +105,23 @@ def run(model: Model, arguments: dict[str, Any], **options: Any) -> Any:
     if (pad := getattr(tokenizer_of(model), "pad_token_id", None)) is not None:
         options.setdefault("pad_token_id", pad)
     module: Any = model.module
-    with evaluating(module), torch.inference_mode():
+    arguments = dict(arguments)
+    with evaluating(module), torch.inference_mode(), ExitStack() as handing:
+        if _LOOKS in arguments and not takes_looks(module):
+            if max(options["num_beams"], options["num_return_sequences"]) > 1:
+                raise ValueError(
+                    f"{type(module).__name__} of this transformers gives one answer about an "
+                    "image: leave num_beams= and num_return_sequences= out, or install "
+                    "transformers 5.18 or newer"
+                )
+            handing.enter_context(looked_at(model.body, arguments.pop(_LOOKS)["image"]))
         return module.generate(**arguments, **options)
 
 
 def prompt_of(model: Model, inputs: Sequence[Any]) -> dict[str, Any]:
-    """Return what the module's own `generate` takes: padded on the left, images looked at already.
+    """Return what `run` takes: padded on the left, images looked at already.
 
-    An edit in a vision tower or a projector must therefore be in force when this is called. A
-    module that takes no images that were looked at before is given the images, and looks itself.
+    An edit in a vision tower or a projector must therefore be in force when this is called.
 
     Raises
     ------
@@ -131,9 +140,8 @@ def prompt_of(model: Model, inputs: Sequence[Any]) -> dict[str, Any]:
         msg = f"{type(model.module).__name__} takes images by names of its own: run "
         raise ValueError(msg + "model.module.generate inside model.edited(edits)")
     (prompt,) = batch["prompts"]
-    if takes_looks(model.module):
-        return {**_to_left(prompt), "mm_encoder_outputs": {"image": model.look(batch)}}
-    return {**_to_left(prompt), **as_taken(batch["image"])}
+    images = {} if takes_looks(model.module) else as_taken(batch["image"])
+    return {**_to_left(prompt), **images, _LOOKS: {"image": model.look(batch)}}
 
 
 def takes_images(model: Model) -> bool:

@@ -271,12 +271,30 @@ def test_a_module_that_takes_images_alone_generates_the_same(case, monkeypatch):
     model, inputs, own = case
     arms = [[], [gf.patch(states).take([1, 2, 0]) for states in own.values()]]
     expected = [logits(model, inputs, edits) for edits in arms]
-    monkeypatch.setattr("geofast.steering.asking.takes_looks", lambda _: False)
+    for place in ("asking", "generation"):
+        monkeypatch.setattr(f"geofast.steering.{place}.takes_looks", lambda _: False)
     for edits, those in zip(arms, expected, strict=True):
         assert torch.equal(logits(model, inputs, edits), those)
     assert "get_image_features" not in vars(model.body)
     with pytest.raises(ValueError, match=r"gives one answer about an image: leave num_beams="):
         model.generate(inputs, num_beams=2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(f, "image") for f in (families.llava, families.qwen2_5_vl)],
+    ids=name_of,
+    indirect=True,
+)
+def test_several_answers_about_images_that_come_twice(case):
+    """Their prompts are read once."""
+    model, (one, other, _), _ = case
+    asked, length = [one, other, one], {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
+    greedy = model.generate(asked, **length)
+    several = model.generate(asked, **length, do_sample=True, top_k=1, num_return_sequences=2)
+    assert several == [text for text in greedy for _ in range(2)]
+    alone = [model.generate([image], **length, num_beams=3)[0] for image in asked]
+    assert model.generate(asked, **length, num_beams=3) == alone
 
 
 # ------ models that run in other ways

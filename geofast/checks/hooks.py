@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..models import Model, Stage, Tower
-from ..models.model import evaluating
+from ..models.model import as_taken, evaluating
 from .compare import Check, Given
 
 
@@ -86,9 +86,8 @@ def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
 def _calls(model: Model, batch: Mapping[str, Any]) -> list[tuple[Stage, dict[str, Any]]]:
     if "prompts" not in batch:
         return [(model.stages[0], dict(batch))]
-    image = {k: v for k, v in batch["image"].items() if k != "tiles"}
     look, talk = model.stages
-    return [(look, batch["image"]), (talk, {**image, **batch["prompts"][0]})]
+    return [(look, batch["image"]), (talk, {**as_taken(batch["image"]), **batch["prompts"][0]})]
 
 
 def _states(stage: Stage, given: Mapping[str, Any]) -> Sequence[torch.Tensor] | None:

@@ -290,16 +290,19 @@ def _look(first: Stage, batch: Batch) -> Any:
 
 
 def takes_looks(module: nn.Module) -> bool:
-    """Tell whether a module takes images that were looked at before.
+    """Tell whether a module takes images that were looked at before in place of images.
 
-    Those of transformers do since 5.18, though not all of them (BLIP-2 does not in 5.23).
+    Most of transformers do since 5.18. ModernVBERT's do not, and BLIP-2's wants the images too.
     """
-    return "mm_encoder_outputs" in inspect.signature(module.forward).parameters
+    takes = inspect.signature(module.forward).parameters
+    images = takes.get("pixel_values")
+    instead = images is None or images.default is not images.empty
+    return "mm_encoder_outputs" in takes and instead
 
 
 @contextmanager
 def handing(body: nn.Module, images: Batch, seen: Any) -> Iterator[Batch]:
-    """Give the arguments of a call in which `seen` is what images were found to be."""
+    """Give the arguments by which `body` is shown `seen`, what it made of the images before."""
     if takes_looks(body):
         yield {"mm_encoder_outputs": {"image": seen}}
         return
@@ -309,7 +312,7 @@ def handing(body: nn.Module, images: Batch, seen: Any) -> Iterator[Batch]:
 
 @contextmanager
 def looked_at(body: Any, seen: Any) -> Iterator[None]:
-    """Hand `seen` to a module that takes images alone: its own `get_image_features` returns it.
+    """Have a module's own `get_image_features` return `seen`, where no argument can hand it over.
 
     Raises
     ------

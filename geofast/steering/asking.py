@@ -106,22 +106,17 @@ def run(model: Model, arguments: dict[str, Any], **options: Any) -> Any:
         options.setdefault("pad_token_id", pad)
     module: Any = model.module
     arguments = dict(arguments)
-    with evaluating(module), torch.inference_mode(), ExitStack() as handing:
+    with evaluating(module), torch.inference_mode(), ExitStack() as inside:
         if _LOOKS in arguments and not takes_looks(module):
-            if max(options["num_beams"], options["num_return_sequences"]) > 1:
-                raise ValueError(
-                    f"{type(module).__name__} of this transformers gives one answer about an "
-                    "image: leave num_beams= and num_return_sequences= out, or install "
-                    "transformers 5.18 or newer"
-                )
-            handing.enter_context(looked_at(model.body, arguments.pop(_LOOKS)["image"]))
+            inside.enter_context(looked_at(model.body, arguments.pop(_LOOKS)["image"]))
         return module.generate(**arguments, **options)
 
 
 def prompt_of(model: Model, inputs: Sequence[Any]) -> dict[str, Any]:
     """Return what `run` takes: padded on the left, images looked at already.
 
-    An edit in a vision tower or a projector must therefore be in force when this is called.
+    An edit in a vision tower or a projector must therefore be in force when this is called. A
+    module that cannot be handed looks has the images beside them, and `run` takes the looks out.
 
     Raises
     ------
@@ -234,7 +229,8 @@ class _Prefix:
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         cache.batch_select_indices(rows)
         for module, delta in self.deltas.items():
-            module.rope_deltas = delta[rows.to(delta.device)]
+            # Positions are worked out before `generate` makes its copies.
+            module.rope_deltas = delta[which.to(delta.device)]
         return {
             "input_ids": self.ids[which],
             "attention_mask": self.mask[which],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..models import Model
+from ..models.model import takes_looks
 from .apply import Job, Tokens, watching
 from .asking import (
     Prompt,
@@ -205,7 +206,13 @@ def generate_arms(
         raise ValueError("without a cache every step is a prompt: leave use_cache=False out")
     if "generation_config" in options:
         raise ValueError("give what generation_config= says by name: max_new_tokens=, num_beams=")
-    each = options.get("num_return_sequences", 1)
+    each = options.get("num_return_sequences") or 1
+    copies = max(options.get("num_beams") or 1, each)
+    if copies > 1 and model.prompts and not takes_looks(model.module):
+        raise ValueError(
+            f"{type(model.module).__name__} of this transformers gives one answer about an image: "
+            "leave num_beams= and num_return_sequences= out, or install transformers 5.18 or newer"
+        )
     steps = options.setdefault("max_new_tokens", 20) - 1
     for edit in (edit for arm in arms for edit in arm):
         have = edit.values.shape[2]
@@ -219,7 +226,6 @@ def generate_arms(
         for i, row in enumerate(rows):
             said[arm][row * each : (row + 1) * each] = texts[i * each : (i + 1) * each]
 
-    copies = max(options.get("num_beams", 1), each)
     share = not {"cache_implementation", "past_key_values"} & options.keys()
     ask(model, inputs, arms, answer, batch_size=batch_size, copies=copies, share=share)
     return said

@@ -81,7 +81,7 @@ def main(arguments=None):
         part = PARTS[name]
         left = end - time.monotonic() - GRACE
         if found["parts"].get("install", {}).get("state") == "failed":
-            found["parts"][name] = left_out("geofast is not installed")
+            found["parts"][name] = left_out("the install failed")
         elif left < part.least:
             found["parts"][name] = left_out(
                 f"{max(left, 0):.0f} s are left of the time for all parts (--seconds)"

@@ -224,7 +224,7 @@ def test_a_program_is_ended_in_time_with_what_it_started(tmp_path):
     code, printed = part("process").call([sys.executable, "-c", outer], 4)
     assert (code, printed.strip()) == (None, "on")
     beats = pulse.read_text()
-    assert beats
+    assert 0 < len(beats) < 300  # it was not waited for
     time.sleep(1)
     assert pulse.read_text() == beats
     assert part("process").call([sys.executable, "-c", "raise SystemExit(3)"], 9) == (3, "")
@@ -263,7 +263,7 @@ def test_nothing_is_measured_where_the_install_failed(gpu, monkeypatch, tmp_path
     assert gpu.main(["--dry", "--only", "gram", "--out", str(out)]) == 1
     states = {name: one["state"] for name, one in json.loads(out.read_text())["parts"].items()}
     assert states == {"install": "failed", "ceilings": "left out", "gram": "left out"}
-    assert "left out: geofast is not installed" in capsys.readouterr().out
+    assert "left out: the install failed" in capsys.readouterr().out
 
 
 def test_a_gpu_test_that_skips_or_is_interpreted_is_a_failure(new_run, tmp_path):

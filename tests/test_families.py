@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import geofast as gf
+from geofast.models.model import handing
 
 ROOT = Path(__file__).parents[1]
 SIZES = ((40, 40), (30, 64), (70, 35))  # height and width: one square, one wide, one tall
@@ -166,13 +167,18 @@ def test_a_model_that_looks_again_by_itself_is_refused(load, images, monkeypatch
 
 @pytest.mark.oldest
 @pytest.mark.parametrize("family", [families.llava, families.gemma3], ids=name_of)
-def test_the_towers_layers_do_not_stay_beside_the_language_model(load, images, family):
-    model = load(family)
+def test_the_towers_layers_do_not_stay_beside_the_language_model(load, images, family, monkeypatch):
+    model, kept = load(family), []
     whole = model.body.get_image_features(
         **{k: v for k, v in model.prepare(images)["image"].items() if k != "tiles"}
     )
     assert (whole.hidden_states is not None) == (family is families.llava)
-    seen = model.look(model.prepare(images))
+    monkeypatch.setattr(
+        "geofast.models.model.handing",
+        lambda body, given, seen: kept.append(seen) or handing(body, given, seen),
+    )
+    model.forward(model.prepare(images))
+    (seen,) = kept
     assert seen.hidden_states is None
     for got, want in zip(seen.pooler_output, whole.pooler_output, strict=True):
         torch.testing.assert_close(got, want)

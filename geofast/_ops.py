@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -165,10 +166,10 @@ class _Kept(threading.local):
 kept = _Kept()
 
 
-def no_gpu() -> str | None:
-    """Return why torch can use no GPU; None where it can."""
+def no_gpu(device: torch.device | None = None) -> str | None:
+    """Return why torch cannot use `device`, a GPU, or None where it can; without one, the first."""
     if torch.cuda.is_available():
-        return None
+        return _unusable(device or torch.device("cuda"))
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     why = None
@@ -177,6 +178,16 @@ def no_gpu() -> str | None:
 
         why = extension.unavailable()
     return why or f"torch {torch.__version__}, for CUDA {torch.version.cuda}, finds none"
+
+
+@cache
+def _unusable(device: torch.device) -> str | None:
+    """Have torch run a kernel: that it lacks one for this chip, it says no earlier."""
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except (RuntimeError, AssertionError) as error:
+        return f"torch {torch.__version__} cannot use {device} ({str(error).splitlines()[0]})"
+    return None
 
 
 def describe(device: torch.device) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -145,5 +145,39 @@ def test_why_no_gpu_serves_is_told(
     assert told.endswith(why)
     with pytest.raises(RuntimeError, match=rf"no GPU for device='cuda': .*{re.escape(why)}; leave"):
         default_device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.fixture
+def chip(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Exception | None], None]]:
+    """Have torch see a GPU, on which it can do what `chip` is told."""
+
+    def serve(error: Exception | None) -> None:
+        def zeros(*_: object, device: torch.device) -> torch.Tensor:
+            if error is not None:
+                raise error
+            return torch.empty(1).zero_()
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch, "zeros", zeros)
+
+    _ops._unusable.cache_clear()
+    yield serve
+    _ops._unusable.cache_clear()
+
+
+def test_a_gpu_that_torch_has_kernels_for_is_used(chip: Callable[[None], None]) -> None:
+    chip(None)
     assert "no GPU" not in _ops.describe(torch.device("cpu"))
+    assert default_device(None) == torch.device("cuda")
+    assert default_device("cuda:0") == torch.device("cuda:0")
+
+
+def test_a_gpu_that_torch_lacks_kernels_for_is_left_alone(
+    chip: Callable[[Exception], None],
+) -> None:
+    chip(RuntimeError("CUDA error: no kernel image is available for this device\nCompile with"))
+    assert default_device(None) == torch.device("cpu")
+    why = f"torch {torch.__version__} cannot use cuda (CUDA error: no kernel image is available"
+    assert f"; no GPU: {why}" in _ops.describe(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"no GPU for device='cuda:0': .* cannot use cuda:0 \("):
+        default_device("cuda:0")

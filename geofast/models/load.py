@@ -177,16 +177,18 @@ def find_checkpoint(model: str | Path, loading: Loading) -> tuple[Source, Adapte
 
 
 def default_device(device: str | torch.device | None) -> torch.device:
-    """Return `device`, or a GPU where there is one, else the CPU.
+    """Return `device`, or a GPU where there is one that torch can use, else the CPU.
 
     Raises
     ------
     RuntimeError
-        When it is a GPU that is not there.
+        When it is a GPU that is not there, or that torch cannot use.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type == "cuda" and not torch.cuda.is_available():
-        msg = f"there is no GPU for device={str(where)!r}: {no_gpu()}; leave device= (--device) out"
+    if device is None:
+        return torch.device("cpu" if no_gpu() else "cuda")
+    where = torch.device(device)
+    if where.type == "cuda" and (why := no_gpu(where)):
+        msg = f"there is no GPU for device={str(where)!r}: {why}; leave device= (--device) out"
         raise RuntimeError(msg)
     return where
 

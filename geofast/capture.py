@@ -211,7 +211,7 @@ class Recorder:
 
     def _read(self, site: Site, hidden: torch.Tensor) -> None:
         if not self._running:
-            called = type(self._body).__name__
+            called = self._body._get_name()
             raise RuntimeError(
                 f"{site.name} ran outside a call of the {called} that capture watches: call that "
                 "module itself, or give capture the one that you call"

@@ -304,6 +304,41 @@ def test_a_language_model_with_cross_attention_now_and_then(monkeypatch):
         gf.load(module, processor=tiny.tokenizer())
 
 
+def kosmos2():
+    from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
+
+    vision = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    text = dict(vocab_size=100, embed_dim=32, layers=2, ffn_dim=64, attention_heads=2)
+    return Kosmos2ForConditionalGeneration(Kosmos2Config(vision_config=vision, text_config=text))
+
+
+def florence2():
+    from transformers import Florence2Config, Florence2ForConditionalGeneration
+
+    vision = dict(
+        embed_dim=[8, 16, 32, 64], num_heads=[1, 2, 4, 8], num_groups=[1, 2, 4, 8],
+        depths=[1, 1, 2, 1], projection_dim=32,
+    )  # fmt: skip
+    text = dict(
+        model_type="bart", vocab_size=100, d_model=32, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+    )  # fmt: skip
+    config = Florence2Config(vision_config=vision, text_config=text, projection_dim=32)
+    return Florence2ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [kosmos2, florence2, lambda: florence2().model])
+def test_images_and_texts_that_meet_in_a_way_of_their_own_are_refused(make):
+    module = make()
+    message = f"is a {type(module).__name__}, which looks at images and reads text, but neither"
+    with pytest.raises(ValueError, match=message):
+        gf.load(module, processor=tiny.tokenizer())
+
+
 def test_sites_and_globs():
     towers = find_towers(tiny.llama())
     assert [s.name for s in match_sites(towers)] == [

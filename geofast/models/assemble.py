@@ -57,10 +57,19 @@ def _assembled(
     if is_phi4(body):
         body, notes = Phi4(body), (*notes, NOTE)
     towers = {t.name: t for t in find_towers(body)}
-    if hasattr(body, "get_image_features") and "lm" in towers:
-        return conversing(name, module, body, towers, bring("processor"), notes)
-    if hasattr(body, "get_image_features") and {"vision", "text"} <= towers.keys():
+    looks = hasattr(body, "get_image_features")
+    if looks and hasattr(body, "get_text_features") and {"vision", "text"} <= towers.keys():
         return _comparing(name, module, towers, bring("processor"), notes)
+    # Florence-2's language model is told of an image by an encoder, Kosmos-2's class says nothing.
+    if {"vision", "text"} <= towers.keys() or (looks and body.config.is_encoder_decoder):
+        msg = (
+            f"{name} is a {type(module).__name__}, which looks at images and reads text, but "
+            "neither compares the two, as CLIP does, nor has a decoder that reads both, as LLaVA "
+            "has. Pass one of its parts, an nn.Module, with prepare= to probe it"
+        )
+        raise ValueError(msg)
+    if looks and "lm" in towers:
+        return conversing(name, module, body, towers, bring("processor"), notes)
     if {"vision", "lm"} <= towers.keys():
         # Phi-4-multimodal by the code that comes with it, and not by that of transformers.
         towers = {"lm": towers["lm"]}
@@ -123,6 +132,9 @@ class _Method(nn.Module):
         if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             # LLaVA's does not name its image_sizes before transformers 5.18.
             self.takes |= {*inspect.signature(model.forward).parameters}
+
+    def _get_name(self) -> str:
+        return f"{type(self.model).__name__}.{self.name}"
 
     def forward(self, **given: Any) -> Any:
         return getattr(self.model, self.name)(**{k: v for k, v in given.items() if k in self.takes})

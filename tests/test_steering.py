@@ -709,6 +709,8 @@ def test_what_does_not_go_with_the_model_is_refused_before_it_runs():
         model.generate(SOURCES, [own], max_new_tokens=4)
     with pytest.raises(ValueError, match="use_cache=False"):
         model.generate(SOURCES, [own], use_cache=False)
+    with pytest.raises(ValueError, match="a prompt is read whole: leave prefill_chunk_size= out"):
+        model.generate(SOURCES, [own], prefill_chunk_size=4)
     with pytest.raises(ValueError, match="generation_config="):
         model.generate(SOURCES, [own], generation_config=model.module.generation_config)
     for role in ("image", "cls"):

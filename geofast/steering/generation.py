@@ -204,6 +204,8 @@ def generate_arms(
     require_tokenizer(model)
     if options.get("use_cache") is False:
         raise ValueError("without a cache every step is a prompt: leave use_cache=False out")
+    if options.get("prefill_chunk_size") is not None:
+        raise ValueError("a prompt is read whole: leave prefill_chunk_size= out")
     if "generation_config" in options:
         raise ValueError("give what generation_config= says by name: max_new_tokens=, num_beams=")
     each = options.get("num_return_sequences") or 1
@@ -211,7 +213,7 @@ def generate_arms(
     if copies > 1 and model.prompts and not takes_looks(model.module):
         raise ValueError(
             f"{type(model.module).__name__} of this transformers gives one answer about an image: "
-            "leave num_beams= and num_return_sequences= out, or install transformers 5.18 or newer"
+            "leave num_beams= and num_return_sequences= out (most give several since version 5.18)"
         )
     steps = options.setdefault("max_new_tokens", 20) - 1
     for edit in (edit for arm in arms for edit in arm):

@@ -29,28 +29,32 @@ from gpu_parts.run import Run
 
 
 class Part(NamedTuple):
-    """Module and function of gpu_parts, the most seconds it may take, and the least it needs."""
+    """Module and function of gpu_parts, and its seconds: the most it may take, and its own.
+
+    Its own are kept free for it while the parts before it run; most of its figures take no more.
+    """
 
     main: str
     most: float
-    least: float
+    own: float
 
 
 PARTS = {  # the order is that of importance, but that ceilings are what others are held to
-    "install": Part("install.install", 150, 5),
-    "ceilings": Part("ceilings.main", 45, 15),
-    "tests": Part("checks.main", 130, 20),
-    "images": Part("forwards.main_images", 140, 30),
-    "language": Part("forwards.main_language", 90, 30),
+    "install": Part("install.install", 150, 60),
+    "ceilings": Part("ceilings.main", 40, 15),
+    "tests": Part("checks.main", 130, 80),
+    "images": Part("forwards.main_images", 140, 90),
+    "language": Part("forwards.main_language", 90, 50),
+    "gram": Part("gram.main", 100, 60),
+    "solve": Part("solve.main", 90, 40),
+    "pooling": Part("pooling.main", 50, 20),
     "edits": Part("edits.main", 40, 20),
-    "pooling": Part("pooling.main", 50, 15),
     "table": Part("table.main", 40, 10),
-    "gram": Part("gram.main", 100, 20),
-    "solve": Part("solve.main", 90, 20),
     "tune": Part("tune.main", 500, 60),  # not unless it is asked for
 }
 ALL = [name for name in PARTS if name != "tune"]
 GRACE = 5  # seconds between the end of a part's time and the end of its process
+LEAST = 5  # seconds in which it is worth while to begin a part
 NO_GPU = (
     "bench/gpu.py needs a GPU that torch can use, and torch.cuda.is_available() is False (torch "
     "{torch}, built for CUDA {cuda}): run it on a machine with one, or see with --dry that it runs."
@@ -77,17 +81,18 @@ def main(arguments=None):
     end = time.monotonic() + options.seconds
     options.folder = None
     out.write_text("{}\n")  # no part is measured in vain because there is no room for its figures
-    for name in chosen(options.only):
-        part = PARTS[name]
+    names = chosen(options.only)
+    for i, name in enumerate(names):
         left = end - time.monotonic() - GRACE
+        seconds = seconds_for(left, names[i:])
         if found["parts"].get("install", {}).get("state") == "failed":
             found["parts"][name] = left_out("the install failed")
-        elif left < part.least:
+        elif seconds < LEAST:
             found["parts"][name] = left_out(
                 f"{max(left, 0):.0f} s are left of the time for all parts (--seconds)"
             )
         else:
-            found["parts"][name] = timed(name, min(left, part.most), options, out)
+            found["parts"][name] = timed(name, seconds, options, out)
         print(report.text_of(name, found["parts"][name]), flush=True)
         found["targets"] = report.targets(found["parts"])
         found["ok"] = all(p["state"] == "done" for p in found["parts"].values())
@@ -122,6 +127,16 @@ def chosen(only):
     if unknown:
         sys.exit(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     return [name for name in PARTS if name in asked]
+
+
+def seconds_for(left, names):
+    """Return the seconds for the first of these parts: what the others' own leave of those `left`.
+
+    Where they leave less than its own, all get the same share of theirs.
+    """
+    first, *rest = (PARTS[name] for name in names)
+    kept = sum(part.own for part in rest)
+    return min(first.most, max(left - kept, left * first.own / (first.own + kept)))
 
 
 def left_out(why):

@@ -65,7 +65,7 @@ def _elapsed(call, ahead):
     return start.elapsed_time(end) / 1e3
 
 
-def copies(nbytes, least=2, most=24):
+def copies(nbytes, least=2, most=128):
     """Return how many sets of inputs of so many bytes lie beyond the cache."""
     return max(least, min(most, math.ceil(CACHE / max(nbytes, 1))))
 
@@ -73,8 +73,9 @@ def copies(nbytes, least=2, most=24):
 def in_turn(run, ways, rounds, seconds):
     """Return each way's seconds, round by round: the clock drifts, so ways take turns.
 
-    A way is a function that waits for nothing; it is timed until the GPU has done its work. After
-    two rounds no round is begun that would end after `seconds`.
+    Every other round goes backwards, so that none always follows the same other. A way is a
+    function that waits for nothing; it is timed until the GPU has done its work. After two rounds
+    no round is begun that would end after `seconds`.
     """
     found = {name: [] for name in ways}
     begun = time.perf_counter()
@@ -82,7 +83,7 @@ def in_turn(run, ways, rounds, seconds):
         spent = time.perf_counter() - begun
         if i >= 2 and spent * (i + 1) / i > seconds:
             break
-        for name, way in ways.items():
+        for name, way in [*ways.items()][:: -1 if i % 2 else 1]:
             run.sync()
             start = time.perf_counter()
             way()

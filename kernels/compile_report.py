@@ -176,7 +176,11 @@ def compile_as_launched(kernel: Any, arguments: dict[str, Any], architecture: in
 
 def compile_number(number: int, architecture: int) -> Line:
     """Compile one of `variants`, by its number."""
-    name, kernel, arguments = list(variants(architecture))[number]
+    return line_of(*list(variants(architecture))[number], architecture)
+
+
+def line_of(name: str, kernel: Any, arguments: dict[str, Any], architecture: int) -> Line:
+    """Compile a kernel as a launch with these arguments would, and say what it takes."""
     sm = f"sm_{architecture}"
     try:
         compiled = compile_as_launched(kernel, arguments, architecture)

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 import time
 from functools import partial
@@ -456,3 +458,34 @@ def test_one_launch_pools_every_site_as_the_reference_does(sites, shape, new_run
     pool_sites(xs, roles, part("table").jobs_of(pools, outs))
     for x, out in zip(xs, outs, strict=True):
         part("pooling").require_right(run, x, roles, pools, out)
+
+
+COMPILES = """
+import sys, torch
+from geofast.kernels.compile_report import line_of
+sys.path.insert(0, sys.argv[1])
+from gpu_parts import pool_sites, table
+from geofast.pooling import Pool
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+for pools in table.POOLS.values():
+    xs = [empty(64, 257, 1024, dtype=torch.bfloat16)] * 25
+    outs = [[empty(64, 1024) for _ in pools] for _ in xs]
+    jobs = table.jobs_of([Pool.parse(name) for name in pools], outs)
+    _, arguments = pool_sites.launch(xs, empty(64, 257, dtype=torch.uint8), jobs)
+    for architecture in (80, 90, 100):
+        line = line_of(" ".join(pools), pool_sites.sites_kernel, arguments, architecture)
+        print(line)
+        assert not line.refused
+"""
+
+
+def test_the_launch_for_every_site_compiles_without_spills():
+    pytest.importorskip("triton")
+    # In a process of its own: the interpreter is in the place of the compiler here.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-c", COMPILES, str(BENCH)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -182,8 +182,10 @@ class Run:
         layer, pool, prompt, group, split, control, n, d, alpha, r2, r2_se, r2_<target>,
         r2_se_<target>, ...`.
         `alpha` is the one that all folds chose, or the geometric mean of theirs where they
-        differ. `control`, `prompt` and `group` are empty text where they do not apply; `layer` is
-        missing where a site is no block. A column that was not computed is absent.
+        differ. R2, `rmse_<target>`, `mae_<target>` and `spearman_<target>` are means over folds;
+        `mean_km` and `median_km` are of all held-out samples together. `control`, `prompt` and
+        `group` are empty text where they do not apply; `layer` is missing where a site is no block.
+        A column that was not computed is absent.
     samples : DataFrame
         `id`, targets, `fold_<split>` and other columns, in the order of the rows.
     probes : dict of str to Probe

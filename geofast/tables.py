@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from .data import Samples
-from .geo import fold_scores, great_circle_km
+from .geo import error_km, fold_scores
 from .plan import Task
 from .request import Labelled
 from .run import beside, key
@@ -57,15 +57,16 @@ def _row_scores(s: Solved, task: Task, y: torch.Tensor, targets: Sequence[str]) 
     fold = task.fold
     if s.member is not None:
         y, fold = y[s.member], fold[s.member]
-    place = {name: targets.index(name) for name in ("latitude", "longitude") if name in targets}
-    scores = fold_scores(s.solution.predictions[None].numpy(), y.numpy(), fold.numpy(), **place)
+    guess, truth = s.solution.predictions.numpy(), y.numpy()
+    scores = fold_scores(guess[None], truth, fold.numpy())
     out = {}
     for i, name in enumerate(targets):
         out[f"mae_{name}"] = float(scores.mae[0, :, i].mean())
         out[f"spearman_{name}"] = float(scores.spearman[0, :, i].mean())
-    if scores.mean_km is not None and scores.median_km is not None:
-        out["mean_km"] = float(scores.mean_km.mean())
-        out["median_km"] = float(scores.median_km.mean())
+    if {"latitude", "longitude"} <= set(targets):
+        place = [targets.index(name) for name in ("latitude", "longitude")]
+        km = error_km(*truth[:, place].T, *guess[:, place].T)
+        out |= {"mean_km": float(km.mean()), "median_km": float(np.median(km))}
     return out
 
 
@@ -151,9 +152,9 @@ def _best_predictions(
     for i, name in enumerate(targets):
         table[name], table[f"{name}_predicted"] = given.y[:, i].numpy(), guess[:, i]
     if {"latitude", "longitude"} <= set(targets):
-        table["error_km"] = great_circle_km(
+        table["error_km"] = error_km(
             table["latitude"], table["longitude"],
-            table["latitude_predicted"].clip(-90, 90), table["longitude_predicted"],
+            table["latitude_predicted"], table["longitude_predicted"],
         )  # fmt: skip
     return table
 

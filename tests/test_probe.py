@@ -60,8 +60,7 @@ def the_studys(x, y, fold):
         model = RidgeCV(alphas=gf.ALPHAS).fit(x[~test], y[~test])
         held[test] = model.predict(x[test])
         alphas.append(model.alpha_)
-        km = kilometres(y[test], held[test])
-        scores = {"mean_km": km.mean(), "median_km": np.median(km)}
+        scores = {}
         for i, name in enumerate(("latitude", "longitude")):
             truth, guess = y[test, i], held[test, i]
             scores[f"r2_{name}"] = r2_score(truth, guess)
@@ -74,6 +73,8 @@ def the_studys(x, y, fold):
     columns |= {f"r2_se_{name}": of_mean[f"r2_{name}"] for name in ("latitude", "longitude")}
     r2 = [(s["r2_latitude"] + s["r2_longitude"]) / 2 for s in by_fold]
     columns |= {"r2": np.mean(r2), "r2_se": np.std(r2, ddof=1) / len(r2) ** 0.5}
+    km = kilometres(y, held)
+    columns |= {"mean_km": km.mean(), "median_km": np.median(km)}
     columns["alpha"] = np.exp(np.log(alphas).mean())
     return columns, held
 

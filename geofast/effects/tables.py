@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..geo import great_circle_km
+from ..geo import error_km
 from ..geo.gazetteer import LEVELS, Gazetteer
 from . import study, words
 from .arms import Arms, Index
@@ -74,9 +74,8 @@ def table_of_readings(
 
 
 def _away(reading: NDArray[np.float64], degrees: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Kilometres from places [..., 2] to readings [..., 2]; a probe may read beyond the poles."""
-    latitude = np.clip(reading[..., 0], -90, 90)
-    return great_circle_km(degrees[..., 0], degrees[..., 1], latitude, reading[..., 1])
+    """Kilometres from places [..., 2] to readings [..., 2]."""
+    return error_km(degrees[..., 0], degrees[..., 1], reading[..., 0], reading[..., 1])
 
 
 _NO_NAMES = Gazetteer([])

@@ -47,3 +47,18 @@ def great_circle_km(
     cosine2 = np.sin((phi1 + phi2) / 2) ** 2 + cosines * np.cos(half_lon) ** 2
     distance: NDArray[np.float64] = (2 * radius_km) * np.arctan2(np.sqrt(sine2), np.sqrt(cosine2))
     return distance
+
+
+def error_km(
+    latitude: ArrayLike,
+    longitude: ArrayLike,
+    predicted_latitude: ArrayLike,
+    predicted_longitude: ArrayLike,
+) -> NDArray[np.float64]:
+    """Great-circle error of predictions, in kilometres; arguments as for `great_circle_km`.
+
+    A ridge may predict places that do not exist: predicted latitudes are first clipped to -90..90,
+    and longitudes wrap (190 is 170 W).
+    """
+    there = np.clip(predicted_latitude, -90, 90)
+    return great_circle_km(latitude, longitude, there, predicted_longitude)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .distance import great_circle_km
-
 Array = NDArray[np.float64]
 
 
@@ -25,26 +23,15 @@ class FoldScores:
         Root mean squared and mean absolute error, in the target's unit.
     spearman : ndarray [S, F, k]
         Rank correlation; ties get their average rank. nan where either side is constant.
-    mean_km, median_km : ndarray [S, F] or None
-        Great-circle error; None when the targets are no coordinates.
     """
 
     r2: Array
     rmse: Array
     mae: Array
     spearman: Array
-    mean_km: Array | None
-    median_km: Array | None
 
 
-def fold_scores(
-    p: ArrayLike,
-    y: ArrayLike,
-    fold: ArrayLike,
-    *,
-    latitude: int | None = None,
-    longitude: int | None = None,
-) -> FoldScores:
+def fold_scores(p: ArrayLike, y: ArrayLike, fold: ArrayLike) -> FoldScores:
     """Score held-out predictions fold by fold.
 
     Parameters
@@ -55,10 +42,6 @@ def fold_scores(
         Targets.
     fold : array_like of int [N]
         Fold that tested each sample, 0 to F - 1, each at least once.
-    latitude, longitude : int, optional
-        Columns of `y` that are latitude and longitude in degrees. With both, kilometres are
-        computed: a ridge may predict places that do not exist, so predicted latitudes are first
-        clipped to -90..90, and longitudes wrap (190 is 170 W).
 
     Returns
     -------
@@ -75,8 +58,6 @@ def fold_scores(
     sites, _, k = p.shape
     folds = int(fold.max()) + 1
     r2, rmse, mae, spearman = (np.empty((sites, folds, k)) for _ in range(4))
-    has_km = latitude is not None and longitude is not None
-    mean_km, median_km = np.empty((sites, folds)), np.empty((sites, folds))
     for f in range(folds):
         members = np.flatnonzero(fold == f)
         # Samples last and contiguous: every reduction and every sort runs along them.
@@ -84,17 +65,7 @@ def fold_scores(
         guess = np.ascontiguousarray(p[:, members].transpose(0, 2, 1))
         r2[:, f], rmse[:, f], mae[:, f] = _errors(guess, truth)
         spearman[:, f] = _spearman(guess, truth)
-        if has_km:
-            km = great_circle_km(
-                truth[latitude],
-                truth[longitude],
-                np.clip(guess[:, latitude], -90, 90),
-                guess[:, longitude],
-            )
-            mean_km[:, f], median_km[:, f] = km.mean(axis=-1), np.median(km, axis=-1)
-    return FoldScores(
-        r2, rmse, mae, spearman, mean_km if has_km else None, median_km if has_km else None
-    )
+    return FoldScores(r2, rmse, mae, spearman)
 
 
 def _check(p: Array, y: Array, fold: NDArray[np.generic]) -> None:

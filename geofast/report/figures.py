@@ -367,7 +367,7 @@ def map_of_predictions(run: Run) -> Figure:
     """Draw true places and where the best probe put them, held out; a map per split, at most 2.
 
     At most 400 samples, evenly chosen. A ridge may predict places that do not exist: latitudes
-    are clipped to -90..90 and longitudes wrap, as in `geofast.geo.fold_scores`.
+    are clipped to -90..90 and longitudes wrap, as in `geofast.geo.error_km`.
 
     Parameters
     ----------

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ._folder import check_space
 from .data import Samples
+from .data.samples import Lazy
 from .geo import Split
 from .models import Model
 
@@ -128,6 +129,47 @@ def _warnings(left_out: Mapping[str, str]) -> list[str]:
     some = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     why = left_out[names[0]].rstrip(".")
     return [f"Groups left out: {some}; the first, because {why}"]
+
+
+def repeated(
+    inputs: Mapping[str, Samples], kept: NDArray[np.int64], tasks: Sequence[Task]
+) -> list[str]:
+    """Warn where a sample, input and place, is in other folds of a split too.
+
+    Parameters
+    ----------
+    inputs
+        The samples as the model reads them, by prompt.
+    kept
+        int [n]: which of them went through.
+    tasks
+        Their cross-validations.
+    """
+    if any(isinstance(samples.inputs, Lazy) for samples in inputs.values()):
+        return []  # to compare them would be to read them all again
+    table = next(iter(inputs.values())).table
+    places = (table[name] for name in ("latitude", "longitude"))
+    given = (map(_identity, samples.inputs) for samples in inputs.values())
+    read = zip(*places, *given, strict=True)
+    number: dict[Any, int] = {}
+    same = np.array([number.setdefault(one, len(number)) for one in read])[kept]
+    apart = {}
+    for task in tasks:
+        if not task.group:
+            folds = pd.Series(task.fold.numpy()).groupby(same).transform("nunique")
+            apart[task.split] = int((folds > 1).sum())
+    if not any(apart.values()):
+        return []
+    split, count = max(apart.items(), key=lambda one: one[1])
+    return [
+        f"{count:,} of {len(same):,} samples have the same input and place as one in another fold "
+        f"of split {split!r}: what a probe was trained on is no test of it, and R² is too high. "
+        "Keep each once, or hold them out together (--split group:COLUMN)"
+    ]
+
+
+def _identity(given: Any) -> Any:
+    return given if isinstance(given, str | Path | bytes | tuple) else id(given)
 
 
 def with_cells(tasks: Sequence[Task]) -> tuple[torch.Tensor, list[Task]]:

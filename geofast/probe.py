@@ -28,7 +28,7 @@ from .models.load import Loading
 from .models.location import of_places
 from .models.skeleton import NumbersNeededError, has_skeleton, skeleton
 from .models.twin import random_twin
-from .plan import Plan, Task, check_disk, gpus_of, make_plan, with_cells, without_skipped
+from .plan import Plan, Task, check_disk, gpus_of, make_plan, repeated, with_cells, without_skipped
 from .report.text import fill
 from .request import Labelled, Options, Request
 from .ridge import ALPHAS, Select
@@ -195,7 +195,7 @@ def probe(
         "checks": [asdict(c) for c in checks],
         "warnings": [
             *model.notes, *unchecked, *missing, *unsolved, *passes.budget.warnings, *warned, *far,
-            *at_the_edge(solved, asked.alphas),
+            *repeated(asked.inputs, found.kept, tasks), *at_the_edge(solved, asked.alphas),
         ],
     }  # fmt: skip
     return Run(

@@ -169,6 +169,22 @@ def test_statistics_alone_find_the_same(vision, run):
         gf.probe(vision, painted(), storage="gram", select="loo")
 
 
+def test_samples_that_come_again_in_another_fold_are_told(vision):
+    once = painted(20)
+    images, places = [*once.inputs], once.table[["latitude", "longitude"]].to_numpy()
+    again = from_arrays(images * 2, *np.tile(places, (2, 1)).T, scene=[*map(str, range(20))] * 2)
+    site = "vision.layers.1"
+    apart = gf.probe(vision, again, sites=site, split=gf.KFold(5), check=False)
+    fold = apart.samples["fold_kfold"].to_numpy()
+    count = 2 * int((fold[:20] != fold[20:]).sum())
+    (told,) = [w for w in apart.info["warnings"] if "same input" in w]
+    assert told.startswith(f"{count} of 40 samples have the same input and place as one in another")
+    together = gf.probe(vision, again, sites=site, split="group:scene", check=False)
+    elsewhere = from_arrays(images * 2, *np.concatenate([places, places + 1]).T)
+    for run in (together, gf.probe(vision, elsewhere, sites=site, check=False)):
+        assert not [w for w in run.info["warnings"] if "same input" in w]
+
+
 def test_groups_are_probed_on_their_own(vision):
     found = gf.probe(vision, painted(), sites="vision.layers.2", group="zone")
     assert set(found.layers["group"]) == {"", "north", "south"}

@@ -57,7 +57,7 @@ WHERE = "(vision.layers.0, cls; random folds)."
     [
         (0.9, 0.57, "reads latitude better than longitude: R² 0.900 against 0.570"),
         (0.31, 0.52, "reads longitude better than latitude: R² 0.520 against 0.310"),
-        (0.502, 0.498, "reads latitude and longitude equally well: R² 0.502 and 0.498"),
+        (0.502, 0.498, "reads latitude and longitude, neither clearly better: R² 0.502 and 0.498"),
         (0.5, -0.2, "reads latitude but not longitude: R² 0.500 against -0.200"),
         (-3.0, 0.5, "reads longitude but not latitude: R² 0.500 against -3.000"),
         (

@@ -87,9 +87,9 @@ def _reads_one_or_two(scores: Scores, order: Sequence[str], read: Sequence[str])
         return f"reads {first}: R² {r2}"
     if len(read) == 1:
         return f"reads {first} but not {others[0]}: R² {r2} against {less[0]}"
-    if number(scores[first].r2, 2) == number(scores[others[0]].r2, 2):
-        return f"reads {first} and {others[0]} equally well: R² {r2} and {less[0]}"
-    return f"reads {first} better than {others[0]}: R² {r2} against {less[0]}"
+    if scores[first].above(scores[others[0]]):
+        return f"reads {first} better than {others[0]}: R² {r2} against {less[0]}"
+    return f"reads {first} and {others[0]}, neither clearly better: R² {r2} and {less[0]}"
 
 
 def _reads_many(scores: Scores, order: Sequence[str], read: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 
 from .batching import Budget, Lengths, numbers
@@ -193,7 +194,7 @@ def plan(
     select: Select | None = None,
     storage: Literal["auto", "rows", "gram"] = "auto",
     targets: str | Sequence[str] = ("latitude", "longitude"),
-    baselines: Mapping[str, torch.Tensor] | None = None,
+    baselines: Mapping[str, ArrayLike] | None = None,
     controls: str | Sequence[str] = (),
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 
 from . import _ops
@@ -51,7 +52,7 @@ def probe(
     select: Select | None = None,
     storage: Literal["auto", "rows", "gram"] = "auto",
     targets: str | Sequence[str] = ("latitude", "longitude"),
-    baselines: Mapping[str, torch.Tensor] | None = None,
+    baselines: Mapping[str, ArrayLike] | None = None,
     controls: str | Sequence[str] = (),
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -98,7 +99,8 @@ def probe(
     targets
         Numeric columns to regress, degrees or any other unit.
     baselines
-        Named features [n, d] of the same samples, probed beside the model as controls.
+        Named features [n, d] of the same samples, of torch or NumPy, probed beside the model as
+        controls.
     controls
         One or several, probed beside the model. `random-weights`: a twin of the model whose weights
         nobody trained, at every site. `pixels`: an image's 16 x 16 RGB thumbnail. `tokens`: how

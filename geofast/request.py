@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .batching import Lengths
 from .capture import Pools, pools_by_tower
@@ -53,7 +53,7 @@ class Options(TypedDict):
     select: Select | None
     storage: Literal["auto", "rows", "gram"]
     targets: str | Sequence[str]
-    baselines: Mapping[str, torch.Tensor] | None
+    baselines: Mapping[str, ArrayLike] | None
     controls: str | Sequence[str]
     batch_size: int | None
     workers: int | None
@@ -93,7 +93,8 @@ class Request:
         samples = data.as_locations() if location else data
         splits = as_splits(options["split"])
         targets = _several(options["targets"])
-        baselines = dict(options["baselines"] or {})
+        features = (options["baselines"] or {}).items()
+        baselines = {name: torch.as_tensor(x) for name, x in features}
         given = Labelled(samples, read_targets(samples, targets), baselines)
         alphas = as_list(options["alphas"])
         _check(options, given, alphas)

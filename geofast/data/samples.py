@@ -111,6 +111,13 @@ class Samples:
             )
             raise ValueError(msg)
 
+    def __repr__(self) -> str:
+        more = ", ".join(self.table.columns[3:])
+        return (
+            f"Samples({len(self)} of kind {self.kind} from {self.source}"
+            f"{f'; also {more}' if more else ''}; {len(self.skipped)} skipped)"
+        )
+
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.table)

@@ -15,9 +15,10 @@ from torch import nn
 
 from ..models import Model, Site, Tower
 from ..models.load import load
+from ..models.model import require_several
 from ..report.numbers import number
 from ..report.text import Table, clip_label, fill
-from ..steering.asking import once, require_several, require_tokenizer
+from ..steering.asking import once, require_tokenizer
 from ..steering.edit import EDIT_ROLES, Edit
 from ..steering.make import patch
 from .intervals import bootstrap_means

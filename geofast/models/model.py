@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,7 @@ of the second."""
 class Stage:
     """A call of a forward pass: `body` is called, and runs the blocks of `towers`."""
 
-    body: nn.Module
+    body: nn.Module = field(repr=False)
     towers: tuple[Tower, ...]
 
 
@@ -59,6 +59,10 @@ class Model:
     source: str = ""
     """Where `load` found it: an absolute path, or an id of the Hub with `@` and its commit; of
     open_clip, timm and location encoders what it was given, a path in it made absolute."""
+
+    def __repr__(self) -> str:
+        towers = ", ".join(f"{tower.name} ({len(tower.blocks)} blocks)" for tower in self.towers)
+        return f"Model({self.name}, reads {self.kind}: {towers}; {self.dtype} on {self.device})"
 
     @property
     def body(self) -> nn.Module:
@@ -152,6 +156,7 @@ class Model:
 
     def prepare(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """Make the keyword arguments of `body` from raw inputs, on the model's device."""
+        require_several(inputs)
         ready = [self.transform(x) for x in inputs] if self.transform else list(inputs)
         return self.to_device(self.collate(ready))
 
@@ -287,6 +292,12 @@ def _look(first: Stage, batch: Batch) -> Any:
         seen = replace(seen, hidden_states=None)
         seen.pooler_output = features
     return seen
+
+
+def require_several(inputs: Any) -> None:
+    """Refuse one text where several are to come, which would be taken letter by letter."""
+    if isinstance(inputs, str):
+        raise TypeError(f"inputs must be a list; got one text, {inputs[:40]!r}: write [...] around")
 
 
 def takes_looks(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Site:
     tower: str
     layer: int | None
     """Block index; None for `embed` and `norm`."""
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     at: str
     """`input` or `output` of `module`."""
 
@@ -73,13 +73,13 @@ class Tower:
     name: str
     path: str
     """Where the list of blocks is in the model, for messages."""
-    blocks: tuple[nn.Module, ...]
-    norm: nn.Module | None
+    blocks: tuple[nn.Module, ...] = field(repr=False)
+    norm: nn.Module | None = field(repr=False)
     prefix: tuple[str, ...]
     """Roles of the tokens that come before the patches: `cls`, `register`."""
     tokens: str
     """Role of all the others: `patch` in a vision tower, `text` in a text tower or LM."""
-    head: nn.Module | None = None
+    head: nn.Module | None = field(default=None, repr=False)
     """Makes the joint embedding; without blocks, the projector itself."""
     image_token: int | None = None
     """The id that stands for an image's tokens among the text."""

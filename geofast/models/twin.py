@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,9 +47,10 @@ def random_twin(model: Model, seed: int = 0) -> Model:
             fresh = kind(copy.deepcopy(model.module.config))
             twin.module.load_state_dict(fresh.state_dict())
         else:
-            for part in twin.module.modules():
-                if callable(reset := getattr(part, "reset_parameters", None)):
-                    reset()
+            # Parts before what they are part of, which may draw them in its own way.
+            for part in reversed([*twin.module.modules()]):
+                if (draw := _drawing(part)) is not None:
+                    draw()
     return twin
 
 
@@ -90,10 +92,16 @@ def _of_transformers(module: nn.Module) -> bool:
     return hasattr(module, "base_model_prefix") and getattr(module, "config", None) is not None
 
 
+def _drawing(part: nn.Module) -> Callable[[], None] | None:
+    """Return what draws the parameters of a part anew, as torch calls it."""
+    names = ("reset_parameters", "_reset_parameters")  # the latter of MultiheadAttention
+    return next((getattr(part, n) for n in names if callable(getattr(part, n, None))), None)
+
+
 def _undrawn(model: Model) -> str | None:
     for path, part in model.module.named_modules():
         mine = [name for name, _ in part.named_parameters(recurse=False)]
-        if mine and not callable(getattr(part, "reset_parameters", None)):
+        if mine and _drawing(part) is None:
             return (
                 f"{path or model.name}.{mine[0]} does not say how it is drawn: give "
                 f"{type(part).__name__} a reset_parameters method"

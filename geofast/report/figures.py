@@ -28,6 +28,7 @@ Array = NDArray[np.float64]
 MAP_SAMPLES = 400  # more lines than this hide each other
 
 _TARGET_LINES = ("--", ":", "-.")
+_TARGET_MARKS = ("^", ">", "v")
 # A marker for each control: dashes and dots are of targets. Some have sites, raw inputs have none.
 _SITE_MARKS = {
     "crosses in the colour of the same pool": "x",
@@ -144,9 +145,13 @@ def _draw_split(axes: Axes, run: Run, split: str, places: dict[str, int]) -> Non
         label = _label_of(run, name)
         mean = ", mean" if thin else ""
         axes.plot(x, r2, style, color=colour, lw=2.2, marker="o", ms=3.5, label=label + mean)
-        for target, dashes in zip(targets if thin else (), _TARGET_LINES, strict=False):
+        lined = targets if thin else ()
+        for target, dashes, mark in zip(lined, _TARGET_LINES, _TARGET_MARKS, strict=False):
             of_target = f"{label}, {target}"
-            axes.plot(x, part[f"r2_{target}"], dashes, color=colour, lw=1.2, label=of_target)
+            axes.plot(
+                x, part[f"r2_{target}"], dashes, color=colour, lw=1.2,
+                marker=mark, ms=3, label=of_target,  # a site that stands alone has no line
+            )  # fmt: skip
     _draw_controls(axes, run, split, places)
     axes.axhline(0, color="#b0b0b0", lw=0.8, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -246,7 +251,7 @@ def _star(axes: Axes, x: int, r2: float, sites: int) -> None:
         "*",
         clip_on=False,
         ms=15,
-        mfc="white",
+        mfc="none",  # what it marks is seen inside
         mec="black",
         mew=1.2,
         zorder=5,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
+from numpy.typing import ArrayLike
 
 from .. import _ops
 from ..gram import Gram, totals, update
@@ -180,9 +181,9 @@ def _refused(stats: Statistics, dim: int) -> dict[int, Solution | ValueError]:
 
 
 def cross_validate(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    fold: torch.Tensor,
+    x: ArrayLike,
+    y: ArrayLike,
+    fold: ArrayLike,
     alphas: Sequence[float] = ALPHAS,
     *,
     select: Select = "loo",
@@ -193,7 +194,7 @@ def cross_validate(
     Parameters
     ----------
     x
-        [n, d] rows: float32, float16, bfloat16 or float64.
+        [n, d] rows, of torch or NumPy: float32, float16, bfloat16 or float64.
     y
         [n, k] targets.
     fold
@@ -207,6 +208,7 @@ def cross_validate(
         As `solve`.
     """
     _check_select(select, get_args(Select))
+    x, y, fold = torch.as_tensor(x), torch.as_tensor(y), torch.as_tensor(fold)
     _check_rows(x, y)
     folds = _count_folds(fold, len(x))
     _check_inner(folds, select, inner)

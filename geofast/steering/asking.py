@@ -157,12 +157,6 @@ def tokenizer_of(model: Model) -> Any:
     return found or getattr(getattr(model.transform, "processor", None), "tokenizer", None)
 
 
-def require_several(inputs: Any) -> None:
-    """Refuse one text where several are to come, which would be taken letter by letter."""
-    if isinstance(inputs, str):
-        raise TypeError(f"inputs must be a list; got one text, {inputs[:40]!r}: write [...] around")
-
-
 def require_tokenizer(model: Model) -> Any:
     """Return the tokenizer of the texts, or raise ValueError."""
     tokenizer = tokenizer_of(model)

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from ..models import Model
-from ..models.model import takes_looks
+from ..models.model import require_several, takes_looks
 from .apply import Job, Tokens, watching
 from .asking import (
     Prompt,
     ask,
     can_generate,
     prompt_of,
-    require_several,
     require_tokenizer,
     run,
     takes_images,

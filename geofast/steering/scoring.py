@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..models import Model
-from .asking import Prompt, ask, require_several, require_tokenizer, run
+from ..models.model import require_several
+from .asking import Prompt, ask, require_tokenizer, run
 from .edit import Edit
 
 See = Callable[[int, list[int], int, torch.Tensor, torch.Tensor], None]

@@ -81,6 +81,8 @@ class Forecast:
     pools: dict[str, tuple[str, ...]]
     """By tower."""
     samples: int
+    skipped: int
+    """Samples that are known to be left out before the model has read any."""
     prompts: int
     batch: int
     """Samples in the batch of the longest."""
@@ -119,6 +121,7 @@ class Forecast:
         where = "on disk" if self.storage.on_disk else where
         loaded = "; planned from the loaded model"
         twin = ", half of it the twin's" if self.twin else ""
+        left_out = f" ({self.skipped} more cannot be used)" if self.skipped else ""
         waiting = f"{readable(self.storage.waiting)}, at most, that wait to be added to them"
         beside = f"{readable(self.probing)} on the GPU beside the model, at most"
         if self.storage.pinned:
@@ -126,7 +129,7 @@ class Forecast:
         return "\n".join(
             [
                 f"{self.model} on {self.device} in {self.dtype}{loaded if self.loaded else ''}",
-                fill(f"{self.samples} samples, {self.prompts} prompt(s); {self.batches}"),
+                fill(f"{self.samples} samples{left_out}, {self.prompts} prompt(s); {self.batches}"),
                 "",
                 *self._site_lines(),
                 "",
@@ -139,7 +142,7 @@ class Forecast:
                 f"time     forward      {_time(self.seconds['forward'])} "
                 f"({_operations(self.flops / self.samples)} a sample)",
                 f"         probing      {_time(self.seconds['pool'])} of pooling and "
-                f"{_time(self.seconds['solve'])} of solving: {self.share:.1%} of the time",
+                f"{_time(self.seconds['solve'])} of solving: {self.share:.1%} of all",
                 fill(f"Tokens, operations and activations: {self.how}."),
                 fill(
                     "Times are by this machine's speed, measured now, and good to a factor of "
@@ -293,6 +296,7 @@ def _forecast(
         sites=dict(seen.shapes),
         pools={tower: tuple(p.name for p in parsed) for tower, parsed in pools.items()},
         samples=len(samples),
+        skipped=len(samples.skipped),
         prompts=max(len(asked.inputs), len(model.prompts)),
         batch=batch,
         tokens=budget.tokens,

@@ -214,7 +214,7 @@ def read_targets(samples: Samples, names: Sequence[str]) -> torch.Tensor:
             raise ValueError(
                 f"target {name!r} of sample {table['id'].iloc[row]} is not a finite number"
             )
-        if table[name].nunique() == 1:
+        if len(table) > 1 and table[name].nunique() == 1:
             value = table[name].iloc[0]
             raise ValueError(
                 f"target {name!r} is {value} for every sample: there is nothing to regress"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .capture import Recorder, modules_around
-from .data.samples import decode
+from .data.samples import SampleError, decode, reason_of
 from .models import Model, Site, Stage, Tower
 from .models.example import examples_of
 from .models.layout import Call, Layout, as_tokens
@@ -205,7 +205,10 @@ def explain(model: Model, given: str | None = None) -> str:
 
 def _examples(model: Model, given: str | None) -> list[tuple[Model, Any, str]]:
     if given is not None and isfile(given):  # Path.is_file raises for a text too long for a name
-        image = decode(given)
+        try:
+            image = decode(given)
+        except Exception as error:  # Pillow's plugins raise much
+            raise SampleError(given, reason_of(error)) from error
         return [(model.reading("image"), image, f"{given}, {image.width} x {image.height} pixels")]
     if given is not None and model.prompts:
         model = model.asking([given])

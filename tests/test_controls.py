@@ -290,6 +290,28 @@ def test_a_twins_statistics_have_every_cell(vision):
     assert len(run.layers.query("control == 'random-weights'")) == len(run.layers) / 2
 
 
+def test_a_twin_of_torchs_own_attention():
+    """Drawn as the module draws itself: what is inside first, so that biases are 0."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+            self.mlp = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.mlp(self.attn(x, x, x)[0])
+
+    blocks = torch.nn.Sequential(Block(), Block())
+    model = gf.load(blocks, prepare=lambda given: {"input": torch.stack(given)})
+    first, again, other = (random_twin(model, seed).module for seed in (0, 0, 1))
+    for block, same, unlike in zip(first, again, other, strict=True):
+        assert not block.attn.out_proj.bias.any()
+        assert torch.equal(block.attn.in_proj_weight, same.attn.in_proj_weight)
+        assert not torch.equal(block.attn.in_proj_weight, unlike.attn.in_proj_weight)
+    assert not torch.equal(first[0].attn.in_proj_weight, blocks[0].attn.in_proj_weight)
+
+
 @pytest.mark.parametrize("storage", ["rows", "gram"])
 @pytest.mark.parametrize("width", [4, 300])
 def test_a_control_that_cannot_be_solved_costs_nothing_else(vision, storage, width, monkeypatch):

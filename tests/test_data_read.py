@@ -211,7 +211,9 @@ def test_tables_that_are_none(tmp_path, text, message):
 def test_another_encoding(tmp_path):
     path = tmp_path / "latin.csv"
     path.write_bytes("name,lat,lon\nÅrhus,56,10\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"cannot read .*latin.csv as a CSV table: .*utf-8"):
+    with pytest.raises(
+        ValueError, match=r"cannot read .*latin.csv as a CSV table: .*utf-8.*; save it as UTF-8$"
+    ):
         read(path)
 
 

@@ -213,7 +213,7 @@ def test_what_is_printed(tmp_path):
     assert "17 x 32   cls" in text
     assert "weights      under 1 MB of float32" in text
     assert "activations" in text
-    assert f"{told.share:.1%} of the time" in text
+    assert f"{told.share:.1%} of all" in text
     assert 0 < told.share < 1
     assert told.probing == 0  # which is of a GPU
     assert "probing      under 1 MB" not in text
@@ -483,13 +483,13 @@ def test_the_command(tmp_path, capsys):
         Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
     rows = [f"{i}.png,{5 * i + 1},{7 * i + i % 5}" for i in range(12)]
     table = tmp_path / "photos.csv"
-    table.write_text("\n".join(["image,latitude,longitude", *rows]))
+    table.write_text("\n".join(["image,latitude,longitude", *rows, "gone.png,3,4"]))
     model = without_weights(save(families.vit, tmp_path / "model"))
     options = ["--folds", "2", "--pool", "mean:patch", "--batch-size", "3", "--unchecked"]
     assert main(["plan", str(model), str(table), *options]) == 0
     out, told = capsys.readouterr()
     assert told.endswith("measuring how fast this machine is ...\n")
-    assert "12 samples, 1 prompt(s); batches of 3 samples" in out
+    assert "12 samples (1 more cannot be used), 1 prompt(s); batches of 3 samples" in out
     assert "vision.embed to vision.layers.2 (4)" in out
     assert main(["plan", str(model), str(table), "--sites", "lm.*"]) == 1
     assert "no site matches 'lm.*'" in capsys.readouterr().err

@@ -577,6 +577,9 @@ def test_load_a_language_model_folder(checkpoints):
 def test_what_cannot_be_loaded(checkpoints, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         gf.load(tmp_path / "absent")
+    (tmp_path / "photos.csv").write_text("image,latitude,longitude")
+    with pytest.raises(FileNotFoundError, match=r"photos.csv is a file and no checkpoint: name"):
+        gf.load(tmp_path / "photos.csv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="is a folder without a Hugging Face checkpoint"):
         gf.load(tmp_path / "empty")
@@ -780,3 +783,18 @@ def test_images_of_different_sizes_are_refused():
 
     with pytest.raises(ValueError, match="images of different sizes in one batch"):
         stack_images([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)])
+
+
+def test_one_text_is_not_taken_letter_by_letter():
+    model = gf.load(tiny.llama().eval(), processor=tiny.tokenizer())
+    for take in (model.prepare, lambda text: gf.tokens(model, text)):
+        with pytest.raises(TypeError, match=r"inputs must be a list; got one text, 'w1 w2': write"):
+            take("w1 w2")
+
+
+def test_a_model_and_its_sites_are_shown_in_a_line():
+    model = gf.load(tiny.llama().eval(), processor=tiny.tokenizer())
+    said = "Model(LlamaForCausalLM, reads text: lm (3 blocks); torch.float32 on cpu)"
+    assert repr(model) == said
+    assert max(len(repr(site)) for site in model.sites()) < 100
+    assert len(repr(model.towers)) < 300

@@ -215,7 +215,7 @@ def test_alpha_is_that_of_the_folds_where_they_agree(vision):
 
 
 def test_baselines_stand_beside(vision):
-    noise = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(60, 10, generator=torch.Generator().manual_seed(0)).numpy()
     found = gf.probe(
         vision, painted(), sites="vision.layers.1", pool="mean:patch", baselines={"noise": noise}
     )

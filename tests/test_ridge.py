@@ -56,6 +56,13 @@ def test_leave_one_out_is_scikit_learns(route, kind):
     assert_same(gf.cross_validate(x, y, fold), study(x, y, fold))
 
 
+def test_rows_may_be_numpys(route):
+    x, y = rows()
+    fold = folds_of(len(x))
+    found = gf.cross_validate(*(torch.as_tensor(one).numpy() for one in (x, y, fold)))
+    torch.testing.assert_close(found.r2, gf.cross_validate(x, y, fold).r2, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("n", "d", "scale"), [(500, 48, 300), (150, 118, 30), (150, 118, 300)])
 def test_badly_scaled_rows_and_as_many_rows_as_features(route, kind, n, d, scale):

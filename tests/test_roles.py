@@ -557,6 +557,9 @@ def test_a_listing(load, tmp_path):
         "  5-20       patch     rows 0-3, columns 0-3, row by row  (last)",
     ]
     photo((16, 24)).save(tmp_path / "one.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "one.png").read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"broken.png: cannot be decoded: image file is truncated"):
+        explain(load(families.qwen2_5_vl), str(tmp_path / "broken.png"))
     said = explain(load(families.qwen2_5_vl), str(tmp_path / "one.png"))
     assert "one.png, 24 x 16 pixels" in said
     assert "rows 0-3, columns 0-5, not row by row but 0,0 0,1 1,0 1,1 0,2 0,3 1,2 1,3" in said

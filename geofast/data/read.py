@@ -244,6 +244,8 @@ def _load_table(
     except (ValueError, OSError, pd.errors.ParserWarning) as err:  # also ParserError, Arrow's
         kind = path.suffix[1:].upper() if path.suffix.lower() in TABLES else "Parquet"
         msg = f"cannot read {path} as a {kind} table: {str(err).strip()}"
+        if isinstance(err, UnicodeDecodeError):
+            msg += "; save it as UTF-8"
         raise ValueError(msg) from err
 
 

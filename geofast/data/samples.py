@@ -151,7 +151,7 @@ class Samples:
             return str(item) if self.kind == "text" else (float(item[0]), float(item[1]))
         # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, EOFError and more.
         except Exception as err:
-            raise SampleError(self.where(index), _reason(err)) from err
+            raise SampleError(self.where(index), reason_of(err)) from err
 
     def take(self, indices: ArrayLike) -> Samples:
         """Return the samples at `indices`, in that order; `skipped` stays.
@@ -213,7 +213,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(err: Exception) -> str:
+def reason_of(err: Exception) -> str:
+    """Say why an image could not be read."""
     if isinstance(err, FileNotFoundError):
         return "the image file does not exist."
     if isinstance(err, UnidentifiedImageError):

@@ -97,6 +97,10 @@ def find(text: str, *, trust_remote_code: bool = False, file: str = "config.json
         complete = gguf is not None or (Path(path) / file).exists()
         name = gguf or Path(path).name
         return Source(path, name, gguf, complete, trust_remote_code=trust_remote_code)
+    if Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path} is a file and no checkpoint: name the folder that holds one"
+        )
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {path}")
     complete, folder = _ask(path, gguf or file)

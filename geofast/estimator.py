@@ -18,7 +18,8 @@ from .ridge.solution import penalties
 class RidgeCV(MultiOutputMixin, RegressorMixin, BaseEstimator):  # type: ignore[misc]
     """Ridge regression with an intercept and a cross-validated penalty.
 
-    As scikit-learn's RidgeCV, by the solvers of this package. NumPy, torch and CuPy arrays are
+    As scikit-learn's RidgeCV, by the solvers of this package, but for `fit_intercept`, `scoring`
+    and `sample_weight`, which it has not, and `best_score_`. NumPy, torch and CuPy arrays are
     taken; what comes out is of the kind that went in.
 
     Parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,6 +89,11 @@ class Request:
             See `probe`.
         """
         strict = options["strict"]
+        if not isinstance(data, Samples | str | os.PathLike):
+            raise TypeError(
+                f"data must be a path or samples; got a {type(data).__name__}: make samples of it "
+                "with gf.data.from_arrays, or save it and let gf.data.read read it"
+            )
         if not isinstance(data, Samples):
             data = read(data, location=location, strict=strict)
         samples = data.as_locations() if location else data

@@ -798,3 +798,9 @@ def test_a_model_and_its_sites_are_shown_in_a_line():
     assert repr(model) == said
     assert max(len(repr(site)) for site in model.sites()) < 100
     assert len(repr(model.towers)) < 300
+
+
+def test_prepare_must_return_arguments():
+    model = gf.load(tiny.dinov2(), prepare=lambda images: torch.zeros(len(images), 3, 28, 28))
+    with pytest.raises(TypeError, match=r"keyword arguments of Dinov2Model, a dict; got a Tensor"):
+        model.prepare([Image.new("RGB", (28, 28))])

@@ -214,6 +214,13 @@ def test_alpha_is_that_of_the_folds_where_they_agree(vision):
     assert not set(many.layers["alpha"]) <= set(grid)
 
 
+def test_a_table_is_not_taken_for_samples(vision):
+    with pytest.raises(
+        TypeError, match=r"data must be a path or samples; got a DataFrame"
+    ):
+        gf.probe(vision, painted().table)
+
+
 def test_baselines_stand_beside(vision):
     noise = torch.randn(60, 10, generator=torch.Generator().manual_seed(0)).numpy()
     found = gf.probe(

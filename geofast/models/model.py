@@ -165,6 +165,11 @@ class Model:
 
         `tiles` are for us alone, who need to know them before a GPU could tell.
         """
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"prepare= must return the keyword arguments of {type(self.body).__name__}, a "
+                f"dict; got a {type(batch).__name__}"
+            )
         return {k: value if k == "tiles" else self._moved(value) for k, value in batch.items()}
 
     def _moved(self, value: Any) -> Any:

@@ -215,9 +215,7 @@ def test_alpha_is_that_of_the_folds_where_they_agree(vision):
 
 
 def test_a_table_is_not_taken_for_samples(vision):
-    with pytest.raises(
-        TypeError, match=r"data must be a path or samples; got a DataFrame"
-    ):
+    with pytest.raises(TypeError, match=r"data must be a path or samples; got a DataFrame"):
         gf.probe(vision, painted().table)
 
 

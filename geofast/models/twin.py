@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,9 @@ from torch import nn
 from .adapters import wears_one
 from .checkpoint import QUANTISED, pinned, quantisation
 from .model import Model
+
+_PUBLIC, _OWN = "reset_parameters", "_reset_parameters"
+"""What torch calls the method that draws a part's parameters; the latter in MultiheadAttention."""
 
 _ADAPTED = "an adapter is on; merge it (merge=True, --merge-adapter) or leave it out"
 
@@ -47,9 +49,10 @@ def random_twin(model: Model, seed: int = 0) -> Model:
             fresh = kind(copy.deepcopy(model.module.config))
             twin.module.load_state_dict(fresh.state_dict())
         else:
-            # Parts before what they are part of, which may draw them in its own way.
-            for part in reversed([*twin.module.modules()]):
-                if (draw := _drawing(part)) is not None:
+            parts = [*twin.module.modules()]
+            # MultiheadAttention draws its output's bias too, after that has drawn itself.
+            for part, draws in [(p, _PUBLIC) for p in parts] + [(p, _OWN) for p in parts[::-1]]:
+                if callable(draw := getattr(part, draws, None)):
                     draw()
     return twin
 
@@ -92,16 +95,10 @@ def _of_transformers(module: nn.Module) -> bool:
     return hasattr(module, "base_model_prefix") and getattr(module, "config", None) is not None
 
 
-def _drawing(part: nn.Module) -> Callable[[], None] | None:
-    """Return what draws the parameters of a part anew, as torch calls it."""
-    names = ("reset_parameters", "_reset_parameters")  # the latter of MultiheadAttention
-    return next((getattr(part, n) for n in names if callable(getattr(part, n, None))), None)
-
-
 def _undrawn(model: Model) -> str | None:
     for path, part in model.module.named_modules():
         mine = [name for name, _ in part.named_parameters(recurse=False)]
-        if mine and _drawing(part) is None:
+        if mine and not any(callable(getattr(part, name, None)) for name in (_PUBLIC, _OWN)):
             return (
                 f"{path or model.name}.{mine[0]} does not say how it is drawn: give "
                 f"{type(part).__name__} a reset_parameters method"

@@ -29,7 +29,7 @@ def main(run, env):
         report = Path(folder, "report.xml")
         # Not from the checkout, where `import geofast` would find the sources.
         code, output = call(
-            command(files, report, run.left() - 10), run.left(), cwd=folder, env=env
+            command(files, report, max(run.left() - 10, 1)), run.left(), cwd=folder, env=env
         )
         judge(run, code, output, report)
 

@@ -230,11 +230,11 @@ def measure(run, job):
         check(run, job, module, batch, pool)
     # Products of all tokens are apart from the others, whose next forward would run on a GPU that
     # has just been heated.
-    tokens = {kind: pool for kind, pool in job.pools.items() if pool == PATCHES}
-    rows = replace(job, pools={k: pool for k, pool in job.pools.items() if k not in tokens})
+    each = {kind: pool for kind, pool in job.pools.items() if pool == PATCHES}
+    rows = replace(job, pools={k: pool for k, pool in job.pools.items() if k not in each})
     found = against_bare(run, rows, module, batch, seconds)
-    if tokens:
-        against_bare(run, replace(job, pools=tokens), module, batch, seconds / 2)
+    if each:
+        against_bare(run, replace(job, pools=each), module, batch, seconds / 2)
     if job.whole:
         with ExitStack() as stack:
             probed = Probed(job, module, [*rows.pools.values()][-1], stack)
